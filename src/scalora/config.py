@@ -1,0 +1,81 @@
+"""`ScaLoraConfig`: every setting of the method, validated, each default with its reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_args
+
+from scalora.scaling import Mode
+
+
+@dataclass(frozen=True)
+class ScaLoraConfig:
+    """Settings of ScaLoRA (arXiv 2510.23818).
+
+    Raises:
+        ValueError: a value is out of range, or both `smoothness` and `target_norm` are given.
+    """
+
+    interval: int = field(
+        default=1,
+        metadata={"help": "Rescale at every interval-th optimizer step after the warm-up: 1 is the paper's ScaLoRA."},
+    )
+    smoothness: float | None = field(
+        default=None,
+        metadata={
+            "help": "The paper's L > 0: the target norm is then 1/sqrt(L·η·s²) with η the base (unscheduled) learning "
+            "rate and s the adapter's scaling. Excludes target_norm; None uses target_norm."
+        },
+    )
+    target_norm: float | None = field(
+        default=None,
+        metadata={
+            "help": "The target norm 1/sqrt(Lη) of the adapter's columns, given directly. None and no smoothness: 1."
+        },
+    )
+    warmup_steps: int = field(
+        default=10,
+        metadata={"help": "Optimizer steps before the first rescale."},
+    )
+    mode: Mode = field(
+        default="auto",
+        metadata={
+            "help": "'auto': column scaling where its optimum is positive, else scalar scaling, else nothing (the "
+            "paper's rule, and the best residual). 'column' or 'scalar' try only the one."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value, so that a wrong one is found before any training."""
+        for name, low in (("interval", 1), ("warmup_steps", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+        for name in ("smoothness", "target_norm"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+        if self.smoothness is not None and self.target_norm is not None:
+            raise ValueError(
+                f"give smoothness={self.smoothness} or target_norm={self.target_norm}, not both: "
+                "target_norm is 1/sqrt(smoothness·η·s²)"
+            )
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON and YAML."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> ScaLoraConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: an unknown key, or a value out of range.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(settings) - known):
+            raise ValueError(f"unknown ScaLoRA setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}")
+        return cls(**settings)

@@ -1,0 +1,313 @@
+"""The optimal scaling of a LoRA adapter (ScaLoRA, arXiv 2510.23818, section 3): tensors only.
+
+Notation is the paper's: the layer's weight is ``W (m × n)``, the adapter adds ``A Bᵀ`` with ``A (m × r)`` (PEFT's
+``lora_B.weight``) and ``B (n × r)`` (PEFT's ``lora_A.weight`` transposed), and ``G = ∂ℓ/∂W`` is the gradient that
+nobody forms: LoRA's own gradients are ``GB = G·B`` and ``GtA = Gᵀ·A`` up to the adapter's scaling.
+
+One gradient step on ``Ã = A·diag(α)``, ``B̃ = B·diag(β)`` moves W by ``−η(G B̃B̃ᵀ + ÃÃᵀ G)``. With
+``v = Lη·[α²; β²]`` the loss bound of an L-smooth loss is a least squares in v over 2r rank-one matrices:
+
+    minimise ‖G − Σᵢ vᵢ·aᵢ(Gᵀaᵢ)ᵀ − Σⱼ v₍ᵣ₊ⱼ₎·(G bⱼ)bⱼᵀ‖²      whose normal equations are  M v = λ.
+
+Everything is batched over leading dimensions, so layers of one shape are solved together, and is free of
+data-dependent branches. Integer and complex inputs are not meant; every float dtype is.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Mode = Literal["auto", "column", "scalar"]
+
+LEFT_ALONE, SCALAR, COLUMN = 0, 1, 2
+"""Values of `Scaling.choice`."""
+
+# v carries a relative error of about eps / pivot, where pivot is the smallest squared Cholesky pivot of the
+# unit-diagonal system. Below this one fewer than about four digits of v are left in float64: not an optimum any more.
+_SMALLEST_PIVOT = 1e-12
+
+# A factor outside this range squares to less than 1e-12 or more than 1e12 and pushes float32 second moments
+# (typically 1e-16 … 1e-4) out of range; the paper's "never zero a column" is the lower end of it.
+_FACTOR_RANGE = (1e-6, 1e6)
+
+
+class NormalEquations(NamedTuple):
+    """The system ``M v = λ`` of the column scaling.
+
+    Attributes:
+        matrix: M, (…, 2r, 2r), symmetric positive semi-definite, in the solver's dtype.
+        rhs: λ, (…, 2r).
+        usable: whether the layer's inputs are finite and none of the 2r rank-one matrices is zero, (…).
+    """
+
+    matrix: Float[Tensor, "*layers 2r 2r"]
+    rhs: Float[Tensor, "*layers 2r"]
+    usable: Bool[Tensor, "*layers"]
+
+
+class Scaling(NamedTuple):
+    """What to do with each layer at this step.
+
+    Attributes:
+        alpha: factors of A's columns, (…, r), positive; exactly 1 where the layer is left alone.
+        beta: factors of B's columns, (…, r), likewise.
+        choice: `COLUMN`, `SCALAR` or `LEFT_ALONE` for each layer, (…).
+        degenerate: whether the layer was left alone because its inputs have no optimum (zero A, zero B, zero or
+            non-finite gradient), as against an optimum that came out negative or out of range, (…).
+    """
+
+    alpha: Float[Tensor, "*layers r"]
+    beta: Float[Tensor, "*layers r"]
+    choice: Int[Tensor, "*layers"]
+    degenerate: Bool[Tensor, "*layers"]
+
+
+def solver_dtype(device: torch.device) -> torch.dtype:
+    """Float64 wherever the device has it: the normal equations square the adapter's condition number."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def normal_equations(
+    A: Float[Tensor, "*layers m r"],
+    B: Float[Tensor, "*layers n r"],
+    GB: Float[Tensor, "*layers m r"],
+    GtA: Float[Tensor, "*layers n r"],
+) -> NormalEquations:
+    """Build ``M = (S_AᵀS_A) ⊙ (S_BᵀS_B)`` and λ with ``S_A = [A, GB]``, ``S_B = [GtA, B]``.
+
+    Cost O((m+n)r²); nothing of size m × n. Layers that are not `usable` get the identity and λ = 0, so that they pass
+    through any solver without a NaN.
+
+    Raises:
+        ValueError: the four shapes do not belong together.
+    """
+    _check_shapes(A, B, GB, GtA)
+    dtype = solver_dtype(A.device)
+    S_A = torch.cat([A, GB], dim=-1).to(dtype)
+    S_B = torch.cat([GtA, B], dim=-1).to(dtype)
+    finite = S_A.isfinite().all(-1).all(-1) & S_B.isfinite().all(-1).all(-1)
+    S_A = torch.where(finite[..., None, None], S_A, 0)
+    S_B = torch.where(finite[..., None, None], S_B, 0)
+
+    r = A.shape[-1]
+    gram_A, gram_B = S_A.mT @ S_A, S_B.mT @ S_B
+    matrix = gram_A * gram_B
+    # λᵢ = ⟨G, aᵢ(Gᵀaᵢ)ᵀ⟩ = ‖Gᵀaᵢ‖² and ⟨G, (G bⱼ)bⱼᵀ⟩ = ‖G bⱼ‖².
+    rhs = torch.cat(
+        [gram_B.diagonal(dim1=-2, dim2=-1)[..., :r], gram_A.diagonal(dim1=-2, dim2=-1)[..., r:]], dim=-1
+    )
+    usable = finite & (matrix.diagonal(dim1=-2, dim2=-1) > 0).all(-1) & matrix.isfinite().all(-1).all(-1)
+    identity = torch.eye(2 * r, dtype=dtype, device=A.device)
+    matrix = torch.where(usable[..., None, None], matrix, identity)
+    return NormalEquations(matrix, torch.where(usable[..., None], rhs, 0), usable)
+
+
+def column_scaling(
+    A: Float[Tensor, "*layers m r"],
+    B: Float[Tensor, "*layers n r"],
+    GB: Float[Tensor, "*layers m r"],
+    GtA: Float[Tensor, "*layers n r"],
+) -> Float[Tensor, "*layers 2r"]:
+    """The unconstrained optimum ``v = Lη·[α²; β²]`` of scaling every column on its own, before any choice.
+
+    Args:
+        A: (…, m, r), PEFT's ``lora_B.weight``.
+        B: (…, n, r), PEFT's ``lora_A.weight`` transposed.
+        GB: ``G·B``, (…, m, r), up to any common factor: v does not change when G is scaled.
+        GtA: ``Gᵀ·A``, (…, n, r), up to the same factor.
+
+    Returns:
+        v, (…, 2r), float64 (float32 on devices without it). Where v ≥ 0 it is the global optimum. A layer without an
+        optimum (zero or non-finite input, singular system) gets zeros, which no choice accepts: never NaN.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    equations = normal_equations(A, B, GB, GtA)
+    v, _ = _solve(equations.matrix, equations.rhs)
+    return v
+
+
+def scalar_scaling(
+    A: Float[Tensor, "*layers m r"],
+    B: Float[Tensor, "*layers n r"],
+    GB: Float[Tensor, "*layers m r"],
+    GtA: Float[Tensor, "*layers n r"],
+) -> Float[Tensor, "*layers 2"]:
+    """The optimum ``v = Lη·[α²; β²]`` of one factor for all of A and one for all of B, before any choice.
+
+    It is the column system summed over its blocks: ``‖AAᵀG‖²``, ``‖AᵀGB‖²`` and ``‖GBBᵀ‖²`` are the block sums of M.
+    Arguments, degenerate inputs and errors as for `column_scaling`; returns (…, 2).
+    """
+    v, _ = _solve(*_summed_over_blocks(normal_equations(A, B, GB, GtA)))
+    return v
+
+
+def choose_scaling(
+    A: Float[Tensor, "*layers m r"],
+    B: Float[Tensor, "*layers n r"],
+    GB: Float[Tensor, "*layers m r"],
+    GtA: Float[Tensor, "*layers n r"],
+    *,
+    target_norm: float | Float[Tensor, "*layers 2"],
+    mode: Mode = "auto",
+) -> Scaling:
+    """The factors to use: the column optimum if it is positive, else the scalar one if it is, else none.
+
+    Args:
+        A: as for `column_scaling`; so are `B`, `GB` and `GtA`.
+        B: see `A`.
+        GB: see `A`.
+        GtA: see `A`.
+        target_norm: ``1/√(Lη)``, the size that the factors are measured in: ``[α; β] = √v · target_norm``. One number,
+            or (…, 2) with one for α and one for β where the two are trained with different learning rates.
+        mode: ``"auto"`` is the paper's rule; ``"column"`` and ``"scalar"`` try only the one.
+
+    Returns:
+        `Scaling`; layers left alone have factors of exactly 1.
+    """
+    equations = normal_equations(A, B, GB, GtA)
+    r = A.shape[-1]
+    norms = torch.as_tensor(target_norm, dtype=equations.rhs.dtype, device=equations.rhs.device)
+    norms = norms.expand(*equations.rhs.shape[:-1], 2).repeat_interleave(r, dim=-1)
+
+    column, column_ok = _factors(*_solve(equations.matrix, equations.rhs), norms)
+    scalar_v, scalar_regular = _solve(*_summed_over_blocks(equations))
+    scalar, scalar_ok = _factors(scalar_v.repeat_interleave(r, dim=-1), scalar_regular, norms)
+    column_ok = column_ok & equations.usable & (mode != "scalar")
+    scalar_ok = scalar_ok & equations.usable & (mode != "column") & ~column_ok
+
+    factors = torch.where(scalar_ok[..., None], scalar, 1.0)
+    factors = torch.where(column_ok[..., None], column, factors)
+    choice = COLUMN * column_ok.int() + SCALAR * scalar_ok.int()
+    return Scaling(factors[..., :r], factors[..., r:], choice, ~equations.usable)
+
+
+def captured_energy(
+    equations: NormalEquations, v: Float[Tensor, "*layers 2r"] | Float[Tensor, "*layers 2"]
+) -> Float[Tensor, "*layers"]:
+    """How much of ``‖G‖²`` the step with v captures, ``‖G‖² − ‖G − Σ vₖ Xₖ‖² = 2λᵀv − vᵀMv``, without G.
+
+    Args:
+        equations: of the layers.
+        v: column (…, 2r) or scalar (…, 2) values of ``Lη·[α²; β²]``.
+    """
+    v = _per_column(v, equations.rhs.shape[-1]).to(equations.rhs.dtype)
+    return 2 * (equations.rhs * v).sum(-1) - torch.einsum("...i,...ij,...j->...", v, equations.matrix, v)
+
+
+def relative_residual(
+    G: Float[Tensor, "*layers m n"],
+    A: Float[Tensor, "*layers m r"],
+    B: Float[Tensor, "*layers n r"],
+    v: Float[Tensor, "*layers 2r"] | Float[Tensor, "*layers 2"] | None = None,
+) -> Float[Tensor, "*layers"]:
+    """What the loss bound leaves uncaptured, ``‖ΔW·L + G‖² / ‖G‖²``, for any choice of v (0 is perfect, 1 is nothing).
+
+    A yardstick that needs G, (…, m, n); the step itself never does.
+
+    Args:
+        G: gradient of the loss in W.
+        A: adapter factor, (…, m, r).
+        B: adapter factor, (…, n, r).
+        v: ``Lη·[α²; β²]``, (…, 2r) or (…, 2); ones (the adapter as it is, for Lη = 1) when None.
+    """
+    dtype = solver_dtype(G.device)
+    G, A, B = G.to(dtype), A.to(dtype), B.to(dtype)
+    r = A.shape[-1]
+    v = torch.ones(2 * r, dtype=dtype, device=G.device) if v is None else _per_column(v.to(dtype), 2 * r)
+    step = (A * v[..., None, :r]) @ (A.mT @ G) + (G @ (B * v[..., None, r:])) @ B.mT
+    return (G - step).square().sum((-2, -1)) / G.square().sum((-2, -1))
+
+
+def oracle_residual(G: Float[Tensor, "*layers m n"], rank: int) -> Float[Tensor, "*layers"]:
+    """The least `relative_residual` any adapter of this rank can have: the energy of G beyond its 2·rank largest values."""
+    energy = torch.linalg.svdvals(G.to(solver_dtype(G.device))).square()
+    return energy[..., 2 * rank :].sum(-1) / energy.sum(-1)
+
+
+def optimal_adapter(
+    G: Float[Tensor, "*layers m n"], rank: int, *, target_norm: float = 1.0
+) -> tuple[Float[Tensor, "*layers m r"], Float[Tensor, "*layers n r"]]:
+    """The unconstrained optimum (the oracle): ``Ã = U_I/√(Lη)``, ``B̃ = V_J/√(Lη)`` from ``G = UΣVᵀ``.
+
+    I and J split the 2·rank largest singular values; every split attains the same bound. This one deals them out in turn
+    (I = 0, 2, 4, …, J = 1, 3, 5, …), so that both factors get gradients of like size. LoRA-GA's start
+    (arXiv 2407.05000) is another split of the same optimum.
+
+    Args:
+        G: gradient of the loss in W, (…, m, n).
+        rank: r.
+        target_norm: ``1/√(Lη)``, the norm of each column of the result.
+
+    Returns:
+        ``(A, B)`` of shapes (…, m, r) and (…, n, r) in G's dtype, computed in float64.
+
+    Raises:
+        ValueError: rank is not between 1 and min(m, n)/2 (there are not 2·rank directions to choose from), or G is not
+            finite.
+    """
+    if not 1 <= rank <= min(G.shape[-2:]) // 2:
+        raise ValueError(
+            f"rank={rank} does not fit a gradient of shape {tuple(G.shape[-2:])}: the optimum needs 2·rank singular "
+            f"directions, so choose 1 ≤ rank ≤ {min(G.shape[-2:]) // 2}"
+        )
+    if not G.isfinite().all():
+        raise ValueError("G has NaN or infinite entries: its singular vectors do not exist")
+    U, _, Vh = torch.linalg.svd(G.to(solver_dtype(G.device)), full_matrices=False)
+    A = U[..., :, 0 : 2 * rank : 2] * target_norm
+    B = Vh.mT[..., :, 1 : 2 * rank : 2] * target_norm
+    return A.to(G.dtype), B.to(G.dtype)
+
+
+def _solve(
+    matrix: Float[Tensor, "*layers k k"], rhs: Float[Tensor, "*layers k"]
+) -> tuple[Float[Tensor, "*layers k"], Bool[Tensor, "*layers"]]:
+    """Solve by Cholesky after Jacobi scaling with one step of refinement; zeros where the system is not positive definite.
+
+    Returns the solution and whether the system is regular enough for it to be an optimum.
+    """
+    scale = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
+    unit = matrix * scale[..., :, None] * scale[..., None, :]
+    rhs = (rhs * scale)[..., None]
+    factor, info = torch.linalg.cholesky_ex(unit)
+    definite = info == 0
+    factor = torch.where(definite[..., None, None], factor, torch.eye(unit.shape[-1]).to(unit))
+    x = torch.cholesky_solve(rhs, factor)
+    x = x + torch.cholesky_solve(rhs - unit @ x, factor)
+    v = x[..., 0] * scale
+    definite = definite & v.isfinite().all(-1)
+    pivot = factor.diagonal(dim1=-2, dim2=-1).amin(-1).square()
+    return torch.where(definite[..., None], v, 0), definite & (pivot > _SMALLEST_PIVOT)
+
+
+def _summed_over_blocks(
+    equations: NormalEquations,
+) -> tuple[Float[Tensor, "*layers 2 2"], Float[Tensor, "*layers 2"]]:
+    r = equations.rhs.shape[-1] // 2
+    blocks = equations.matrix.unflatten(-1, (2, r)).sum(-1).unflatten(-2, (2, r)).sum(-2)
+    return blocks, equations.rhs.unflatten(-1, (2, r)).sum(-1)
+
+
+def _factors(
+    v: Float[Tensor, "*layers 2r"], regular: Bool[Tensor, "*layers"], norms: Float[Tensor, "*layers 2r"]
+) -> tuple[Float[Tensor, "*layers 2r"], Bool[Tensor, "*layers"]]:
+    factors = v.clamp_min(0).sqrt() * norms
+    low, high = _FACTOR_RANGE
+    return factors, regular & ((factors > low) & (factors < high)).all(-1)
+
+
+def _per_column(v: Tensor, columns: int) -> Tensor:
+    return v if v.shape[-1] == columns else v.repeat_interleave(columns // 2, dim=-1)
+
+
+def _check_shapes(A: Tensor, B: Tensor, GB: Tensor, GtA: Tensor) -> None:
+    if A.shape != GB.shape or B.shape != GtA.shape or A.shape[-1] != B.shape[-1] or A.shape[:-2] != B.shape[:-2]:
+        raise ValueError(
+            "expected A and GB of one shape (…, m, r), B and GtA of one shape (…, n, r); got "
+            f"A {tuple(A.shape)}, B {tuple(B.shape)}, GB {tuple(GB.shape)}, GtA {tuple(GtA.shape)}"
+        )
