@@ -1,0 +1,43 @@
+"""ScaLoRA: optimally scaled low-rank adaptation (arXiv 2510.23818) for PEFT models. The names below are the public list."""
+
+from scalora._version import __version__
+from scalora.adapters import UnsupportedLayerError
+from scalora.config import ScaLoraConfig
+from scalora.engine import ScaLora
+from scalora.integrations.transformers import ScaLoraCallback
+from scalora.lowrank import effective_rank, numerical_rank
+from scalora.saving import AdapterOnlySaveError
+from scalora.scaling import (
+    captured_energy,
+    choose_scaling,
+    column_scaling,
+    normal_equations,
+    optimal_adapter,
+    oracle_residual,
+    relative_residual,
+    scalar_scaling,
+)
+from scalora.start import optimal_start
+from scalora.transport import UnsupportedOptimizerError, register_optimizer
+
+__all__ = [
+    "AdapterOnlySaveError",
+    "ScaLora",
+    "ScaLoraCallback",
+    "ScaLoraConfig",
+    "UnsupportedLayerError",
+    "UnsupportedOptimizerError",
+    "__version__",
+    "captured_energy",
+    "choose_scaling",
+    "column_scaling",
+    "effective_rank",
+    "normal_equations",
+    "numerical_rank",
+    "optimal_adapter",
+    "optimal_start",
+    "oracle_residual",
+    "register_optimizer",
+    "relative_residual",
+    "scalar_scaling",
+]

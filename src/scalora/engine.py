@@ -1,0 +1,221 @@
+"""`ScaLora`: one rescale per optimizer step, in the paper's order, as a step pre-hook (paper, Algorithm 1).
+
+gradients are final → solve for v → α, β → merge ``W += s·A·diag(1 − αβ)·Bᵀ`` → scale A, B, their gradients and their
+optimizer state → the optimizer steps on Ã, B̃.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from scalora.adapters import LoraPair, find_lora_pairs, stack
+from scalora.config import ScaLoraConfig
+from scalora.remainder import merge_dense
+from scalora.saving import refuse_adapter_only_save
+from scalora.scaling import COLUMN, SCALAR, Scaling, choose_scaling
+from scalora.transport import scale_gradient_and_state, state_degrees
+
+DEFAULT_TARGET_NORM = 1.0
+
+_QUANTILES = (0.1, 0.5, 0.9)
+
+
+class ScaLora:
+    """Attaches ScaLoRA to a PEFT model and its optimizer.
+
+    Example:
+        >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> ScaLora(model, optimizer, ScaLoraConfig())  # and train as before
+
+    Args:
+        model: with PEFT LoRA layers, exactly one adapter active.
+        optimizer: any whose state can be carried over (see `scalora.register_optimizer`); a wrapper with the real one
+            in ``.optimizer`` (Accelerate's) is looked through.
+        config: settings; the defaults when None.
+
+    Raises:
+        UnsupportedLayerError: a module that can't be treated, by name.
+        UnsupportedOptimizerError: an optimizer that can't be carried over, by name.
+        ValueError: an adapter parameter that the optimizer does not hold, or `smoothness` with a zero learning rate.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig | None = None) -> None:
+        self.config = config or ScaLoraConfig()
+        self._model = model
+        self._optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._degrees = state_degrees(self._optimizer)
+        pairs = find_lora_pairs(model)
+        rates = _base_learning_rates(self._optimizer)
+        self._target_norms = {pair.name: _target_norms(pair, rates, self.config) for pair in pairs}
+        self._groups: dict[tuple[Any, ...], list[LoraPair]] = defaultdict(list)
+        for pair in pairs:
+            self._groups[pair.group_key].append(pair)
+        if any(pair.weight.dtype in (torch.float16, torch.bfloat16) for pair in pairs):
+            warnings.warn(
+                "the base weights are in half precision: every merge rounds them; load the base in float32 to keep all "
+                "that is learned",
+                stacklevel=2,
+            )
+        self._step = 0
+        self._rescales = 0
+        self._last: dict[str, Tensor] = {}
+        self._hook = self._optimizer.register_step_pre_hook(self._before_step)
+
+    def detach(self) -> None:
+        """Stop rescaling. The model goes on as plain LoRA on the base weights as they are now."""
+        self._hook.remove()
+
+    def metrics(self) -> dict[str, float]:
+        """What the last rescale did; empty before the first.
+
+        Keys: ``scalora/column_share``, ``scalora/scalar_share``, ``scalora/left_alone_share`` and
+        ``scalora/degenerate_share`` (of all layers; degenerate ones are among those left alone), quantiles of the factors
+        ``scalora/alpha_p10 … beta_p90`` over all columns, ``scalora/merge_norm`` (Frobenius norm of all that went into
+        the base weights at this rescale), ``scalora/rescales`` (so far).
+        """
+        if not self._last:
+            return {}
+        return {key: value.item() for key, value in self._last.items()} | {"scalora/rescales": float(self._rescales)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and settings as plain numbers. The weights and moments belong to the model and the optimizer."""
+        return {"step": self._step, "rescales": self._rescales, "config": self.config.to_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting where `state_dict` left off.
+
+        Raises:
+            ValueError: the state is of a run with other settings, or lacks an entry.
+        """
+        if missing := {"step", "rescales", "config"} - set(state):
+            raise ValueError(f"not a ScaLora state: it lacks {', '.join(sorted(missing))}")
+        if (saved := ScaLoraConfig.from_dict(state["config"])) != self.config:
+            raise ValueError(f"the state was saved with {saved}, this engine has {self.config}: use the same settings")
+        self._step, self._rescales = int(state["step"]), int(state["rescales"])
+        if self._rescales:
+            refuse_adapter_only_save(self._model)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if args or kwargs:
+            closure = args[0] if args else kwargs.get("closure")
+            if closure is not None:
+                raise ValueError(
+                    "optimizer.step(closure) computes the gradients after ScaLoRA has to see them: call backward() "
+                    "first and optimizer.step() without a closure"
+                )
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            # GradScaler calls a fused optimizer even when it will skip the step.
+            return
+        self._step += 1
+        since_warmup = self._step - self.config.warmup_steps
+        if since_warmup < 1 or since_warmup % self.config.interval:
+            return
+        rescaled = [
+            self._rescale_group([p for p in pairs if _has_gradients(p)]) for pairs in self._groups.values()
+        ]
+        self._rescales += 1
+        if self._rescales == 1:
+            refuse_adapter_only_save(self._model)
+        total = sum(len(pairs) for pairs in self._groups.values())
+        self._last = _summary([part for part in rescaled if part is not None], total)
+
+    def _rescale_group(self, pairs: list[LoraPair]) -> tuple[Scaling, Tensor] | None:
+        """Solve, merge and carry over for layers of one shape; returns the scaling and the merges' squared norms."""
+        if not pairs:
+            return None
+        A, B = stack([p.lora_B for p in pairs]), stack([p.lora_A for p in pairs]).mT
+        GB, GtA = stack([p.lora_B.grad for p in pairs]), stack([p.lora_A.grad for p in pairs]).mT
+        norms = torch.tensor([self._target_norms[p.name] for p in pairs], dtype=torch.float64).to(A.device)
+        scaling = choose_scaling(A, B, GB, GtA, target_norm=norms, mode=self.config.mode)
+        alpha, beta = scaling.alpha.to(A.dtype), scaling.beta.to(A.dtype)
+        # 1 − αβ of the factors as they are applied, in the solver's precision: the function is kept to rounding.
+        scale = torch.tensor([p.scaling for p in pairs], dtype=scaling.alpha.dtype).to(A.device)
+        coefficients = scale[:, None] * (1 - alpha.to(scaling.alpha.dtype) * beta.to(scaling.beta.dtype))
+        for i, pair in enumerate(pairs):
+            merge_dense(
+                pair.weight, pair.lora_B, pair.lora_A.mT, coefficients[i], transposed=pair.transposed
+            )
+            pair.lora_B.mul_(alpha[i])
+            pair.lora_A.mul_(beta[i][:, None])
+            scale_gradient_and_state(self._optimizer, self._degrees, pair.lora_B, beta[i])
+            scale_gradient_and_state(self._optimizer, self._degrees, pair.lora_A, alpha[i][:, None])
+        return scaling, _merge_energy(A, B, coefficients)
+
+
+def _has_gradients(pair: LoraPair) -> bool:
+    return pair.lora_A.grad is not None and pair.lora_B.grad is not None
+
+
+def _merge_energy(A: Tensor, B: Tensor, coefficients: Tensor) -> Tensor:
+    """``‖A·diag(c)·Bᵀ‖²`` of each layer from r × r Grams; 0 where c = 0 even if A or B is not finite."""
+    moved = (coefficients != 0)[:, None, :]
+    left = torch.where(moved, A, 0).to(coefficients.dtype) * coefficients[:, None, :]
+    right = torch.where(moved, B, 0).to(coefficients.dtype)
+    return ((left.mT @ left) * (right.mT @ right)).sum((-2, -1))
+
+
+def _summary(parts: list[tuple[Scaling, Tensor]], total: int) -> dict[str, Tensor]:
+    """Metrics of one rescale as tensors, so that nothing waits for the device until someone reads them."""
+    if not parts:
+        return {"scalora/left_alone_share": torch.tensor(1.0)}
+    device = parts[0][1].device
+    choice = torch.cat([scaling.choice.to(device) for scaling, _ in parts])
+    degenerate = torch.cat([scaling.degenerate.to(device) for scaling, _ in parts])
+    column, scalar = (choice == COLUMN).sum() / total, (choice == SCALAR).sum() / total
+    summary = {
+        "scalora/column_share": column,
+        "scalora/scalar_share": scalar,
+        "scalora/left_alone_share": 1 - column - scalar,
+        "scalora/degenerate_share": degenerate.sum() / total,
+        "scalora/merge_norm": torch.cat([energy.to(device) for _, energy in parts]).sum().sqrt(),
+    }
+    for name in ("alpha", "beta"):
+        factors = torch.cat([getattr(scaling, name).to(device).flatten() for scaling, _ in parts]).float()
+        for q in _QUANTILES:
+            summary[f"scalora/{name}_p{round(100 * q)}"] = factors.quantile(q)
+    return summary
+
+
+def _base_learning_rates(optimizer: Optimizer) -> dict[int, float]:
+    """The unscheduled learning rate of each parameter, by id.
+
+    A scheduler keeps it in ``initial_lr``: with the scheduled rate a decay would blow the factors up.
+    """
+    return {
+        id(parameter): float(group.get("initial_lr", group["lr"]))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def _target_norms(pair: LoraPair, rates: dict[int, float], config: ScaLoraConfig) -> tuple[float, float]:
+    """The target norms for α and β of one layer."""
+    for key, parameter in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
+        if id(parameter) not in rates:
+            raise ValueError(
+                f"the optimizer does not hold {key} of module {pair.name!r}: build it from the parameters of this model"
+            )
+    if config.smoothness is None:
+        norm = DEFAULT_TARGET_NORM if config.target_norm is None else config.target_norm
+        return norm, norm
+    # α's term of the loss bound, aᵢ(Gᵀaᵢ)ᵀ, comes from the step on B, so it goes with the learning rate of lora_A.
+    norms = []
+    for rate in (rates[id(pair.lora_A)], rates[id(pair.lora_B)]):
+        if rate <= 0:
+            raise ValueError(
+                f"smoothness={config.smoothness} needs the base learning rate, which is {rate} for module {pair.name!r}: "
+                "attach after setting it, or give target_norm"
+            )
+        norms.append(1 / (pair.scaling * math.sqrt(config.smoothness * rate)))
+    return norms[0], norms[1]
+

@@ -1,0 +1,63 @@
+"""The oracle as a start: adapters from the SVD of each layer's first gradient (paper, Theorem 1; generalises LoRA-GA)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from scalora.adapters import find_lora_pairs
+from scalora.remainder import merge_dense
+from scalora.saving import refuse_adapter_only_save
+from scalora.scaling import optimal_adapter
+
+
+def optimal_start(model: nn.Module, train_step: Callable[[], None], *, target_norm: float = 1.0) -> None:
+    """Give every LoRA pair the optimal factors for its gradient, and take their product off the base weight.
+
+    The model's function does not change. Needs memory for the gradients of all adapted weights, once.
+
+    Args:
+        model: with PEFT LoRA layers, before the optimizer has stepped.
+        train_step: computes the loss on a few batches and calls ``backward()``, the convention of PEFT's
+            ``preprocess_loraga``; gradients are summed over its calls.
+        target_norm: ``1/√(Lη)``, the norm of every column.
+
+    Raises:
+        UnsupportedLayerError: as `scalora.ScaLora`.
+        ValueError: a layer got no gradient, a non-finite one, or is too small for 2·rank directions. No layer has been
+            changed then.
+    """
+    pairs = find_lora_pairs(model)
+    trained_before = [pair.weight.requires_grad for pair in pairs]
+    try:
+        for pair in pairs:
+            pair.weight.requires_grad_(True)
+        train_step()
+        starts = []
+        for pair in pairs:
+            gradient = pair.weight.grad
+            if gradient is None:
+                raise ValueError(f"module {pair.name!r} got no gradient from train_step: does it call backward()?")
+            try:
+                starts.append(
+                    optimal_adapter(
+                        gradient.mT if pair.transposed else gradient, pair.lora_A.shape[0], target_norm=target_norm
+                    )
+                )
+            except ValueError as error:
+                raise ValueError(f"module {pair.name!r}: {error}") from None
+    finally:
+        for pair, trained in zip(pairs, trained_before, strict=True):
+            pair.weight.requires_grad_(trained)
+        model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for pair, (A, B) in zip(pairs, starts, strict=True):
+            scale = A.new_full((A.shape[1],), pair.scaling)
+            before = (pair.lora_B.detach(), pair.lora_A.detach().mT)
+            merge_dense(pair.weight, *before, scale, transposed=pair.transposed)
+            merge_dense(pair.weight, A, B, -scale, transposed=pair.transposed)
+            pair.lora_B.copy_(A)
+            pair.lora_A.copy_(B.mT)
+    refuse_adapter_only_save(model)
