@@ -12,12 +12,11 @@ from transformers.pytorch_utils import Conv1D
 class TwoLayers(nn.Module):
     """Linear, tanh, linear: the smallest thing with two LoRA layers."""
 
-    def __init__(self, features=12, hidden=16, outputs=6, tied=False):
+    def __init__(self, features=12, hidden=16, outputs=6):
         super().__init__()
+        torch.manual_seed(0)
         self.first = nn.Linear(features, hidden)
         self.second = nn.Linear(hidden, outputs)
-        if tied:
-            self.second = self.first
 
     def forward(self, x):
         return self.second(torch.tanh(self.first(x)))
@@ -28,6 +27,7 @@ class Mixed(nn.Module):
 
     def __init__(self, vocabulary=20, width=12):
         super().__init__()
+        torch.manual_seed(0)
         self.embed = nn.Embedding(vocabulary, width)
         self.conv1d = Conv1D(10, width)
         self.linear = nn.Linear(10, width)

@@ -1,4 +1,4 @@
-"""ScaLoRA: optimally scaled low-rank adaptation (arXiv 2510.23818) for PEFT models. The names below are the public list."""
+"""ScaLoRA, optimally scaled low-rank adaptation (arXiv 2510.23818), for PEFT models: the public list."""
 
 from scalora._version import __version__
 from scalora.adapters import UnsupportedLayerError

@@ -60,9 +60,9 @@ def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
         model: a `PeftModel`, or any module with PEFT LoRA layers injected.
 
     Raises:
-        UnsupportedLayerError: there is no LoRA layer, or one that can't be treated: DoRA and other variants, convolutions,
-            attention modules, quantised or tied base weights, half-precision, frozen or tied adapter weights, merged or
-            disabled adapters, several active adapters.
+        UnsupportedLayerError: there is no LoRA layer, or one that can't be treated: DoRA and other variants,
+            convolutions, attention modules, quantised or tied base weights, half-precision, frozen or tied adapter
+            weights, merged or disabled adapters, several active adapters.
     """
     owners = _owners_of_parameters(model)
     pairs = []
@@ -116,7 +116,9 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> 
         )
     if len(names := owners[id(weight)]) > 1:
         _refuse(
-            name, f"its base weight is tied ({' = '.join(names)})", "leave it out of target_modules, or untie it"
+            name,
+            f"its base weight is tied ({' = '.join(names)})",
+            "leave it out of target_modules, or untie it",
         )
     if isinstance(layer, Embedding):
         lora_A, lora_B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]

@@ -77,9 +77,9 @@ class ScaLora:
         """What the last rescale did; empty before the first.
 
         Keys: ``scalora/column_share``, ``scalora/scalar_share``, ``scalora/left_alone_share`` and
-        ``scalora/degenerate_share`` (of all layers; degenerate ones are among those left alone), quantiles of the factors
-        ``scalora/alpha_p10 … beta_p90`` over all columns, ``scalora/merge_norm`` (Frobenius norm of all that went into
-        the base weights at this rescale), ``scalora/rescales`` (so far).
+        ``scalora/degenerate_share`` (of all layers; degenerate ones are among those left alone), quantiles of the
+        factors over all columns ``scalora/alpha_p10 … beta_p90``, ``scalora/merge_norm`` (Frobenius norm of all that
+        went into the base weights at this rescale), ``scalora/rescales`` (so far).
         """
         if not self._last:
             return {}
@@ -104,14 +104,13 @@ class ScaLora:
             refuse_adapter_only_save(self._model)
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if args or kwargs:
-            closure = args[0] if args else kwargs.get("closure")
-            if closure is not None:
-                raise ValueError(
-                    "optimizer.step(closure) computes the gradients after ScaLoRA has to see them: call backward() "
-                    "first and optimizer.step() without a closure"
-                )
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # torch hands the hook the optimizer itself as the first of args.
+        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+            raise ValueError(
+                "optimizer.step(closure) computes the gradients after ScaLoRA has to see them: call backward() first "
+                "and optimizer.step() without a closure"
+            )
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             # GradScaler calls a fused optimizer even when it will skip the step.
@@ -120,9 +119,7 @@ class ScaLora:
         since_warmup = self._step - self.config.warmup_steps
         if since_warmup < 1 or since_warmup % self.config.interval:
             return
-        rescaled = [
-            self._rescale_group([p for p in pairs if _has_gradients(p)]) for pairs in self._groups.values()
-        ]
+        rescaled = [self._rescale_group([p for p in pairs if _has_gradients(p)]) for pairs in self._groups.values()]
         self._rescales += 1
         if self._rescales == 1:
             refuse_adapter_only_save(self._model)
@@ -134,7 +131,7 @@ class ScaLora:
         if not pairs:
             return None
         A, B = stack([p.lora_B for p in pairs]), stack([p.lora_A for p in pairs]).mT
-        GB, GtA = stack([p.lora_B.grad for p in pairs]), stack([p.lora_A.grad for p in pairs]).mT
+        GB, GtA = stack([_gradient(p.lora_B) for p in pairs]), stack([_gradient(p.lora_A) for p in pairs]).mT
         norms = torch.tensor([self._target_norms[p.name] for p in pairs], dtype=torch.float64).to(A.device)
         scaling = choose_scaling(A, B, GB, GtA, target_norm=norms, mode=self.config.mode)
         alpha, beta = scaling.alpha.to(A.dtype), scaling.beta.to(A.dtype)
@@ -142,9 +139,7 @@ class ScaLora:
         scale = torch.tensor([p.scaling for p in pairs], dtype=scaling.alpha.dtype).to(A.device)
         coefficients = scale[:, None] * (1 - alpha.to(scaling.alpha.dtype) * beta.to(scaling.beta.dtype))
         for i, pair in enumerate(pairs):
-            merge_dense(
-                pair.weight, pair.lora_B, pair.lora_A.mT, coefficients[i], transposed=pair.transposed
-            )
+            merge_dense(pair.weight, pair.lora_B, pair.lora_A.mT, coefficients[i], transposed=pair.transposed)
             pair.lora_B.mul_(alpha[i])
             pair.lora_A.mul_(beta[i][:, None])
             scale_gradient_and_state(self._optimizer, self._degrees, pair.lora_B, beta[i])
@@ -154,6 +149,11 @@ class ScaLora:
 
 def _has_gradients(pair: LoraPair) -> bool:
     return pair.lora_A.grad is not None and pair.lora_B.grad is not None
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _merge_energy(A: Tensor, B: Tensor, coefficients: Tensor) -> Tensor:
@@ -171,11 +171,11 @@ def _summary(parts: list[tuple[Scaling, Tensor]], total: int) -> dict[str, Tenso
     device = parts[0][1].device
     choice = torch.cat([scaling.choice.to(device) for scaling, _ in parts])
     degenerate = torch.cat([scaling.degenerate.to(device) for scaling, _ in parts])
-    column, scalar = (choice == COLUMN).sum() / total, (choice == SCALAR).sum() / total
+    column, scalar = (choice == COLUMN).sum(), (choice == SCALAR).sum()
     summary = {
-        "scalora/column_share": column,
-        "scalora/scalar_share": scalar,
-        "scalora/left_alone_share": 1 - column - scalar,
+        "scalora/column_share": column / total,
+        "scalora/scalar_share": scalar / total,
+        "scalora/left_alone_share": (total - column - scalar) / total,
         "scalora/degenerate_share": degenerate.sum() / total,
         "scalora/merge_norm": torch.cat([energy.to(device) for _, energy in parts]).sum().sqrt(),
     }
@@ -213,9 +213,8 @@ def _target_norms(pair: LoraPair, rates: dict[int, float], config: ScaLoraConfig
     for rate in (rates[id(pair.lora_A)], rates[id(pair.lora_B)]):
         if rate <= 0:
             raise ValueError(
-                f"smoothness={config.smoothness} needs the base learning rate, which is {rate} for module {pair.name!r}: "
-                "attach after setting it, or give target_norm"
+                f"smoothness={config.smoothness} needs the base learning rate, which is {rate} for module "
+                f"{pair.name!r}: attach after setting it, or give target_norm"
             )
         norms.append(1 / (pair.scaling * math.sqrt(config.smoothness * rate)))
     return norms[0], norms[1]
-

@@ -1,4 +1,4 @@
-"""Where the remainder of a rescale goes: ``W += s·A·diag(1 − α⊙β)·Bᵀ`` into the dense base weight (paper, equation of W̃ᵖᵗ)."""
+"""Where the remainder of a rescale goes: ``W += s·A·diag(1 − α⊙β)·Bᵀ`` into the dense base weight."""
 
 from __future__ import annotations
 

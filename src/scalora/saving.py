@@ -28,6 +28,6 @@ def refuse_adapter_only_save(model: nn.Module) -> None:
 
 def _refuse(method: str, *args: Any, **kwargs: Any) -> NoReturn:
     raise AdapterOnlySaveError(
-        f"{method} would save the adapter alone, but ScaLoRA has merged part of the update into the base weights, so the "
-        "adapter would be wrong on any other copy of the base: save model.merge_and_unload() instead"
+        f"{method} would save the adapter alone, but ScaLoRA has merged part of the update into the base weights, so "
+        "the adapter would be wrong on any other copy of the base: save model.merge_and_unload() instead"
     )

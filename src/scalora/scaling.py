@@ -97,9 +97,7 @@ def normal_equations(
     gram_A, gram_B = S_A.mT @ S_A, S_B.mT @ S_B
     matrix = gram_A * gram_B
     # λᵢ = ⟨G, aᵢ(Gᵀaᵢ)ᵀ⟩ = ‖Gᵀaᵢ‖² and ⟨G, (G bⱼ)bⱼᵀ⟩ = ‖G bⱼ‖².
-    rhs = torch.cat(
-        [gram_B.diagonal(dim1=-2, dim2=-1)[..., :r], gram_A.diagonal(dim1=-2, dim2=-1)[..., r:]], dim=-1
-    )
+    rhs = torch.cat([gram_B.diagonal(dim1=-2, dim2=-1)[..., :r], gram_A.diagonal(dim1=-2, dim2=-1)[..., r:]], dim=-1)
     usable = finite & (matrix.diagonal(dim1=-2, dim2=-1) > 0).all(-1) & matrix.isfinite().all(-1).all(-1)
     identity = torch.eye(2 * r, dtype=dtype, device=A.device)
     matrix = torch.where(usable[..., None, None], matrix, identity)
@@ -225,8 +223,8 @@ def relative_residual(
 
 
 def oracle_residual(G: Float[Tensor, "*layers m n"], rank: int) -> Float[Tensor, "*layers"]:
-    """The least `relative_residual` any adapter of this rank can have: the energy of G beyond its 2·rank largest values."""
-    energy = torch.linalg.svdvals(G.to(solver_dtype(G.device))).square()
+    """The least `relative_residual` any adapter of this rank can have: G's energy beyond its 2·rank largest values."""
+    energy: Tensor = torch.linalg.svdvals(G.to(solver_dtype(G.device))).square()
     return energy[..., 2 * rank :].sum(-1) / energy.sum(-1)
 
 
@@ -235,8 +233,8 @@ def optimal_adapter(
 ) -> tuple[Float[Tensor, "*layers m r"], Float[Tensor, "*layers n r"]]:
     """The unconstrained optimum (the oracle): ``Ã = U_I/√(Lη)``, ``B̃ = V_J/√(Lη)`` from ``G = UΣVᵀ``.
 
-    I and J split the 2·rank largest singular values; every split attains the same bound. This one deals them out in turn
-    (I = 0, 2, 4, …, J = 1, 3, 5, …), so that both factors get gradients of like size. LoRA-GA's start
+    I and J split the 2·rank largest singular values; every split attains the same bound. This one deals them out in
+    turn (I = 0, 2, 4, …, J = 1, 3, 5, …), so that both factors get gradients of like size. LoRA-GA's start
     (arXiv 2407.05000) is another split of the same optimum.
 
     Args:
@@ -267,7 +265,7 @@ def optimal_adapter(
 def _solve(
     matrix: Float[Tensor, "*layers k k"], rhs: Float[Tensor, "*layers k"]
 ) -> tuple[Float[Tensor, "*layers k"], Bool[Tensor, "*layers"]]:
-    """Solve by Cholesky after Jacobi scaling with one step of refinement; zeros where the system is not positive definite.
+    """Solve by Cholesky after Jacobi scaling with one step of refinement; zeros where M is not positive definite.
 
     Returns the solution and whether the system is regular enough for it to be an optimum.
     """
@@ -289,8 +287,9 @@ def _summed_over_blocks(
     equations: NormalEquations,
 ) -> tuple[Float[Tensor, "*layers 2 2"], Float[Tensor, "*layers 2"]]:
     r = equations.rhs.shape[-1] // 2
-    blocks = equations.matrix.unflatten(-1, (2, r)).sum(-1).unflatten(-2, (2, r)).sum(-2)
-    return blocks, equations.rhs.unflatten(-1, (2, r)).sum(-1)
+    layers = equations.rhs.shape[:-1]
+    blocks = equations.matrix.reshape(*layers, 2, r, 2, r).sum((-3, -1))
+    return blocks, equations.rhs.reshape(*layers, 2, r).sum(-1)
 
 
 def _factors(

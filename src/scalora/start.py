@@ -1,4 +1,4 @@
-"""The oracle as a start: adapters from the SVD of each layer's first gradient (paper, Theorem 1; generalises LoRA-GA)."""
+"""The oracle as a start: adapters from the SVD of each layer's first gradient (generalises LoRA-GA)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def optimal_start(model: nn.Module, train_step: Callable[[], None], *, target_no
             try:
                 starts.append(
                     optimal_adapter(
-                        gradient.mT if pair.transposed else gradient, pair.lora_A.shape[0], target_norm=target_norm
+                        gradient.mT if pair.transposed else gradient,
+                        pair.lora_A.shape[0],
+                        target_norm=target_norm,
                     )
                 )
             except ValueError as error:

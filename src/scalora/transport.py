@@ -1,8 +1,9 @@
-"""Carries gradients and optimizer state through a column scaling, exactly (method: paper section 3.3; tensors and optimizers only).
+"""Carries gradients and optimizer state through a column scaling, exactly: tensors and optimizers only.
 
-After ``Ã = A·diag(α)``, ``B̃ = B·diag(β)`` the gradients are ``∂ℓ/∂Ã = (∂ℓ/∂A)·diag(β)`` and ``∂ℓ/∂B̃ = (∂ℓ/∂B)·diag(α)``:
-A's gradient takes β and B's takes α. A statistic that is elementwise in the gradient and homogeneous of degree k
-takes the k-th power of that factor, and is then what it would have been had the adapter been scaled from the start.
+After ``Ã = A·diag(α)``, ``B̃ = B·diag(β)`` the gradients are ``∂ℓ/∂Ã = (∂ℓ/∂A)·diag(β)`` and
+``∂ℓ/∂B̃ = (∂ℓ/∂B)·diag(α)``: A's gradient takes β and B's takes α. A statistic that is elementwise in the gradient
+and homogeneous of degree k takes the k-th power of that factor, and is then what it would have been had the adapter
+been scaled from the start.
 So an optimizer is described by one small table, state key → degree; it is refused when its state is not of that kind.
 """
 
@@ -83,16 +84,15 @@ def state_degrees(optimizer: Optimizer) -> Mapping[str, int]:
     name, short = _qualified_name(type(optimizer)), type(optimizer).__name__
     if name not in _DEGREES:
         reason = _NOT_ELEMENTWISE.get(
-            short, "it is not registered; if its state is elementwise in the gradient, call scalora.register_optimizer"
+            short,
+            "it is not registered; if its state is elementwise in the gradient, call scalora.register_optimizer",
         )
         raise UnsupportedOptimizerError(
             f"optimizer {short} ({name}) can't be carried through a ScaLoRA rescale: {reason}; {_USE_INSTEAD}"
         )
     for index, group in enumerate(optimizer.param_groups):
-        if reason := _REFUSALS[name](group):
-            raise UnsupportedOptimizerError(
-                f"optimizer {short}, parameter group {index}: {reason}; {_USE_INSTEAD}"
-            )
+        if refusal := _REFUSALS[name](group):
+            raise UnsupportedOptimizerError(f"optimizer {short}, parameter group {index}: {refusal}; {_USE_INSTEAD}")
     return _DEGREES[name]
 
 
@@ -152,8 +152,6 @@ register_optimizer(torch.optim.NAdam, _ADAM, refuse=_coupled_decay)
 register_optimizer(torch.optim.RAdam, _ADAM, refuse=_coupled_decay)
 register_optimizer(torch.optim.SGD, {"momentum_buffer": 1}, refuse=_coupled_decay)
 # RMSprop's momentum sums gradients already divided by their root mean square: degree 0 (exact up to eps).
-register_optimizer(
-    torch.optim.RMSprop, {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 0}, refuse=_coupled_decay
-)
+register_optimizer(torch.optim.RMSprop, {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 0}, refuse=_coupled_decay)
 register_optimizer(torch.optim.Adagrad, {"sum": 2}, refuse=_adagrad_settings)
 register_optimizer("lion_pytorch.lion_pytorch.Lion", {"exp_avg": 1})

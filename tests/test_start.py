@@ -1,0 +1,44 @@
+import pytest
+import torch
+from models import Mixed, TwoLayers, with_lora
+
+from scalora import AdapterOnlySaveError, optimal_start, oracle_residual, relative_residual
+
+
+def test_the_start_keeps_the_function_and_attains_the_oracle():
+    model = with_lora(TwoLayers(), dtype=torch.float64, r=2, target_modules=["first"], lora_alpha=6)
+    x, y = torch.randn(20, 12).double(), torch.randn(20, 6).double()
+    reference = model(x).detach()
+    layer = model.base_model.model.first
+
+    def train_step():
+        torch.nn.functional.mse_loss(model(x), y).backward()
+
+    W = (layer.base_layer.weight + layer.get_delta_weight("default")).detach().requires_grad_()
+    hidden = torch.tanh(torch.nn.functional.linear(x, W, layer.base_layer.bias))
+    loss = torch.nn.functional.mse_loss(model.base_model.model.second(hidden), y)
+    (G,) = torch.autograd.grad(loss, W)
+    optimal_start(model, train_step)
+    torch.testing.assert_close(model(x), reference, rtol=1e-12, atol=1e-12)
+    A, B = layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach().T
+    torch.testing.assert_close(relative_residual(G, A, B), oracle_residual(G, 2), rtol=1e-9, atol=1e-12)
+    assert not layer.base_layer.weight.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(AdapterOnlySaveError):
+        model.save_pretrained("unused")
+
+
+def test_transposed_layers_keep_the_function_too():
+    model = with_lora(Mixed(), dtype=torch.float64, r=2, target_modules=["embed", "conv1d", "linear"])
+    tokens = torch.randint(0, 20, (16, 4))
+    reference = model(tokens).detach()
+    optimal_start(model, lambda: model(tokens).square().mean().backward())
+    torch.testing.assert_close(model(tokens), reference, rtol=1e-12, atol=1e-12)
+
+
+def test_a_start_that_fails_changes_nothing():
+    model = with_lora(TwoLayers(), r=2, target_modules=["first"])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"first.*no gradient"):
+        optimal_start(model, lambda: None)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
