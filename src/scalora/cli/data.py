@@ -1,0 +1,124 @@
+"""Loads examples and checks their columns before anything expensive happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from scalora.cli.errors import InputError
+from scalora.cli.settings import DataSettings, Task
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_examples(name: str, split: str) -> Dataset:
+    """Examples from a local file or the hub.
+
+    Args:
+        name: path of a jsonl, json, csv or parquet file, or a hub id.
+        split: of a hub dataset; local files have only one.
+
+    Raises:
+        InputError: the file is missing, of another format, unreadable, or empty.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in _FORMATS or path.exists():
+        if not path.is_file():
+            raise InputError(f"data file {name!r} does not exist")
+        if path.suffix not in _FORMATS:
+            raise InputError(f"data file {name!r} must end in {', '.join(_FORMATS)}")
+        if not path.stat().st_size:
+            raise InputError(f"data file {name!r} is empty")
+        try:
+            examples = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+        except Exception as error:
+            cause = error.__cause__ or error
+            raise InputError(f"data file {name!r} can't be read as {_FORMATS[path.suffix]}: {cause}") from None
+    else:
+        loaded = load_dataset(name)
+        if isinstance(loaded, DatasetDict) and split not in loaded:
+            raise InputError(f"dataset {name!r} has no split {split!r}; it has {', '.join(loaded)}")
+        examples = loaded[split]
+    if not len(examples):
+        raise InputError(f"data {name!r} has no examples")
+    return examples
+
+
+def sft_examples(examples: Dataset, name: str, data: DataSettings) -> Dataset:
+    """Keep the columns of one of TRL's formats: ``messages``, ``prompt`` + ``completion``, or plain text.
+
+    Raises:
+        InputError: no format's columns are there; names those that are.
+    """
+    have = set(examples.column_names)
+    for columns in (["messages"], ["prompt", "completion"]):
+        if have >= set(columns):
+            return examples.select_columns(columns)
+    if data.text in have:
+        return examples.select_columns([data.text])
+    raise InputError(
+        f"data {name!r} has no column 'messages', no pair 'prompt' and 'completion', and no column {data.text!r}; "
+        f"it has {', '.join(examples.column_names)}"
+    )
+
+
+def require_columns(examples: Dataset, name: str, columns: list[str]) -> None:
+    """Raise `InputError` with the first column that is missing and those that are there."""
+    for column in columns:
+        if column not in examples.column_names:
+            raise InputError(f"data {name!r} has no column {column!r}; it has {', '.join(examples.column_names)}")
+
+
+def label_names(examples: Dataset, name: str, data: DataSettings) -> list[str]:
+    """The classes in a training set, sorted, as text.
+
+    Raises:
+        InputError: the column is missing, has gaps, or there is only one class.
+    """
+    require_columns(examples, name, [data.label])
+    values = set(examples[data.label])
+    if None in values:
+        raise InputError(f"data {name!r} has examples without a value in column {data.label!r}")
+    if len(values) < 2:
+        raise InputError(f"data {name!r} has only one class in column {data.label!r}: {values.pop()!r}")
+    return [str(value) for value in sorted(values)]
+
+
+def tokenized_for_classification(
+    examples: Dataset,
+    name: str,
+    data: DataSettings,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: list[str] | None,
+) -> Dataset:
+    """``input_ids``, ``attention_mask`` and ``labels`` for a sequence classifier.
+
+    Raises:
+        InputError: a column is missing, or a label is not a known class or not a number.
+    """
+    columns = [data.text] + ([data.text_pair] if data.text_pair else [])
+    require_columns(examples, name, [*columns, data.label])
+
+    def encode(row: dict[str, object]) -> dict[str, object]:
+        # The cap is a guard against model_max_length's "unlimited" sentinel.
+        encoded = dict(
+            tokenizer(*(row[column] for column in columns), truncation=True, max_length=min(tokenizer.model_max_length, 512))
+        )
+        encoded["labels"] = _label(row[data.label], name, task, labels)
+        return encoded
+
+    return examples.map(encode, remove_columns=examples.column_names, desc="Tokenizing")
+
+
+def _label(value: object, name: str, task: Task, labels: list[str] | None) -> float | int:
+    if task == "regression" or labels is None:
+        try:
+            return float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            raise InputError(f"data {name!r} has a label that is not a number: {value!r}") from None
+    if str(value) not in labels:
+        raise InputError(f"data {name!r} has a label {value!r} that is not a class; the classes are {', '.join(labels)}")
+    return labels.index(str(value))

@@ -1,0 +1,118 @@
+"""Loads a base model and its tokenizer from a hub id, a local folder, a run folder or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from scalora.cli.errors import InputError
+from scalora.cli.settings import Settings
+
+
+class Source(NamedTuple):
+    """What `from_pretrained` takes: a name or folder, and the GGUF file in it if that is what it is."""
+
+    name: str
+    gguf_file: str | None
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """Keyword arguments of `from_pretrained` beside the name."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def resolve_source(model: str) -> Source:
+    """Tell hub ids from local paths; a run folder stands for the model in it.
+
+    Raises:
+        InputError: it looks like a local path and nothing is there, or the folder holds no model.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"model file {model!r} is not a .gguf file: give the folder of a saved model instead")
+        return Source(str(path.parent), path.name)
+    if path.is_dir():
+        if (path / "model" / "config.json").is_file():
+            path = path / "model"
+        if not (path / "config.json").is_file():
+            raise InputError(f"model folder {model!r} holds no config.json: it is not a saved model or finished run")
+        return Source(str(path), None)
+    if model.startswith((".", "/", "~")) or path.suffix == ".gguf" or model.count("/") > 1:
+        raise InputError(f"model {model!r} does not exist")
+    return Source(model, None)
+
+
+def load_tokenizer(source: Source, settings: Settings) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token: the end token's where it has none, as TRL does."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.name, trust_remote_code=settings.trust_remote_code, **source.arguments
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_model(source: Source, settings: Settings) -> PreTrainedModel:
+    """A causal language model in the dtype of the settings."""
+    model = AutoModelForCausalLM.from_pretrained(source.name, **_common(settings), **source.arguments)
+    if source.gguf_file:
+        # The weights are plain tensors now: a left-over quantisation config would make the saved model unloadable.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+    return model
+
+
+def load_classifier(
+    source: Source, settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None
+) -> PreTrainedModel:
+    """A sequence classifier; for regression (labels None) one output. A head that the model lacks starts at random.
+
+    Args:
+        source: of the model.
+        settings: of the run.
+        tokenizer: its padding token is made known to the model.
+        labels: names of the classes in order; None for regression.
+    """
+    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if labels is not None:
+        head = {
+            "num_labels": len(labels),
+            "problem_type": "single_label_classification",
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+        }
+    model = AutoModelForSequenceClassification.from_pretrained(
+        source.name, **_common(settings), **source.arguments, **head
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def fingerprint(source: Source) -> str:
+    """Which weights were scored: the path and a hash over its weight files, or the hub id."""
+    folder = Path(source.name)
+    if not folder.is_dir():
+        return f"hub:{source.name}"
+    files = [folder / source.gguf_file] if source.gguf_file else sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return f"{folder.resolve() / (source.gguf_file or '')} sha256:{digest.hexdigest()[:12]}"
+
+
+def _common(settings: Settings) -> dict[str, Any]:
+    return {"dtype": getattr(torch, settings.dtype), "trust_remote_code": settings.trust_remote_code}

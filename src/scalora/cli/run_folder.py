@@ -1,0 +1,86 @@
+"""The run folder: what was asked, on what it ran, what came out. Every file appears whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from scalora.cli.errors import InputError
+from scalora.cli.settings import Settings
+
+_PACKAGES = ("scalora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+def create_run_folder(settings: Settings, *, overwrite: bool) -> Path:
+    """Make the folder with ``config.yaml`` and ``environment.json``.
+
+    Raises:
+        InputError: it exists with something in it and `overwrite` is not given.
+    """
+    folder = Path(settings.output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not overwrite:
+            raise InputError(f"output_dir {str(folder)!r} is not empty: choose another or add --overwrite")
+        if not (folder / "config.yaml").is_file():
+            raise InputError(f"output_dir {str(folder)!r} is not a run folder: not overwriting it")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace_text(folder / "config.yaml", yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True))
+    write_json(folder / "environment.json", _environment(settings))
+    return folder
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON atomically."""
+    _replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a temporary folder beside `path`, then rename it into place."""
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    os.replace(temporary, path)
+
+
+class MetricsFile(TrainerCallback):  # type: ignore[misc]
+    """Appends every log event of a Trainer to ``metrics.jsonl``, one JSON object a line."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "metrics.jsonl"
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Write one line; it is on disk when the next step begins."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def _environment(settings: Settings) -> dict[str, Any]:
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "seed": settings.training.get("seed", 42),
+        "data_seed": settings.training.get("data_seed"),
+    }
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

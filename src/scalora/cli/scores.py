@@ -1,0 +1,27 @@
+"""Scores of sequence-level tasks, from scikit-learn and SciPy."""
+
+from __future__ import annotations
+
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
+from transformers import EvalPrediction
+
+
+def classification_scores(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, macro-averaged F1 and Matthews' correlation."""
+    predicted, labels = prediction.predictions.argmax(-1), prediction.label_ids
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "f1": float(f1_score(labels, predicted, average="macro")),
+        "matthews": float(matthews_corrcoef(labels, predicted)),
+    }
+
+
+def regression_scores(prediction: EvalPrediction) -> dict[str, float]:
+    """Pearson's and Spearman's correlation and the mean squared error."""
+    predicted, labels = prediction.predictions.squeeze(-1), prediction.label_ids
+    return {
+        "pearson": float(pearsonr(labels, predicted).statistic),
+        "spearman": float(spearmanr(labels, predicted).statistic),
+        "mse": float(mean_squared_error(labels, predicted)),
+    }

@@ -1,0 +1,188 @@
+"""What a config file may say: the schema, its defaults with their reasons, and overrides from the command line.
+
+A flag beats the file, the file beats the default, and an unknown key stops the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from scalora.cli.errors import InputError
+
+Task = Literal["sft", "classification", "regression"]
+Method = Literal["scalora", "lora", "full"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class DataSettings(_Strict):
+    """Where the examples are, and what their columns are called."""
+
+    train: str | None = Field(None, description="jsonl, json, csv or parquet file, or hub id. Needed to train.")
+    eval: str | None = Field(None, description="The same for evaluation; without it training does not evaluate.")
+    text: str = Field("text", description="Column of the text (sft on plain text, classification, regression).")
+    text_pair: str | None = Field(None, description="Column of a second text, for pair tasks.")
+    label: str = Field("label", description="Column of the label: class names, class numbers, or a float.")
+
+
+class EvaluateSettings(_Strict):
+    """How `scalora evaluate` scores."""
+
+    metrics: list[Literal["loss", "exact_match", "multiple_choice"]] = Field(
+        default=["loss"],
+        description="For sft. Loss only by default, because it needs nothing but the training columns. Classification "
+        "and regression always report all of their metrics.",
+    )
+    max_new_tokens: int = Field(64, gt=0, description="Longest generated answer: enough for a short answer.")
+    batch_size: int = Field(16, gt=0, description="Examples generated together.")
+    limit: int | None = Field(None, gt=0, description="Score only the first so many examples; all when null.")
+    answer_pattern: str | None = Field(
+        None, description="Regular expression; its first group (or whole match) is compared instead of the whole text."
+    )
+
+
+class Settings(_Strict):
+    """One run."""
+
+    model: str = Field(description="Hub id, local folder, or GGUF file.")
+    task: Task = Field("sft", description="Supervised fine-tuning of a causal model, or a sequence-level task.")
+    method: Method = Field("scalora", description="scalora, plain lora, or full fine-tuning.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Of the base weights. float32, because every merge into bfloat16 rounds."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model: only if you trust it.")
+    output_dir: str = Field("runs/latest", description="The run folder.")
+    data: DataSettings = Field(default_factory=DataSettings)
+    lora: dict[str, Any] = Field(default_factory=dict, description="Any field of peft.LoraConfig.")
+    scalora: dict[str, Any] = Field(default_factory=dict, description="Any field of scalora.ScaLoraConfig.")
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="Any field of trl.SFTConfig (sft) or transformers.TrainingArguments."
+    )
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; people mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a config file, apply ``--key value`` overrides, check everything.
+
+    Raises:
+        InputError: the file is missing or not YAML, or a key or value is wrong; names it.
+    """
+    if not path.is_file():
+        raise InputError(f"config file {str(path)!r} does not exist")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise InputError(f"config file {str(path)!r} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"config file {str(path)!r} must hold keys and values, not a {type(content).__name__}")
+    for key, value in _parsed_overrides(overrides):
+        _assign(content, key, value)
+    try:
+        settings = Settings.model_validate(content)
+    except ValidationError as error:
+        raise InputError(_first_problem(error)) from None
+    _check_nested(settings)
+    return settings
+
+
+def training_class(task: Task) -> type:
+    """The class of training arguments: TRL's for sft, Transformers' otherwise."""
+    if task == "sft":
+        from trl import SFTConfig
+
+        return SFTConfig  # type: ignore[no-any-return]
+    from transformers import TrainingArguments
+
+    return TrainingArguments  # type: ignore[no-any-return]
+
+
+def check_keys(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse the first key that is not known, with the nearest that is.
+
+    Raises:
+        InputError: names the section and the key.
+    """
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see its documentation for the fields"
+            raise InputError(f"unknown key {section + key!r}: {hint}")
+
+
+def _check_nested(settings: Settings) -> None:
+    from peft import LoraConfig
+
+    from scalora.config import ScaLoraConfig
+
+    for section, cls in (
+        ("lora", LoraConfig),
+        ("scalora", ScaLoraConfig),
+        ("training", training_class(settings.task)),
+    ):
+        check_keys(f"{section}.", getattr(settings, section), [f.name for f in fields(cls)])
+
+
+def _parsed_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs = []
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if not word.startswith("--"):
+            raise InputError(f"expected --key value, got {word!r}")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not remaining:
+                raise InputError(f"--{key} needs a value")
+            value = remaining.pop(0)
+        pairs.append((key.replace("-", "_"), yaml.load(value, _Loader)))  # noqa: S506 - a SafeLoader
+    return pairs
+
+
+def _assign(content: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a dotted key; a bare key that is no top-level one is meant for the training arguments."""
+    *sections, key = dotted.split(".")
+    if not sections and key not in Settings.model_fields:
+        check_keys("", [key], [*Settings.model_fields, *(f.name for f in fields(training_class(_task(content))))])
+        sections = ["training"]
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise InputError(f"--{dotted}: {section!r} is not a section")
+    content[key] = value
+
+
+def _task(content: dict[str, Any]) -> Task:
+    return "sft" if content.get("task", "sft") == "sft" else "classification"
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section = Settings if len(problem["loc"]) == 1 else Settings.model_fields[str(problem["loc"][0])].annotation
+        known = list(getattr(section, "model_fields", {}))
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        return f"unknown key {key!r}: " + (f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}")
+    if problem["type"] == "missing":
+        return f"{key!r} is missing from the config"
+    return f"{key}={problem['input']!r}: {problem['msg'].lower()}"

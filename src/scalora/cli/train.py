@@ -1,0 +1,145 @@
+"""``scalora train``: from a config to a run folder, through TRL's and Transformers' trainers."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
+from trl import SFTTrainer
+
+from scalora.cli.data import label_names, load_examples, sft_examples, tokenized_for_classification
+from scalora.cli.errors import InputError
+from scalora.cli.models import load_causal_model, load_classifier, load_tokenizer, resolve_source
+from scalora.cli.run_folder import MetricsFile, create_run_folder, write_folder, write_json
+from scalora.cli.scores import classification_scores, regression_scores
+from scalora.cli.settings import Settings, training_class
+from scalora.config import ScaLoraConfig
+from scalora.integrations.transformers import ScaLoraCallback
+
+# The rank of the paper's large-model experiments, alpha = r so that the scaling is 1 (its s), and all linear layers
+# because leaving some out is what a comparison with full fine-tuning notices first.
+_LORA_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
+def train(settings: Settings, *, overwrite: bool = False) -> Path:
+    """Train and write the run folder; returns its path.
+
+    Raises:
+        InputError: something in the config, the data or the model can't be used. Before training, so nothing is lost.
+    """
+    source = resolve_source(settings.model)
+    if settings.data.train is None:
+        raise InputError("data.train is missing: which file should it train on?")
+    examples = {
+        split: load_examples(name, split)
+        for split, name in (("train", settings.data.train), ("eval", settings.data.eval))
+        if name is not None
+    }
+    callback = ScaLoraCallback(ScaLoraConfig.from_dict(settings.scalora)) if settings.method == "scalora" else None
+    arguments = training_arguments(settings, evaluates="eval" in examples)
+    tokenizer = load_tokenizer(source, settings)
+    make = _sft_trainer if settings.task == "sft" else _classification_trainer
+    trainer = make(settings, source, tokenizer, examples, arguments)
+    folder = create_run_folder(settings, overwrite=overwrite)
+    # ScaLoRA's callback goes before the file's, so that its metrics are in the logs that the file gets.
+    callbacks: list[TrainerCallback] = [*([callback] if callback else []), MetricsFile(folder)]
+    for each in callbacks:
+        trainer.add_callback(each)
+
+    start = time.perf_counter()
+    output = trainer.train()
+    seconds = time.perf_counter() - start
+    summary = {"steps": output.global_step, "training_seconds": seconds, **output.metrics}
+    if "eval" in examples:
+        summary |= trainer.evaluate()
+    model = trainer.model if settings.method == "full" else trainer.model.merge_and_unload()
+
+    def save(target: Path) -> None:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+    write_folder(folder / "model", save)
+    write_json(folder / "summary.json", summary)
+    print(f"model written to {folder / 'model'}")
+    return folder
+
+
+def training_arguments(settings: Settings, *, evaluates: bool) -> Any:
+    """The trainer's arguments: the user's over ours over the library's.
+
+    Raises:
+        InputError: a value that the library refuses, or checkpoints of a ScaLoRA run.
+    """
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    defaults: dict[str, Any] = {
+        "output_dir": str(Path(settings.output_dir) / "trainer"),
+        "report_to": "none",  # no reporting service unless one is named
+        "logging_steps": 10,  # the library's 500 shows nothing of a short run
+        "save_strategy": "no",  # the result is the merged model in the run folder
+        "eval_strategy": "epoch" if evaluates else "no",
+        "bf16": bf16,  # TRL's True would make a CPU run bfloat16
+    }
+    if settings.method == "scalora" and settings.training.get("save_strategy", "no") != "no":
+        raise InputError(
+            f"training.save_strategy={settings.training['save_strategy']!r}: a checkpoint holds the adapter alone, which "
+            "no longer fits the base after ScaLoRA's merges; leave it at 'no'"
+        )
+    if settings.task == "sft" and settings.data.text != "text":
+        defaults["dataset_text_field"] = settings.data.text
+    try:
+        return training_class(settings.task)(**defaults | settings.training)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"training arguments: {error}") from None
+
+
+def _lora_config(settings: Settings, task_type: str) -> LoraConfig:
+    try:
+        return LoraConfig(task_type=task_type, **_LORA_DEFAULTS | settings.lora)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"lora: {error}") from None
+
+
+def _sft_trainer(
+    settings: Settings, source: Any, tokenizer: Any, examples: dict[str, Dataset], arguments: Any
+) -> Trainer:
+    data = {
+        split: sft_examples(rows, str(getattr(settings.data, split)), settings.data) for split, rows in examples.items()
+    }
+    return SFTTrainer(
+        model=load_causal_model(source, settings),
+        args=arguments,
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval"),
+        processing_class=tokenizer,
+        peft_config=None if settings.method == "full" else _lora_config(settings, "CAUSAL_LM"),
+    )
+
+
+def _classification_trainer(
+    settings: Settings, source: Any, tokenizer: Any, examples: dict[str, Dataset], arguments: Any
+) -> Trainer:
+    regression = settings.task == "regression"
+    labels = None if regression else label_names(examples["train"], str(settings.data.train), settings.data)
+    data = {
+        split: tokenized_for_classification(
+            rows, str(getattr(settings.data, split)), settings.data, settings.task, tokenizer, labels
+        )
+        for split, rows in examples.items()
+    }
+    model = load_classifier(source, settings, tokenizer, labels)
+    if settings.method != "full":
+        model = get_peft_model(model, _lora_config(settings, "SEQ_CLS"))
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval"),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=regression_scores if regression else classification_scores,
+    )
