@@ -102,11 +102,10 @@ def tokenized_for_classification(
     columns = [data.text] + ([data.text_pair] if data.text_pair else [])
     require_columns(examples, name, [*columns, data.label])
 
+    longest = min(tokenizer.model_max_length, 512)  # some tokenizers say 1e30 for "unlimited"
+
     def encode(row: dict[str, object]) -> dict[str, object]:
-        # The cap is a guard against model_max_length's "unlimited" sentinel.
-        encoded = dict(
-            tokenizer(*(row[column] for column in columns), truncation=True, max_length=min(tokenizer.model_max_length, 512))
-        )
+        encoded = dict(tokenizer(*(row[column] for column in columns), truncation=True, max_length=longest))
         encoded["labels"] = _label(row[data.label], name, task, labels)
         return encoded
 
@@ -120,5 +119,5 @@ def _label(value: object, name: str, task: Task, labels: list[str] | None) -> fl
         except (TypeError, ValueError):
             raise InputError(f"data {name!r} has a label that is not a number: {value!r}") from None
     if str(value) not in labels:
-        raise InputError(f"data {name!r} has a label {value!r} that is not a class; the classes are {', '.join(labels)}")
+        raise InputError(f"data {name!r} has a label {value!r}; the classes are {', '.join(labels)}")
     return labels.index(str(value))

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -28,7 +28,13 @@ from scalora.cli.models import fingerprint, load_causal_model, load_classifier, 
 from scalora.cli.scores import classification_scores, regression_scores
 from scalora.cli.settings import EvaluateSettings, Settings
 
-_NOT_TRAINING = {"report_to": "none", "bf16": False, "disable_tqdm": False, "eval_strategy": "no"}
+_PROGRESS = Console(stderr=True)  # so that the table alone goes to standard output
+_NOT_TRAINING = {
+    "report_to": "none",
+    "bf16": False,
+    "eval_strategy": "no",
+    "dataloader_pin_memory": torch.cuda.is_available(),  # it only warns without an accelerator
+}
 
 
 def evaluate(model: str, settings: Settings) -> dict[str, Any]:
@@ -90,7 +96,7 @@ def loss_score(
         )
         loss, tokens = 0.0, 0
         trainer.model.eval()
-        for batch in tqdm(trainer.get_eval_dataloader(), desc="loss"):
+        for batch in track(trainer.get_eval_dataloader(), "loss", console=_PROGRESS):
             count = int((batch["labels"][:, 1:] != -100).sum())
             with torch.no_grad():
                 loss += float(model(**batch).loss) * count
@@ -117,7 +123,7 @@ def generate_answers(
     model.eval()
     tokenizer.padding_side = "left"
     answers: list[str] = []
-    for start in tqdm(range(0, len(prompts), settings.batch_size), desc="generating"):
+    for start in track(range(0, len(prompts), settings.batch_size), "generating", console=_PROGRESS):
         batch = tokenizer(
             prompts[start : start + settings.batch_size], return_tensors="pt", padding=True, add_special_tokens=False
         ).to(model.device)
@@ -143,7 +149,7 @@ def multiple_choice_score(
     require_columns(examples, name, ["prompt", "choices", "answer"])
     model.eval()
     right = 0
-    for row in tqdm(examples, desc="multiple choice"):
+    for row in track(examples, "multiple choice", console=_PROGRESS):
         likelihoods = torch.stack([_log_likelihood(model, tokenizer, row["prompt"], c) for c in row["choices"]])
         best = int(likelihoods.argmax())
         right += row["answer"] in (best, row["choices"][best])
@@ -154,12 +160,10 @@ _SFT_METRICS = {"loss": loss_score, "exact_match": exact_match_score, "multiple_
 
 
 @torch.no_grad()
-def _log_likelihood(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str
-) -> Tensor:
+def _log_likelihood(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str) -> Tensor:
     given = tokenizer(prompt)["input_ids"]
     whole = tokenizer(prompt + choice)["input_ids"]
-    logits = model(input_ids=torch.tensor([whole], device=model.device)).logits[0, len(given) - 1 : -1]
+    logits: Tensor = model(input_ids=torch.tensor([whole], device=model.device)).logits[0, len(given) - 1 : -1]
     tokens = torch.tensor(whole[len(given) :], device=model.device)
     return logits.float().log_softmax(-1).gather(-1, tokens[:, None]).sum()
 
@@ -211,4 +215,5 @@ def _sequence_scores(
             compute_metrics=regression_scores if regression else classification_scores,
         )
         scores = trainer.evaluate(data)
-    return {key.removeprefix("eval_"): scores[key] for key in scores if "runtime" not in key and "per_second" not in key}
+    names = ("loss", *(("pearson", "spearman", "mse") if regression else ("accuracy", "f1", "matthews")))
+    return {name: scores[f"eval_{name}"] for name in names}

@@ -18,26 +18,41 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from scalora.cli.errors import InputError
 from scalora.cli.settings import Settings
 
+_TRAINER = "trainer"
 _PACKAGES = ("scalora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
-def create_run_folder(settings: Settings, *, overwrite: bool) -> Path:
-    """Make the folder with ``config.yaml`` and ``environment.json``.
+def check_run_folder(settings: Settings, *, overwrite: bool) -> None:
+    """Find out before any work whether the folder can be written; changes nothing.
 
     Raises:
-        InputError: it exists with something in it and `overwrite` is not given.
+        InputError: it exists with something in it and `overwrite` is not given, or it is not a run folder.
     """
     folder = Path(settings.output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not overwrite:
-            raise InputError(f"output_dir {str(folder)!r} is not empty: choose another or add --overwrite")
-        if not (folder / "config.yaml").is_file():
-            raise InputError(f"output_dir {str(folder)!r} is not a run folder: not overwriting it")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"output_dir {str(folder)!r} is a file")
+    content = {path.name for path in folder.iterdir()} - {_TRAINER}
+    if content and not overwrite:
+        raise InputError(f"output_dir {str(folder)!r} is not empty: choose another or add --overwrite")
+    if content and "config.yaml" not in content:
+        raise InputError(f"output_dir {str(folder)!r} is not a run folder: not overwriting it")
+
+
+def create_run_folder(settings: Settings) -> Path:
+    """Make the folder with ``config.yaml`` and ``environment.json``, in place of an earlier run's."""
+    folder = Path(settings.output_dir)
+    shutil.rmtree(folder, ignore_errors=True)
+    trainer_folder(settings).mkdir(parents=True)
     _replace_text(folder / "config.yaml", yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True))
     write_json(folder / "environment.json", _environment(settings))
     return folder
+
+
+def trainer_folder(settings: Settings) -> Path:
+    """Where the Trainer puts files of its own."""
+    return Path(settings.output_dir) / _TRAINER
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

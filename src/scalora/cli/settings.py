@@ -89,7 +89,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     if not path.is_file():
         raise InputError(f"config file {str(path)!r} does not exist")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}  # noqa: S506 - a SafeLoader
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except yaml.YAMLError as error:
         raise InputError(f"config file {str(path)!r} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
@@ -154,7 +154,7 @@ def _parsed_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not remaining:
                 raise InputError(f"--{key} needs a value")
             value = remaining.pop(0)
-        pairs.append((key.replace("-", "_"), yaml.load(value, _Loader)))  # noqa: S506 - a SafeLoader
+        pairs.append((key.replace("-", "_"), yaml.load(value, _Loader)))
     return pairs
 
 
@@ -179,7 +179,9 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        section = Settings if len(problem["loc"]) == 1 else Settings.model_fields[str(problem["loc"][0])].annotation
+        section: Any = (
+            Settings if len(problem["loc"]) == 1 else Settings.model_fields[str(problem["loc"][0])].annotation
+        )
         known = list(getattr(section, "model_fields", {}))
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         return f"unknown key {key!r}: " + (f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}")

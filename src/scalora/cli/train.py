@@ -9,17 +9,26 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 
+from scalora.adapters import find_lora_pairs
 from scalora.cli.data import label_names, load_examples, sft_examples, tokenized_for_classification
 from scalora.cli.errors import InputError
-from scalora.cli.models import load_causal_model, load_classifier, load_tokenizer, resolve_source
-from scalora.cli.run_folder import MetricsFile, create_run_folder, write_folder, write_json
+from scalora.cli.models import Source, load_causal_model, load_classifier, load_tokenizer, resolve_source
+from scalora.cli.run_folder import (
+    MetricsFile,
+    check_run_folder,
+    create_run_folder,
+    trainer_folder,
+    write_folder,
+    write_json,
+)
 from scalora.cli.scores import classification_scores, regression_scores
 from scalora.cli.settings import Settings, training_class
 from scalora.config import ScaLoraConfig
 from scalora.integrations.transformers import ScaLoraCallback
+from scalora.transport import state_degrees
 
 # The rank of the paper's large-model experiments, alpha = r so that the scaling is 1 (its s), and all linear layers
 # because leaving some out is what a comparison with full fine-tuning notices first.
@@ -32,6 +41,7 @@ def train(settings: Settings, *, overwrite: bool = False) -> Path:
     Raises:
         InputError: something in the config, the data or the model can't be used. Before training, so nothing is lost.
     """
+    check_run_folder(settings, overwrite=overwrite)
     source = resolve_source(settings.model)
     if settings.data.train is None:
         raise InputError("data.train is missing: which file should it train on?")
@@ -42,10 +52,15 @@ def train(settings: Settings, *, overwrite: bool = False) -> Path:
     }
     callback = ScaLoraCallback(ScaLoraConfig.from_dict(settings.scalora)) if settings.method == "scalora" else None
     arguments = training_arguments(settings, evaluates="eval" in examples)
+    lora_config = None if settings.method == "full" else _lora_config(settings)
+    if callback is not None:
+        _require_supported_optimizer(arguments)
     tokenizer = load_tokenizer(source, settings)
     make = _sft_trainer if settings.task == "sft" else _classification_trainer
-    trainer = make(settings, source, tokenizer, examples, arguments)
-    folder = create_run_folder(settings, overwrite=overwrite)
+    trainer = make(settings, source, tokenizer, examples, arguments, lora_config)
+    if callback is not None:
+        find_lora_pairs(trainer.model)  # raises what attaching would, while an earlier run's folder is still there
+    folder = create_run_folder(settings)
     # ScaLoRA's callback goes before the file's, so that its metrics are in the logs that the file gets.
     callbacks: list[TrainerCallback] = [*([callback] if callback else []), MetricsFile(folder)]
     for each in callbacks:
@@ -69,7 +84,7 @@ def train(settings: Settings, *, overwrite: bool = False) -> Path:
     return folder
 
 
-def training_arguments(settings: Settings, *, evaluates: bool) -> Any:
+def training_arguments(settings: Settings, *, evaluates: bool) -> TrainingArguments:
     """The trainer's arguments: the user's over ours over the library's.
 
     Raises:
@@ -77,17 +92,18 @@ def training_arguments(settings: Settings, *, evaluates: bool) -> Any:
     """
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     defaults: dict[str, Any] = {
-        "output_dir": str(Path(settings.output_dir) / "trainer"),
+        "output_dir": str(trainer_folder(settings)),
         "report_to": "none",  # no reporting service unless one is named
         "logging_steps": 10,  # the library's 500 shows nothing of a short run
         "save_strategy": "no",  # the result is the merged model in the run folder
         "eval_strategy": "epoch" if evaluates else "no",
         "bf16": bf16,  # TRL's True would make a CPU run bfloat16
+        "dataloader_pin_memory": torch.cuda.is_available(),  # it only warns without an accelerator
     }
     if settings.method == "scalora" and settings.training.get("save_strategy", "no") != "no":
         raise InputError(
-            f"training.save_strategy={settings.training['save_strategy']!r}: a checkpoint holds the adapter alone, which "
-            "no longer fits the base after ScaLoRA's merges; leave it at 'no'"
+            f"training.save_strategy={settings.training['save_strategy']!r}: a checkpoint holds the adapter alone, "
+            "which no longer fits the base after ScaLoRA's merges; leave it at 'no'"
         )
     if settings.task == "sft" and settings.data.text != "text":
         defaults["dataset_text_field"] = settings.data.text
@@ -97,15 +113,36 @@ def training_arguments(settings: Settings, *, evaluates: bool) -> Any:
         raise InputError(f"training arguments: {error}") from None
 
 
-def _lora_config(settings: Settings, task_type: str) -> LoraConfig:
+def _lora_config(settings: Settings) -> LoraConfig:
+    task_type = "CAUSAL_LM" if settings.task == "sft" else "SEQ_CLS"
     try:
-        return LoraConfig(task_type=task_type, **_LORA_DEFAULTS | settings.lora)
+        config = LoraConfig(task_type=task_type, **_LORA_DEFAULTS | settings.lora)
     except (TypeError, ValueError) as error:
         raise InputError(f"lora: {error}") from None
+    # PEFT itself looks at the rank only when it builds the layers, after the model has been loaded.
+    if not isinstance(config.r, int) or config.r < 1:
+        raise InputError(f"lora.r={config.r!r}: the rank must be an integer of at least 1")
+    return config
+
+
+def _require_supported_optimizer(arguments: TrainingArguments) -> None:
+    """Build the Trainer's optimizer over one small parameter: a refusal comes before the model is loaded."""
+    try:
+        cls, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        group = {"params": [torch.nn.Parameter(torch.zeros(1, 1))], "weight_decay": arguments.weight_decay}
+        optimizer = cls([group], **keywords)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"training.optim={str(arguments.optim)!r}: {error}") from None
+    state_degrees(optimizer)
 
 
 def _sft_trainer(
-    settings: Settings, source: Any, tokenizer: Any, examples: dict[str, Dataset], arguments: Any
+    settings: Settings,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: dict[str, Dataset],
+    arguments: TrainingArguments,
+    lora_config: LoraConfig | None,
 ) -> Trainer:
     data = {
         split: sft_examples(rows, str(getattr(settings.data, split)), settings.data) for split, rows in examples.items()
@@ -116,12 +153,17 @@ def _sft_trainer(
         train_dataset=data["train"],
         eval_dataset=data.get("eval"),
         processing_class=tokenizer,
-        peft_config=None if settings.method == "full" else _lora_config(settings, "CAUSAL_LM"),
+        peft_config=lora_config,
     )
 
 
 def _classification_trainer(
-    settings: Settings, source: Any, tokenizer: Any, examples: dict[str, Dataset], arguments: Any
+    settings: Settings,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: dict[str, Dataset],
+    arguments: TrainingArguments,
+    lora_config: LoraConfig | None,
 ) -> Trainer:
     regression = settings.task == "regression"
     labels = None if regression else label_names(examples["train"], str(settings.data.train), settings.data)
@@ -132,8 +174,8 @@ def _classification_trainer(
         for split, rows in examples.items()
     }
     model = load_classifier(source, settings, tokenizer, labels)
-    if settings.method != "full":
-        model = get_peft_model(model, _lora_config(settings, "SEQ_CLS"))
+    if lora_config is not None:
+        model = get_peft_model(model, lora_config)
     return Trainer(
         model=model,
         args=arguments,
