@@ -1,0 +1,5 @@
+"""``python -m scalora``: the command."""
+
+from scalora.cli import app
+
+app()
