@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,8 @@ def evaluate(
 
 def _in_one_line(command: Callable[[], Any], debug: bool) -> None:
     """Run a command; print an error as one line and exit with 2 for bad input, with 1 for anything else."""
+    if not debug:
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
     try:
         command()
     except Exception as error:

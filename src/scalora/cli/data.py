@@ -37,7 +37,10 @@ def load_examples(name: str, split: str) -> Dataset:
             cause = error.__cause__ or error
             raise InputError(f"data file {name!r} can't be read as {_FORMATS[path.suffix]}: {cause}") from None
     else:
-        loaded = load_dataset(name)
+        try:
+            loaded = load_dataset(name)
+        except (OSError, ValueError) as error:
+            raise InputError(f"data {name!r} is no local file, and the hub did not give it: {error}") from None
         if isinstance(loaded, DatasetDict) and split not in loaded:
             raise InputError(f"dataset {name!r} has no split {split!r}; it has {', '.join(loaded)}")
         examples = loaded[split]

@@ -54,10 +54,18 @@ def resolve_source(model: str) -> Source:
 
 
 def load_tokenizer(source: Source, settings: Settings) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token: the end token's where it has none, as TRL does."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        source.name, trust_remote_code=settings.trust_remote_code, **source.arguments
-    )
+    """The tokenizer, with a padding token: the end token's where it has none, as TRL does.
+
+    Raises:
+        InputError: there is none, or the hub does not give it.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.name, trust_remote_code=settings.trust_remote_code, **source.arguments
+        )
+    except OSError as error:
+        where = "" if Path(source.name).is_dir() else " is no local folder or file, and the hub did not give it"
+        raise InputError(f"model {source.name!r}{where}: {error}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

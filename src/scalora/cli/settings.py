@@ -71,10 +71,19 @@ class Settings(_Strict):
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text; people mean the number."""
+    """YAML 1.1 reads 1e-3 as text and no as false; people mean the number, and ``save_strategy: no`` the word."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the parent's attribute
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -139,7 +148,19 @@ def _check_nested(settings: Settings) -> None:
         ("scalora", ScaLoraConfig),
         ("training", training_class(settings.task)),
     ):
-        check_keys(f"{section}.", getattr(settings, section), [f.name for f in fields(cls)])
+        types = {f.name: str(f.type) for f in fields(cls)}
+        check_keys(f"{section}.", getattr(settings, section), types)
+        for key, value in getattr(settings, section).items():
+            if isinstance(value, str) and (wanted := _instead_of_text(types[key], value)):
+                raise InputError(f"{section}.{key}={value!r}: write {wanted}")
+
+
+def _instead_of_text(annotation: str, value: str) -> str | None:
+    """What a dataclass field wants where a text was given; None if the text may be right. The libraries don't check."""
+    words = set(re.findall(r"[A-Za-z]+", annotation)) - {"class", "None", "NoneType", "Optional"}
+    if "bool" in words and (words == {"bool"} or value.lower() in ("yes", "no", "on", "off")):
+        return "true or false"
+    return "a number" if words <= {"int", "float"} else None
 
 
 def _parsed_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:

@@ -132,7 +132,7 @@ def _require_supported_optimizer(arguments: TrainingArguments) -> None:
         group = {"params": [torch.nn.Parameter(torch.zeros(1, 1))], "weight_decay": arguments.weight_decay}
         optimizer = cls([group], **keywords)
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"training.optim={str(arguments.optim)!r}: {error}") from None
+        raise InputError(f"training.optim={getattr(arguments.optim, 'value', arguments.optim)!r}: {error}") from None
     state_degrees(optimizer)
 
 
