@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from scalora import (
-    AdapterOnlySaveError,
+    ChangedBaseError,
     ScaLora,
     ScaLoraConfig,
     UnsupportedLayerError,
@@ -309,7 +309,7 @@ def test_an_adapter_only_save_fails_loudly_and_the_merged_model_is_right(tmp_pat
     ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0))
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
-    with pytest.raises(AdapterOnlySaveError, match="merge_and_unload"):
+    with pytest.raises(ChangedBaseError, match="merge_and_unload"):
         model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
     live = model(input_ids=tokens).logits

@@ -2,7 +2,7 @@ import pytest
 import torch
 from models import Mixed, TwoLayers, with_lora
 
-from scalora import AdapterOnlySaveError, optimal_start, oracle_residual, relative_residual
+from scalora import ChangedBaseError, optimal_start, oracle_residual, relative_residual
 
 
 def test_the_start_keeps_the_function_and_attains_the_oracle():
@@ -24,7 +24,7 @@ def test_the_start_keeps_the_function_and_attains_the_oracle():
     torch.testing.assert_close(relative_residual(G, A, B), oracle_residual(G, 2), rtol=1e-9, atol=1e-12)
     assert not layer.base_layer.weight.requires_grad
     assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(AdapterOnlySaveError):
+    with pytest.raises(ChangedBaseError):
         model.save_pretrained("unused")
 
 

@@ -2,11 +2,11 @@
 
 from scalora._version import __version__
 from scalora.adapters import UnsupportedLayerError
+from scalora.changed_base import ChangedBaseError
 from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
 from scalora.integrations.transformers import ScaLoraCallback
 from scalora.lowrank import effective_rank, numerical_rank
-from scalora.saving import AdapterOnlySaveError
 from scalora.scaling import (
     captured_energy,
     choose_scaling,
@@ -21,7 +21,7 @@ from scalora.start import optimal_start
 from scalora.transport import UnsupportedOptimizerError, register_optimizer
 
 __all__ = [
-    "AdapterOnlySaveError",
+    "ChangedBaseError",
     "ScaLora",
     "ScaLoraCallback",
     "ScaLoraConfig",

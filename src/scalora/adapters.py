@@ -62,7 +62,7 @@ def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
     Raises:
         UnsupportedLayerError: there is no LoRA layer, or one that can't be treated: DoRA and other variants,
             convolutions, attention modules, quantised or tied base weights, half-precision, frozen or tied adapter
-            weights, merged or disabled adapters, several active adapters.
+            weights, merged or disabled adapters, more adapters than the one that is active.
     """
     owners = _owners_of_parameters(model)
     pairs = []
@@ -91,6 +91,12 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> 
     if len(adapters) != 1:
         _refuse(name, f"{len(adapters)} active adapters ({', '.join(adapters) or 'none'})", "activate exactly one")
     adapter = adapters[0]
+    if others := sorted({*layer.lora_A, *layer.lora_embedding_A} - {adapter}):
+        _refuse(
+            name,
+            f"it also holds adapter {others[0]!r}, which would be wrong once the base weight has changed",
+            f"call delete_adapter({others[0]!r}); to a trainer that keeps a reference (DPO, KTO, GRPO) pass ref_model",
+        )
     if layer.merged:
         _refuse(name, "its adapter is merged", "call unmerge_adapter() first")
     if layer.disable_adapters:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scalora.adapters import LoraPair, find_lora_pairs, stack
+from scalora.changed_base import guard_changed_base
 from scalora.config import ScaLoraConfig
 from scalora.remainder import merge_dense
-from scalora.saving import refuse_adapter_only_save
 from scalora.scaling import COLUMN, SCALAR, Scaling, choose_scaling
 from scalora.transport import scale_gradient_and_state, state_degrees
 
@@ -101,7 +101,7 @@ class ScaLora:
             raise ValueError(f"the state was saved with {saved}, this engine has {self.config}: use the same settings")
         self._step, self._rescales = int(state["step"]), int(state["rescales"])
         if self._rescales:
-            refuse_adapter_only_save(self._model)
+            guard_changed_base(self._model)
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -122,7 +122,7 @@ class ScaLora:
         rescaled = [self._rescale_group([p for p in pairs if _has_gradients(p)]) for pairs in self._groups.values()]
         self._rescales += 1
         if self._rescales == 1:
-            refuse_adapter_only_save(self._model)
+            guard_changed_base(self._model)
         total = sum(len(pairs) for pairs in self._groups.values())
         self._last = _summary([part for part in rescaled if part is not None], total)
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from scalora.adapters import find_lora_pairs
+from scalora.changed_base import guard_changed_base
 from scalora.remainder import merge_dense
-from scalora.saving import refuse_adapter_only_save
 from scalora.scaling import optimal_adapter
 
 
@@ -62,4 +62,4 @@ def optimal_start(model: nn.Module, train_step: Callable[[], None], *, target_no
             merge_dense(pair.weight, A, B, -scale, transposed=pair.transposed)
             pair.lora_B.copy_(A)
             pair.lora_A.copy_(B.mT)
-    refuse_adapter_only_save(model)
+    guard_changed_base(model)

@@ -206,7 +206,7 @@ def _sequence_scores(
     data = tokenized_for_classification(examples, name, settings.data, settings.task, tokenizer, labels)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
-            model=load_classifier(source, settings, tokenizer, labels),
+            model=load_classifier(source, settings, tokenizer, labels, new_head=False),
             args=TrainingArguments(
                 output_dir=scratch, per_device_eval_batch_size=settings.evaluate.batch_size, **_NOT_TRAINING
             ),

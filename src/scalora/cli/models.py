@@ -81,15 +81,24 @@ def load_causal_model(source: Source, settings: Settings) -> PreTrainedModel:
 
 
 def load_classifier(
-    source: Source, settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None
+    source: Source,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: list[str] | None,
+    *,
+    new_head: bool,
 ) -> PreTrainedModel:
-    """A sequence classifier; for regression (labels None) one output. A head that the model lacks starts at random.
+    """A sequence classifier; for regression (labels None) one output.
 
     Args:
         source: of the model.
         settings: of the run.
         tokenizer: its padding token is made known to the model.
         labels: names of the classes in order; None for regression.
+        new_head: whether a head that the model lacks, or has for other classes, starts at random; else it is an error.
+
+    Raises:
+        InputError: the head is not there and `new_head` is not given.
     """
     head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if labels is not None:
@@ -99,9 +108,16 @@ def load_classifier(
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
         }
-    model = AutoModelForSequenceClassification.from_pretrained(
-        source.name, **_common(settings), **source.arguments, **head
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        source.name,
+        **_common(settings),
+        **source.arguments,
+        **head,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
+    if not new_head and (loading["missing_keys"] or loading["mismatched_keys"]):
+        raise InputError(f"model {source.name!r} has no head for {settings.task} with {model.num_labels} output(s)")
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
