@@ -13,6 +13,9 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+demo: $(VENV)/ready
+	$(BIN)/python recipes/demo/run.py
+
 # torch first and pinned: an unpinned one brings gigabytes of CUDA that the demo and the tests don't use. The last two
 # are here for the model files in them: their dependencies would need a compiler.
 $(VENV)/ready: pyproject.toml constraints.txt
