@@ -1,7 +1,7 @@
 """The main job, `make demo`: a real language model learns a task with ScaLoRA, through the commands that users have.
 
-Scores SmolLM2-135M on reversing lists of words (reasoning-gym), fine-tunes it with `scalora train`, scores it again, and
-measures the rank of what training has added to the weights: plain LoRA's would be at most r.
+Scores SmolLM2-135M on reversing lists of words (reasoning-gym), fine-tunes it with `scalora train`, scores it again,
+and measures the rank of what training has added to the weights: plain LoRA's would be at most r.
 """
 
 from __future__ import annotations
