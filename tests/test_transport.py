@@ -4,27 +4,38 @@ import pytest
 import torch
 from lion_pytorch import Lion
 from models import TwoLayers, trainable, with_lora
+from optimi import StableAdamW
+from schedulefree import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
 
-from scalora import UnsupportedOptimizerError, register_optimizer
+from scalora import ScaLora, ScaLoraConfig, UnsupportedOptimizerError, register_optimizer
 from scalora.transport import scale_gradient_and_state, state_degrees
 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),
     "momentum": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1}),
     "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "foreach": True}),
+    "sgd fused": (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
     "adam": (torch.optim.Adam, {}),
+    "adam fused": (torch.optim.Adam, {"fused": True, "amsgrad": True}),
+    "adam decoupled": (torch.optim.Adam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
     "adam foreach": (torch.optim.Adam, {"foreach": True}),
     "adam amsgrad": (torch.optim.Adam, {"amsgrad": True}),
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
     "adamw fused": (torch.optim.AdamW, {"fused": True}),
     "adamw amsgrad foreach": (torch.optim.AdamW, {"amsgrad": True, "foreach": True}),
     "nadam": (torch.optim.NAdam, {}),
+    "nadam foreach": (torch.optim.NAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True, "foreach": True}),
     "radam": (torch.optim.RAdam, {}),
+    "radam foreach": (torch.optim.RAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True, "foreach": True}),
     "rmsprop": (torch.optim.RMSprop, {}),
     "rmsprop centered": (torch.optim.RMSprop, {"centered": True}),
     "rmsprop momentum": (torch.optim.RMSprop, {"momentum": 0.9, "eps": 0.0}),
+    "rmsprop foreach": (torch.optim.RMSprop, {"centered": True, "foreach": True}),
     "adagrad": (torch.optim.Adagrad, {}),
+    "adagrad foreach": (torch.optim.Adagrad, {"lr_decay": 0.1, "foreach": True}),
+    "adagrad fused": (torch.optim.Adagrad, {"fused": True}),
     "lion": (Lion, {"weight_decay": 0.1}),
+    "stable adamw": (StableAdamW, {"weight_decay": 0.1, "eps": 1e-12}),
 }
 ALPHA = torch.tensor([0.5, 1.7, 3.0], dtype=torch.float64)
 BETA = torch.tensor([2.5, 0.3, 1.1], dtype=torch.float64)
@@ -80,6 +91,12 @@ def test_scaled_at_step_k_equals_scaled_from_the_start(name):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
+def stand_in(qualified_name):
+    """An optimizer of that name, for packages that only the Trainer's options need."""
+    module, name = qualified_name.rsplit(".", 1)
+    return type(name, (torch.optim.Optimizer,), {"__module__": module})
+
+
 def parameter():
     return torch.nn.Parameter(torch.randn(4, 3))
 
@@ -91,6 +108,18 @@ def parameter():
         (lambda p: torch.optim.Muon([p]), "Muon.*orthogonalises"),
         (lambda p: torch.optim.LBFGS([p]), "LBFGS"),
         (lambda p: torch.optim.Adamax([p]), "Adamax"),
+        (lambda p: torch.optim.ASGD([p]), "ASGD.*averages the parameters"),
+        (lambda p: AdamWScheduleFree([p]), "AdamWScheduleFree.*averages the parameters.*schedule"),
+        (lambda p: RAdamScheduleFree([p]), "RAdamScheduleFree.*averages the parameters"),
+        (lambda p: SGDScheduleFree([p]), "SGDScheduleFree.*averages the parameters"),
+        (lambda p: stand_in("galore_torch.adamw.AdamW")([p], {}), "galore_torch.*projected space"),
+        (lambda p: stand_in("apollo_torch.apollo.AdamW")([p], {}), "apollo_torch.*projected space"),
+        (lambda p: stand_in("torchao.optim.adam.AdamW8bit")([p], {}), "torchao.*bitsandbytes"),
+        (lambda p: stand_in("lomo_optim.adalomo.AdaLomo")([p], {}), "AdaLomo.*backward pass"),
+        (lambda p: stand_in("grokadamw.grokadamw.GrokAdamW")([p], {}), "GrokAdamW.*parameter group"),
+        (lambda p: stand_in("prodigyopt.prodigy.Prodigy")([p], {}), "Prodigy.*start"),
+        (lambda p: StableAdamW([p.detach().bfloat16()], 1e-3), "StableAdamW.*kahan_sum=False"),
+        (lambda p: StableAdamW([p], 1e-3, gradient_release=True), "StableAdamW.*gradient_release"),
         (lambda p: type("Mine", (torch.optim.AdamW,), {})([p]), "Mine.*register_optimizer"),
         (lambda p: torch.optim.Adam([p], weight_decay=0.1), "weight_decay=0.1"),
         (lambda p: torch.optim.SGD([p], weight_decay=0.1), "weight_decay=0.1"),
@@ -102,6 +131,51 @@ def test_what_cannot_be_carried_is_refused_by_name(optimizer, reason):
         state_degrees(optimizer(parameter()))
     assert "AdamW" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_stable_adamw_in_half_precision_without_kahan_sum_is_carried():
+    optimizer = StableAdamW([torch.nn.Parameter(torch.randn(4, 3, dtype=torch.bfloat16))], 1e-3, kahan_sum=False)
+    assert state_degrees(optimizer) == {"exp_avg": 1, "exp_avg_sq": 2}
+
+
+@pytest.fixture
+def double_default():
+    # The step count takes the default dtype, and a compiled Adam computes its bias corrections from it in that dtype.
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("double_default")
+@pytest.mark.parametrize("form", ["step = compile(optimizer.step)", "optimizer.step = compile(optimizer.step)"])
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        (torch.optim.AdamW, {"foreach": True}),
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+    ],
+)
+def test_a_compiled_step_rescales_and_changes_nothing(cls, settings, form):
+    batches = [(torch.randn(8, 12), torch.randn(8, 6)) for _ in range(15)]
+    finals = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = with_lora(TwoLayers(), dtype=torch.float64, r=3, target_modules=["first", "second"])
+        optimizer = cls(trainable(model), lr=1e-2, **settings)
+        engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=2, interval=3))
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        if form.startswith("optimizer"):
+            optimizer.step = step
+        for x, y in batches:
+            torch.nn.functional.mse_loss(model(x), y).backward()
+            (optimizer.step if form.startswith("optimizer") else step)()
+            optimizer.zero_grad()
+        assert engine.state_dict()["rescales"] == 4
+        assert engine.metrics()["scalora/rescales"] == 4
+        finals.append([p.detach().clone() for p in model.parameters()])
+    torch.testing.assert_close(finals[1], finals[0], rtol=1e-6, atol=1e-9)
 
 
 class Signum(torch.optim.Optimizer):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from scalora.quantised_state import COMPANIONS, scale_block_quantised
+
 Refusal = Callable[[Mapping[str, Any]], str | None]
 """Looks at one parameter group and says in a clause why its settings can't be carried, or returns None."""
 
@@ -24,20 +26,54 @@ _REFUSALS: dict[str, Refusal] = {}
 
 _USE_INSTEAD = "use torch.optim.AdamW instead, or plain LoRA with this optimizer"
 
-# Known optimizers that mix rows or columns: said by name so that the user learns why and not only that.
-_NOT_ELEMENTWISE = {
-    "Adafactor": "its second moment is factored over rows and columns",
-    "SM3": "its second moment is factored over rows and columns",
-    "CAME": "its second moment is factored over rows and columns",
+_FACTORED = "its second moment is factored over rows and columns"
+_PRECONDITIONED = "its preconditioner mixes columns"
+_PROJECTED = "its moments live in a projected space of their own"
+_PARAMETER_AVERAGE = (
+    "it averages the parameters themselves, and the function at the averaged point would not survive the merge into "
+    "the base; a learning rate schedule does what the averaging is for"
+)
+_IN_BACKWARD = "it updates the weights inside the backward pass, before there is a step to rescale at"
+_TWO_MOMENTS_IN_ONE = "it stacks two first moments in one entry that does not have the parameter's shape"
+_STEP_FROM_START = "its step size comes from the distance to the parameters' start, which a rescale moves"
+_TENSOR_SUBCLASS = (
+    "its state is a quantised tensor of its own kind; the optimizer of this name in bitsandbytes is carried"
+)
+
+# Known optimizers that can't be carried, by class or qualified name: so that the user learns why and not only that.
+_REFUSED_BY_NAME = {
+    "Adafactor": _FACTORED,
+    "SM3": _FACTORED,
+    "CAME": _FACTORED,
     "Muon": "it orthogonalises the whole momentum matrix, which mixes columns",
-    "Shampoo": "its preconditioner mixes columns",
-    "DistributedShampoo": "its preconditioner mixes columns",
-    "SOAP": "its preconditioner mixes columns",
+    "Shampoo": _PRECONDITIONED,
+    "DistributedShampoo": _PRECONDITIONED,
+    "SOAP": _PRECONDITIONED,
     "LBFGS": "its curvature pairs span all parameters",
-    "GaLoreAdamW": "its moments live in a projected space of their own",
+    # GaLore and APOLLO export classes that are called plain AdamW inside.
+    "galore_torch.adamw.AdamW": _PROJECTED,
+    "galore_torch.adamw8bit.AdamW8bit": _PROJECTED,
+    "apollo_torch.apollo.AdamW": _PROJECTED,
+    "apollo_torch.q_apollo.AdamW": _PROJECTED,
+    "Lomo": _IN_BACKWARD,
+    "AdaLomo": _IN_BACKWARD,
+    "LayerWiseDummyOptimizer": _IN_BACKWARD,
+    "GrokAdamW": "it keeps its moments in the parameter group instead of the state, out of reach of a rescale",
+    "AdEMAMix": _TWO_MOMENTS_IN_ONE,
+    "AdEMAMix8bit": _TWO_MOMENTS_IN_ONE,
+    "AdEMAMix32bit": _TWO_MOMENTS_IN_ONE,
+    "PagedAdEMAMix": _TWO_MOMENTS_IN_ONE,
+    "PagedAdEMAMix8bit": _TWO_MOMENTS_IN_ONE,
+    "PagedAdEMAMix32bit": _TWO_MOMENTS_IN_ONE,
+    "torchao.optim.adam.AdamW8bit": _TENSOR_SUBCLASS,
+    "torchao.optim.adam.AdamW4bit": _TENSOR_SUBCLASS,
+    "AdamWScheduleFree": _PARAMETER_AVERAGE,
+    "RAdamScheduleFree": _PARAMETER_AVERAGE,
+    "SGDScheduleFree": _PARAMETER_AVERAGE,
+    "ASGD": _PARAMETER_AVERAGE,
+    "Prodigy": _STEP_FROM_START,
     "Adamax": "its state adds eps to the gradient before the maximum, so it does not scale",
     "Adadelta": "its state adds eps inside both averages, so it does not scale",
-    "ASGD": "its state averages the parameters themselves",
     "SparseAdam": "it takes only sparse gradients, which LoRA does not have",
     "LoraFAOptimizer": "it freezes lora_A, so only one of the two factors has a gradient",
 }
@@ -83,9 +119,10 @@ def state_degrees(optimizer: Optimizer) -> Mapping[str, int]:
     """
     name, short = _qualified_name(type(optimizer)), type(optimizer).__name__
     if name not in _DEGREES:
-        reason = _NOT_ELEMENTWISE.get(
-            short,
-            "it is not registered; if its state is elementwise in the gradient, call scalora.register_optimizer",
+        reason = (
+            _REFUSED_BY_NAME.get(name)
+            or _REFUSED_BY_NAME.get(short)
+            or "it is not registered; if its state is elementwise in the gradient, call scalora.register_optimizer"
         )
         raise UnsupportedOptimizerError(
             f"optimizer {short} ({name}) can't be carried through a ScaLoRA rescale: {reason}; {_USE_INSTEAD}"
@@ -102,6 +139,8 @@ def scale_gradient_and_state(
 ) -> None:
     """Multiply one parameter's gradient and state in place by powers of a factor.
 
+    Exact for floating-point state; 8-bit codes are coded again where they have to be (see `quantised_state`).
+
     Args:
         optimizer: that holds the state.
         degrees: from `state_degrees`.
@@ -109,11 +148,13 @@ def scale_gradient_and_state(
         factor: broadcastable against it, positive: 1 on the columns that are left alone.
 
     Raises:
-        UnsupportedOptimizerError: the state has an entry of the parameter's shape that the table does not name.
+        UnsupportedOptimizerError: the state has an entry of the parameter's shape that the table does not name, or one
+            of integers that are not the block-wise codes of bitsandbytes.
     """
     if parameter.grad is not None:
         parameter.grad.mul_(factor)
-    for key, value in optimizer.state.get(parameter, {}).items():
+    state = optimizer.state.get(parameter, {})
+    for key, value in state.items():
         if not isinstance(value, Tensor) or value.shape != parameter.shape:
             continue
         if key not in degrees:
@@ -121,8 +162,19 @@ def scale_gradient_and_state(
                 f"{type(optimizer).__name__} keeps a state {key!r} of the parameter's shape that its entry does not "
                 f"name (it names {sorted(degrees)}): register it with scalora.register_optimizer"
             )
-        if degrees[key]:
-            value.mul_(factor.to(value.dtype) ** degrees[key])
+        if degrees[key] == 0:
+            continue
+        if value.is_floating_point():
+            # To the entry's device too: a paged one counts as the host's.
+            value.mul_(factor.to(value) ** degrees[key])
+        elif key in COMPANIONS and all(name in state for name in COMPANIONS[key]):
+            absmax, qmap = (state[name] for name in COMPANIONS[key])
+            scale_block_quantised(value, absmax, qmap, factor.to(qmap) ** degrees[key])
+        else:
+            raise UnsupportedOptimizerError(
+                f"{type(optimizer).__name__} keeps its state {key!r} as {value.dtype}, without the maxima and the code "
+                f"book that bitsandbytes keeps beside such codes; {_USE_INSTEAD}"
+            )
 
 
 def _qualified_name(cls: type) -> str:
@@ -144,6 +196,28 @@ def _adagrad_settings(group: Mapping[str, Any]) -> str | None:
     return _coupled_decay(group)
 
 
+def _bitsandbytes_lion_decay(group: Mapping[str, Any]) -> str | None:
+    # Coupled in the 32-bit kernels of CUDA, Triton and MPS before 0.50 (bitsandbytes issue 1992), decoupled elsewhere.
+    if group.get("weight_decay", 0):
+        return (
+            f"weight_decay={group['weight_decay']}: some versions of bitsandbytes add Lion's decay to the gradient, so "
+            "the state is not a function of the gradient alone; set weight_decay=0 or use lion_pytorch.Lion"
+        )
+    return None
+
+
+def _stable_adamw_settings(group: Mapping[str, Any]) -> str | None:
+    if group.get("gradient_release"):
+        return "gradient_release=True: " + _IN_BACKWARD
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in group["params"])
+    if half and group.get("kahan_sum") is not False:
+        return (
+            "kahan_sum keeps rounding remainders of the parameters, which scale as they do and not as the gradient; "
+            "set kahan_sum=False or train the adapters in float32"
+        )
+    return None
+
+
 _ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
 register_optimizer(torch.optim.Adam, _ADAM, refuse=_coupled_decay)
@@ -155,3 +229,24 @@ register_optimizer(torch.optim.SGD, {"momentum_buffer": 1}, refuse=_coupled_deca
 register_optimizer(torch.optim.RMSprop, {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 0}, refuse=_coupled_decay)
 register_optimizer(torch.optim.Adagrad, {"sum": 2}, refuse=_adagrad_settings)
 register_optimizer("lion_pytorch.lion_pytorch.Lion", {"exp_avg": 1})
+register_optimizer("optimi.stableadamw.StableAdamW", {"exp_avg": 1, "exp_avg_sq": 2}, refuse=_stable_adamw_settings)
+
+
+def _register_bitsandbytes() -> None:
+    """Its optimizers by name: each class keeps 32-bit state for small parameters whatever its bits."""
+    families: list[tuple[str, str, bool, Mapping[str, int], Refusal | None]] = [
+        # The decay of Adam is decoupled there, as AdamW's is: the two classes run the same kernel.
+        ("adam", "Adam", True, {"state1": 1, "state2": 2}, None),
+        ("adamw", "AdamW", True, {"state1": 1, "state2": 2}, None),
+        ("lion", "Lion", True, {"state1": 1}, _bitsandbytes_lion_decay),
+        ("sgd", "SGD", False, {"state1": 1}, _coupled_decay),
+        ("rmsprop", "RMSprop", False, {"state1": 2}, _coupled_decay),
+        ("adagrad", "Adagrad", False, {"state1": 2}, _coupled_decay),
+    ]
+    for module, name, paged, degrees, refuse in families:
+        for prefix in ("", "Paged") if paged else ("",):
+            for bits in ("", "8bit", "32bit"):
+                register_optimizer(f"bitsandbytes.optim.{module}.{prefix}{name}{bits}", degrees, refuse=refuse)
+
+
+_register_bitsandbytes()
