@@ -251,7 +251,9 @@ def test_the_installed_command_exits_with_one_line(tmp_path):
         check=False,
     )
     assert failed.returncode == 2
-    assert failed.stderr == "error: config file 'nowhere.yaml' does not exist\n"
+    # bitsandbytes, where it is installed, may have said something of its own when it was imported.
+    assert failed.stderr.splitlines()[-1] == "error: config file 'nowhere.yaml' does not exist"
+    assert "Traceback" not in failed.stderr
     assert failed.stdout == ""
 
 

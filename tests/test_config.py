@@ -16,6 +16,8 @@ from scalora import ScaLoraConfig
         ({"target_norm": "1"}, "target_norm"),
         ({"smoothness": 1.0, "target_norm": 1.0}, "not both"),
         ({"mode": "row"}, "mode"),
+        ({"merge": "sparse"}, "merge"),
+        ({"remainder_rank": 0}, "remainder_rank"),
     ],
 )
 def test_a_wrong_value_is_named(settings, named):

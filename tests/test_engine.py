@@ -1,11 +1,12 @@
 """The engine on PEFT models: preserved function, equality with a plain re-statement, rank, refusals."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from models import Mixed, TwoLayers, tiny_gpt2, tiny_llama, trainable, with_lora
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from scalora import (
@@ -71,8 +72,9 @@ def test_200_rescales_keep_the_function(dtype, bound, dropout):
     assert probe.worst < bound
 
 
+@pytest.mark.parametrize("merge", ["dense", "factored"])
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_every_kind_of_layer_keeps_the_function(use_rslora):
+def test_every_kind_of_layer_keeps_the_function(use_rslora, merge):
     model = with_lora(
         Mixed(),
         dtype=torch.float64,
@@ -86,7 +88,7 @@ def test_every_kind_of_layer_keeps_the_function(use_rslora):
     )
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     tokens = torch.randint(0, 20, (16, 4), generator=torch.Generator().manual_seed(0))
-    probe = Probe(model, optimizer, ScaLoraConfig(warmup_steps=0), tokens)
+    probe = Probe(model, optimizer, ScaLoraConfig(warmup_steps=0, merge=merge), tokens)
     layers = {name: getattr(model.base_model.model, name).base_layer for name in ("embed", "conv1d", "linear")}
     before = {name: layer.weight.clone() for name, layer in layers.items()}
     for _ in range(30):
@@ -95,7 +97,10 @@ def test_every_kind_of_layer_keeps_the_function(use_rslora):
         optimizer.zero_grad()
     assert probe.worst < 1e-12
     for name, layer in layers.items():
-        assert not torch.equal(layer.weight, before[name]), name
+        assert torch.equal(layer.weight, before[name]) == (merge == "factored"), name
+    live = probe.output()
+    merged = model.merge_and_unload().eval()
+    torch.testing.assert_close(merged(tokens), live, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -281,7 +286,22 @@ def test_a_layer_without_gradient_or_with_a_bad_one_is_left_alone():
     optimizer.step()
     assert torch.equal(inner.first.base_layer.weight, before)
     assert not torch.equal(inner.second.base_layer.weight, engine_hooked)
-    assert engine.metrics()["scalora/degenerate_share"] == 0.5
+    with pytest.warns(UserWarning, match="left a layer alone at 1 rescales.*NaN"):
+        metrics = engine.metrics()
+    assert (metrics["scalora/degenerate_share"], metrics["scalora/nonfinite"]) == (0.5, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.metrics()
+
+
+def test_factors_out_of_range_leave_the_layer_alone_and_are_counted():
+    model = with_lora(TwoLayers(), r=3, target_modules=TWO)
+    x, y = regression()
+    before = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
+    engine = run(model, x, y, 3, ScaLoraConfig(warmup_steps=0, target_norm=1e12))
+    with pytest.warns(UserWarning, match="beyond a million"):
+        assert engine.metrics()["scalora/exploding"] > 0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
 
 def test_detach_stops_and_state_is_restored():
@@ -296,26 +316,52 @@ def test_detach_stops_and_state_is_restored():
     assert torch.equal(base, model.base_model.model.first.base_layer.weight)
     other = ScaLora(model, torch.optim.AdamW(trainable(model)), ScaLoraConfig(warmup_steps=2, interval=2))
     other.load_state_dict(state)
-    assert other.state_dict() == state
+    assert (other.state_dict()["step"], other.state_dict()["rescales"]) == (7, 2)
     third = ScaLora(model, torch.optim.AdamW(trainable(model)), ScaLoraConfig())
     with pytest.raises(ValueError, match="same settings"):
         third.load_state_dict(state)
 
 
-def test_an_adapter_only_save_fails_loudly_and_the_merged_model_is_right(tmp_path):
-    tokens = torch.randint(0, 64, (4, 10), generator=torch.Generator().manual_seed(0))
-    model = with_lora(tiny_llama(), r=2, target_modules="all-linear")
+def one_step(model, tokens, **settings):
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0))
+    ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0, **settings))
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
-    with pytest.raises(ChangedBaseError, match="merge_and_unload"):
-        model.save_pretrained(tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
-    live = model(input_ids=tokens).logits
+    return model(input_ids=tokens).logits
+
+
+def test_a_dense_model_is_saved_as_a_state_that_nothing_takes_for_an_adapter(tmp_path):
+    tokens = torch.randint(0, 64, (4, 10), generator=torch.Generator().manual_seed(0))
+    model = with_lora(tiny_llama(), r=2, target_modules="all-linear")
+    live = one_step(model, tokens, merge="dense")
+    model.save_pretrained(tmp_path / "state")
+    assert {path.name for path in (tmp_path / "state").iterdir()} == {
+        "adapter_model.safetensors",
+        "scalora_state.safetensors",
+    }
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path / "state")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        with_lora(tiny_llama(), r=2, target_modules="all-linear").load_adapter(tmp_path / "state", "default")
+    for method, arguments in {"push_to_hub": ["repository"], "unload": [], "disable_adapter": []}.items():
+        with pytest.raises(ChangedBaseError, match=method):
+            getattr(model, method)(*arguments)
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     loaded = type(tiny_llama()).from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(loaded(input_ids=tokens).logits, live, rtol=1e-4, atol=1e-5)
+
+
+def test_a_factored_model_is_saved_as_an_ordinary_adapter(tmp_path):
+    tokens = torch.randint(0, 64, (4, 10), generator=torch.Generator().manual_seed(0))
+    model = with_lora(tiny_llama(), r=2, target_modules="all-linear")
+    live = one_step(model, tokens, merge="factored")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    with model.disable_adapter():
+        change = live - model(input_ids=tokens).logits
+    # The default tolerance of an adapter is a thousandth of the update.
+    assert (loaded(input_ids=tokens).logits - live).norm() < 3e-3 * change.norm()
+    torch.testing.assert_close(model.merge_and_unload()(input_ids=tokens).logits, live, rtol=1e-4, atol=1e-5)
 
 
 def attach(model, **settings):

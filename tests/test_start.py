@@ -25,14 +25,15 @@ def test_the_start_keeps_the_function_and_attains_the_oracle():
     assert not layer.base_layer.weight.requires_grad
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(ChangedBaseError):
-        model.save_pretrained("unused")
+        model.unload()
 
 
-def test_transposed_layers_keep_the_function_too():
+@pytest.mark.parametrize("merge", ["dense", "factored"])
+def test_transposed_layers_keep_the_function_too(merge):
     model = with_lora(Mixed(), dtype=torch.float64, r=2, target_modules=["embed", "conv1d", "linear"])
     tokens = torch.randint(0, 20, (16, 4))
     reference = model(tokens).detach()
-    optimal_start(model, lambda: model(tokens).square().mean().backward())
+    optimal_start(model, lambda: model(tokens).square().mean().backward(), merge=merge)
     torch.testing.assert_close(model(tokens), reference, rtol=1e-12, atol=1e-12)
 
 

@@ -5,6 +5,7 @@ from scalora.adapters import UnsupportedLayerError
 from scalora.changed_base import ChangedBaseError
 from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
+from scalora.integrations.checkpoints import last_checkpoint
 from scalora.integrations.transformers import ScaLoraCallback
 from scalora.lowrank import effective_rank, numerical_rank
 from scalora.scaling import (
@@ -18,6 +19,7 @@ from scalora.scaling import (
     scalar_scaling,
 )
 from scalora.start import optimal_start
+from scalora.state import StateError
 from scalora.transport import UnsupportedOptimizerError, register_optimizer
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "ScaLora",
     "ScaLoraCallback",
     "ScaLoraConfig",
+    "StateError",
     "UnsupportedLayerError",
     "UnsupportedOptimizerError",
     "__version__",
@@ -32,6 +35,7 @@ __all__ = [
     "choose_scaling",
     "column_scaling",
     "effective_rank",
+    "last_checkpoint",
     "normal_equations",
     "numerical_rank",
     "optimal_adapter",

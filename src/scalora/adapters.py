@@ -8,12 +8,20 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.lora.layer import Embedding, Linear, LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from scalora.remainder import DenseRemainder, FactoredRemainder, Merge, Remainder
+
 _HALF = (torch.float16, torch.bfloat16)
+
+# PEFT's layers over quantised weights whose forward pass goes through a `LoraVariant` if there is one, which is what
+# the factored remainder needs (bitsandbytes, GPTQ, HQQ, torchao); AWQ's, EETQ's and AQLM's do not.
+_QUANTISED = ("Linear4bit", "Linear8bitLt", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear")
+
+_REMAINDER = "scalora_remainder"
 
 
 class UnsupportedLayerError(ValueError):
@@ -28,7 +36,8 @@ class LoraPair:
         name: the module's name in the model.
         lora_A: PEFT's parameter (r, n): the paper's Bᵀ.
         lora_B: PEFT's parameter (m, r): the paper's A.
-        weight: the frozen base weight, (m, n), or (n, m) when `transposed`.
+        weight: the frozen base weight, (m, n), or (n, m) when `transposed`; packed somehow when `quantised`.
+        quantised: whether the base weight can't be added to.
         transposed: whether the base stores its weight transposed (Conv1D, embeddings).
         layer: the PEFT layer; its scaling is read at each step because PEFT lets users change it.
         adapter: the adapter's name.
@@ -37,7 +46,8 @@ class LoraPair:
     name: str
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    weight: nn.Parameter
+    weight: Tensor
+    quantised: bool
     transposed: bool
     layer: LoraLayer
     adapter: str
@@ -46,6 +56,12 @@ class LoraPair:
     def scaling(self) -> float:
         """s: alpha/r, or alpha/√r with rsLoRA."""
         return float(self.layer.scaling[self.adapter])
+
+    @property
+    def remainder(self) -> Remainder:
+        """Where this layer's remainders go; `place_remainders` has put it there."""
+        remainder: Remainder = getattr(self.layer, _REMAINDER)
+        return remainder
 
     @property
     def group_key(self) -> tuple[Any, ...]:
@@ -61,8 +77,8 @@ def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
 
     Raises:
         UnsupportedLayerError: there is no LoRA layer, or one that can't be treated: DoRA and other variants,
-            convolutions, attention modules, quantised or tied base weights, half-precision, frozen or tied adapter
-            weights, merged or disabled adapters, more adapters than the one that is active.
+            convolutions, attention modules, tied base weights, half-precision, frozen or tied adapter weights, merged
+            or disabled adapters, more adapters than the one that is active.
     """
     owners = _owners_of_parameters(model)
     pairs = []
@@ -103,23 +119,23 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> 
         _refuse(name, "its adapter is disabled", "call enable_adapter_layers() first")
     if layer.use_dora.get(adapter):
         _refuse(name, "DoRA's magnitude makes the update non-linear in A and B", "set use_dora=False")
-    if adapter in getattr(layer, "lora_variant", {}):
-        variant = type(layer.lora_variant[adapter]).__name__
-        _refuse(name, f"the LoRA variant {variant} changes the update", "use plain LoRA")
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and not isinstance(variant, _WithRemainder):
+        _refuse(name, f"the LoRA variant {type(variant).__name__} changes the update", "use plain LoRA")
     base = layer.get_base_layer()
-    if type(layer) not in (Linear, Embedding) or not isinstance(base, (nn.Linear, Conv1D, nn.Embedding)):
+    packed = type(layer).__name__ in _QUANTISED
+    if not packed and (
+        type(layer) not in (Linear, Embedding) or not isinstance(base, (nn.Linear, Conv1D, nn.Embedding))
+    ):
         _refuse(
             name,
             f"{type(layer).__name__} over {type(base).__name__} is not a linear, Conv1D or embedding layer",
             "leave it out of target_modules",
         )
-    weight = base.weight
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        _refuse(
-            name,
-            f"its base weight is quantised ({type(weight).__name__}, {weight.dtype})",
-            "load the base model in float32 or bfloat16",
-        )
+    weight = next(base.parameters(), None) if packed else base.weight
+    if weight is None:
+        weight = next(base.buffers())
+    quantised = packed or type(weight) is not nn.Parameter or not weight.is_floating_point()
     if len(names := owners[id(weight)]) > 1:
         _refuse(
             name,
@@ -131,7 +147,7 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> 
         transposed = True
     else:
         lora_A, lora_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        transposed = bool(layer.fan_in_fan_out)
+        transposed = bool(getattr(layer, "fan_in_fan_out", False))
     for key, parameter in (("lora_A", lora_A), ("lora_B", lora_B)):
         if not parameter.requires_grad:
             _refuse(name, f"{key} is frozen", "ScaLoRA trains both factors: set requires_grad=True")
@@ -143,11 +159,112 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> 
             )
         if len(names := owners[id(parameter)]) > 1:
             _refuse(name, f"{key} is tied ({' = '.join(names)})", "use one adapter for each layer")
-    return LoraPair(name, lora_A, lora_B, weight, transposed, layer, adapter)
+    return LoraPair(name, lora_A, lora_B, weight, quantised, transposed, layer, adapter)
 
 
 def _refuse(name: str, why: str, way_out: str) -> None:
     raise UnsupportedLayerError(f"ScaLoRA can't treat module {name!r}: {why}; {way_out}")
+
+
+def place_remainders(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None:
+    """Give every layer a place for its remainders; one that it already has stays.
+
+    Args:
+        pairs: of one model.
+        merge: ``"dense"``, ``"factored"``, or ``"auto"``, see `resolve_merge`.
+        max_rank: of a factored remainder.
+
+    Raises:
+        UnsupportedLayerError: dense on a quantised weight, or a place of the other kind is in use.
+    """
+    factored = resolve_merge(pairs, merge, max_rank) == "factored"
+    for pair in pairs:
+        if pair.quantised and not factored:
+            _refuse(
+                pair.name,
+                f"its base weight is quantised ({type(pair.weight).__name__}, {pair.weight.dtype}) and can't be merged "
+                "into",
+                "set merge='factored'",
+            )
+        if (present := getattr(pair.layer, _REMAINDER, None)) is not None:
+            if isinstance(present, FactoredRemainder) != factored:
+                kind, other = ("factored", "dense") if factored else ("dense", "factored")
+                _refuse(pair.name, f"it already has a {other} remainder", f"set merge={other!r}, not {kind!r}")
+            if isinstance(present, FactoredRemainder):
+                present.max_rank = max_rank
+    for pair in pairs:
+        if hasattr(pair.layer, _REMAINDER):
+            continue
+        if factored:
+            m, n = pair.lora_B.shape[0], pair.lora_A.shape[1]
+            remainder = FactoredRemainder(m, n, max_rank, dtype=pair.lora_A.dtype, device=pair.lora_A.device)
+            pair.layer.add_module(_REMAINDER, remainder)
+            pair.layer.lora_variant[pair.adapter] = _WithRemainder()
+        else:
+            pair.layer.add_module(_REMAINDER, DenseRemainder(pair.weight, transposed=pair.transposed))
+
+
+def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
+    """What ``"auto"`` means for a model: ``"dense"`` or ``"factored"``.
+
+    What the model already has, if it has been attached to before. Quantised weights can't take a merge: factored.
+    Float32 and float64 ones can, at no cost in memory or time: dense, the paper's way. Half-precision ones can with 2
+    more bytes an entry, the factors take 4 bytes an entry of theirs and some time in the forward pass: whichever takes
+    less memory, since that is why people train in half precision.
+    """
+    if merge != "auto":
+        return merge
+    if (present := getattr(pairs[0].layer, _REMAINDER, None)) is not None:
+        return "factored" if isinstance(present, FactoredRemainder) else "dense"
+    if any(pair.quantised for pair in pairs):
+        return "factored"
+    half = [pair for pair in pairs if pair.weight.dtype in _HALF]
+    factors = sum(4 * 2 * max_rank * (pair.lora_B.shape[0] + pair.lora_A.shape[1]) for pair in half)
+    return "factored" if factors < sum(2 * pair.weight.numel() for pair in half) else "dense"
+
+
+class _WithRemainder(LoraVariant):  # type: ignore[misc]
+    """Plain LoRA plus the layer's factored remainder, which sees the input without dropout, as a base weight would."""
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        remainder = getattr(module, _REMAINDER)
+        if isinstance(module, Embedding):
+            lora_A, lora_B = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
+            update = (module._embed(x, lora_A.mT) @ lora_B.mT) * module.scaling[active_adapter]
+            update = update + module._embed(x, remainder.right) @ remainder.left.mT
+            if (scale := module._get_embed_scale()) is not None:
+                update = update * scale.to(update.dtype)
+        else:
+            lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+            update = lora_B(lora_A(module.lora_dropout[active_adapter](x))) * module.scaling[active_adapter]
+            update = update + nn.functional.linear(nn.functional.linear(x, remainder.right.mT), remainder.left)
+        output: Tensor = result + update
+        return output
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        merged: Tensor = orig_weight + _whole_update(module, active_adapter).to(orig_weight.dtype)
+        return merged
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += _whole_update(module, active_adapter)
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - _whole_update(module, active_adapter).to(orig_weight.dtype)
+
+
+def _whole_update(module: LoraLayer, adapter: str) -> Tensor:
+    """The adapter's and the remainder's update together, stored as the base weight is."""
+    remainder = getattr(module, _REMAINDER).dense()
+    stored_transposed = isinstance(module, Embedding) or getattr(module, "fan_in_fan_out", False)
+    update: Tensor = module.get_delta_weight(adapter) + (remainder.mT if stored_transposed else remainder)
+    return update
 
 
 def stack(tensors: list[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
+from scalora.remainder import Merge
 from scalora.scaling import Mode
 
 
@@ -45,10 +46,26 @@ class ScaLoraConfig:
             "paper's rule, and the best residual). 'column' or 'scalar' try only the one."
         },
     )
+    merge: Merge = field(
+        default="auto",
+        metadata={
+            "help": "Where the remainder goes: 'dense' into the base weights (the paper's way), 'factored' beside the "
+            "untouched base. 'auto': dense for a float32 base, factored for a quantised one, whichever takes less "
+            "memory for a half-precision one."
+        },
+    )
+    remainder_rank: int = field(
+        default=64,
+        metadata={
+            "help": "Columns that a factored remainder keeps. Measured updates have a numerical rank of 15 to 54 "
+            "(docs/precision.md), so 64 loses next to nothing, and twice that many columns cost a few per cent of a "
+            "large layer's memory and time."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check every value, so that a wrong one is found before any training."""
-        for name, low in (("interval", 1), ("warmup_steps", 0)):
+        for name, low in (("interval", 1), ("warmup_steps", 0), ("remainder_rank", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
@@ -61,8 +78,9 @@ class ScaLoraConfig:
                 f"give smoothness={self.smoothness} or target_norm={self.target_norm}, not both: "
                 "target_norm is 1/sqrt(smoothness·η·s²)"
             )
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
+        for name, allowed in (("mode", get_args(Mode)), ("merge", get_args(Merge))):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON and YAML."""

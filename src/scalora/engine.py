@@ -9,22 +9,30 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scalora.adapters import LoraPair, find_lora_pairs, stack
-from scalora.changed_base import guard_changed_base
+from scalora.adapters import LoraPair, stack
+from scalora.changed_base import attach, state_of
 from scalora.config import ScaLoraConfig
-from scalora.remainder import merge_dense
+from scalora.remainder import FactoredRemainder
 from scalora.scaling import COLUMN, SCALAR, Scaling, choose_scaling
+from scalora.state import STATE_FILE, StateError, random_state, read_state, restore, set_random_state, write_state
 from scalora.transport import scale_gradient_and_state, state_degrees
 
 DEFAULT_TARGET_NORM = 1.0
 
 _QUANTILES = (0.1, 0.5, 0.9)
+
+_LEFT_ALONE_BECAUSE = {
+    "nonfinite": "its adapter or its gradient had NaN or infinite entries; look at the loss, the data and the learning "
+    "rate",
+    "exploding": "its optimal factors were beyond a million or below a millionth; look at target_norm or smoothness",
+}
 
 
 class ScaLora:
@@ -52,56 +60,95 @@ class ScaLora:
         self._model = model
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         self._degrees = state_degrees(self._optimizer)
-        pairs = find_lora_pairs(model)
+        self._pairs, self._progress = attach(model, self.config.merge, self.config.remainder_rank)
         rates = _base_learning_rates(self._optimizer)
-        self._target_norms = {pair.name: _target_norms(pair, rates, self.config) for pair in pairs}
+        self._target_norms = {pair.name: _target_norms(pair, rates, self.config) for pair in self._pairs}
         self._groups: dict[tuple[Any, ...], list[LoraPair]] = defaultdict(list)
-        for pair in pairs:
+        for pair in self._pairs:
             self._groups[pair.group_key].append(pair)
-        if any(pair.weight.dtype in (torch.float16, torch.bfloat16) for pair in pairs):
-            warnings.warn(
-                "the base weights are in half precision: every merge rounds them; load the base in float32 to keep all "
-                "that is learned",
-                stacklevel=2,
-            )
-        self._step = 0
-        self._rescales = 0
+        self._progress.config, self._progress.step, self._progress.rescales = self.config, 0, 0
         self._last: dict[str, Tensor] = {}
+        self._left_alone = {"nonfinite": torch.zeros(()), "exploding": torch.zeros(())}
+        self._said: set[str] = set()
         self._hook = self._optimizer.register_step_pre_hook(self._before_step)
 
     def detach(self) -> None:
-        """Stop rescaling. The model goes on as plain LoRA on the base weights as they are now."""
+        """Stop rescaling. The model goes on as plain LoRA on its base and remainder as they are now."""
         self._hook.remove()
+        self._say_what_was_bad()
 
     def metrics(self) -> dict[str, float]:
-        """What the last rescale did; empty before the first.
+        """What the last rescale did, and counts since attaching; empty before the first rescale.
 
         Keys: ``scalora/column_share``, ``scalora/scalar_share``, ``scalora/left_alone_share`` and
         ``scalora/degenerate_share`` (of all layers; degenerate ones are among those left alone), quantiles of the
         factors over all columns ``scalora/alpha_p10 … beta_p90``, ``scalora/merge_norm`` (Frobenius norm of all that
-        went into the base weights at this rescale), ``scalora/rescales`` (so far).
+        was merged at this rescale); counts so far: ``scalora/rescales``, and of layers left alone at a rescale
+        ``scalora/nonfinite`` (NaN or infinity in the adapter or its gradient) and ``scalora/exploding`` (factors beyond
+        a million or below a millionth). With a factored remainder ``scalora/remainder_columns`` (the most of any layer)
+        and ``scalora/discarded`` (what compressions have left out, as a share of the remainder's Frobenius norm).
         """
+        self._say_what_was_bad()
         if not self._last:
             return {}
-        return {key: value.item() for key, value in self._last.items()} | {"scalora/rescales": float(self._rescales)}
+        counts = {f"scalora/{kind}": count.item() for kind, count in self._left_alone.items()}
+        counts["scalora/rescales"] = float(self._progress.rescales)
+        return {key: value.item() for key, value in self._last.items()} | counts | self._remainder_metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and settings as plain numbers. The weights and moments belong to the model and the optimizer."""
-        return {"step": self._step, "rescales": self._rescales, "config": self.config.to_dict()}
+        """Everything that a run needs to go on exactly as if it had not stopped, as tensors, numbers and texts.
+
+        The base weights where they were merged into, or the factored remainders; the trained parameters; the
+        optimizer's state; the counters and settings; the states of the random number generators. Tensors are not
+        copied: `copy.deepcopy` a state that should outlive the next step. A learning-rate scheduler and the position in
+        the data are the training loop's own.
+        """
+        self._say_what_was_bad()
+        return state_of(self._model, self._pairs) | {
+            "optimizer": self._optimizer.state_dict(),
+            "random": random_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting where `state_dict` left off.
+        """Go on where `state_dict` left off. A state without an optimizer (`save_pretrained`'s) restores the rest.
 
         Raises:
-            ValueError: the state is of a run with other settings, or lacks an entry.
+            StateError: the state is of another base model, adapter or settings, lacks an entry, or has numbers that are
+                not finite; the model is then as it was.
         """
-        if missing := {"step", "rescales", "config"} - set(state):
-            raise ValueError(f"not a ScaLora state: it lacks {', '.join(sorted(missing))}")
-        if (saved := ScaLoraConfig.from_dict(state["config"])) != self.config:
-            raise ValueError(f"the state was saved with {saved}, this engine has {self.config}: use the same settings")
-        self._step, self._rescales = int(state["step"]), int(state["rescales"])
-        if self._rescales:
-            guard_changed_base(self._model)
+        if missing := {"base", "merge", "config", "step", "rescales", "tensors"} - set(state):
+            raise StateError(f"not a ScaLoRA state: it lacks {', '.join(sorted(missing))}")
+        if state["base"] != self._progress.fingerprint:
+            raise StateError(
+                f"the state belongs to a base model with fingerprint {state['base'][:12]}, this one has "
+                f"{self._progress.fingerprint[:12]}: load the base that the run started from, in the same dtype"
+            )
+        saved = state["config"] and ScaLoraConfig.from_dict(state["config"])
+        if saved is not None and saved != self.config:
+            raise StateError(f"the state was saved with {saved}, this engine has {self.config}: use the same settings")
+        restore(self._model, self._pairs, state["tensors"])
+        if "optimizer" in state:
+            self._optimizer.load_state_dict(state["optimizer"])
+        if "random" in state:
+            set_random_state(state["random"])
+        self._progress.step, self._progress.rescales = int(state["step"]), int(state["rescales"])
+
+    def save(self, folder: str | Path) -> None:
+        """Write `state_dict` to ``scalora_state.safetensors`` in a folder, atomically: an older one stays until then.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_state(Path(folder) / STATE_FILE, self.state_dict())
+
+    def load(self, folder: str | Path) -> None:
+        """Restore what `save`, or `save_pretrained` of an attached model, wrote.
+
+        Raises:
+            StateError: as `load_state_dict`; or the file is missing, damaged, or of another format version.
+        """
+        self.load_state_dict(read_state(Path(folder)))
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -115,16 +162,17 @@ class ScaLora:
         if found_inf is not None and found_inf.item():
             # GradScaler calls a fused optimizer even when it will skip the step.
             return
-        self._step += 1
-        since_warmup = self._step - self.config.warmup_steps
+        self._progress.step += 1
+        since_warmup = self._progress.step - self.config.warmup_steps
         if since_warmup < 1 or since_warmup % self.config.interval:
             return
         rescaled = [self._rescale_group([p for p in pairs if _has_gradients(p)]) for pairs in self._groups.values()]
-        self._rescales += 1
-        if self._rescales == 1:
-            guard_changed_base(self._model)
-        total = sum(len(pairs) for pairs in self._groups.values())
-        self._last = _summary([part for part in rescaled if part is not None], total)
+        self._progress.rescales += 1
+        parts = [part for part in rescaled if part is not None]
+        self._last = _summary(parts, len(self._pairs))
+        for scaling, _ in parts:
+            for kind, count in self._left_alone.items():
+                self._left_alone[kind] = count.to(scaling.alpha.device) + getattr(scaling, kind).sum()
 
     def _rescale_group(self, pairs: list[LoraPair]) -> tuple[Scaling, Tensor] | None:
         """Solve, merge and carry over for layers of one shape; returns the scaling and the merges' squared norms."""
@@ -139,12 +187,30 @@ class ScaLora:
         scale = torch.tensor([p.scaling for p in pairs], dtype=scaling.alpha.dtype).to(A.device)
         coefficients = scale[:, None] * (1 - alpha.to(scaling.alpha.dtype) * beta.to(scaling.beta.dtype))
         for i, pair in enumerate(pairs):
-            merge_dense(pair.weight, pair.lora_B, pair.lora_A.mT, coefficients[i], transposed=pair.transposed)
+            pair.remainder.add(pair.weight, pair.lora_B, pair.lora_A.mT, coefficients[i])
             pair.lora_B.mul_(alpha[i])
             pair.lora_A.mul_(beta[i][:, None])
             scale_gradient_and_state(self._optimizer, self._degrees, pair.lora_B, beta[i])
             scale_gradient_and_state(self._optimizer, self._degrees, pair.lora_A, alpha[i][:, None])
         return scaling, _merge_energy(A, B, coefficients)
+
+    def _say_what_was_bad(self) -> None:
+        """Warn once of each kind. Here and not in the step, which must not wait for the device."""
+        for kind, why in _LEFT_ALONE_BECAUSE.items():
+            if kind not in self._said and (count := int(self._left_alone[kind].item())):
+                self._said.add(kind)
+                warnings.warn(f"ScaLoRA left a layer alone at {count} rescales: {why}", stacklevel=3)
+
+    def _remainder_metrics(self) -> dict[str, float]:
+        remainders = [p.remainder for p in self._pairs if isinstance(p.remainder, FactoredRemainder)]
+        if not remainders:
+            return {}
+        lost = sum(remainder.discarded.item() for remainder in remainders)
+        kept = sum(remainder.energy().item() for remainder in remainders)
+        return {
+            "scalora/remainder_columns": float(max(remainder.left.shape[1] for remainder in remainders)),
+            "scalora/discarded": math.sqrt(lost / kept) if kept else 0.0,
+        }
 
 
 def _has_gradients(pair: LoraPair) -> bool:

@@ -42,11 +42,13 @@ class NormalEquations(NamedTuple):
         matrix: M, (…, 2r, 2r), symmetric positive semi-definite, in the solver's dtype.
         rhs: λ, (…, 2r).
         usable: whether the layer's inputs are finite and none of the 2r rank-one matrices is zero, (…).
+        finite: whether they are finite, (…).
     """
 
     matrix: Float[Tensor, "*layers 2r 2r"]
     rhs: Float[Tensor, "*layers 2r"]
     usable: Bool[Tensor, "*layers"]
+    finite: Bool[Tensor, "*layers"]
 
 
 class Scaling(NamedTuple):
@@ -58,12 +60,17 @@ class Scaling(NamedTuple):
         choice: `COLUMN`, `SCALAR` or `LEFT_ALONE` for each layer, (…).
         degenerate: whether the layer was left alone because its inputs have no optimum (zero A, zero B, zero or
             non-finite gradient), as against an optimum that came out negative or out of range, (…).
+        nonfinite: whether it was left alone because of a NaN or infinity, (…).
+        exploding: whether it was left alone because the factors of its optimum, positive as it should be, are too far
+            from 1 to be applied, (…).
     """
 
     alpha: Float[Tensor, "*layers r"]
     beta: Float[Tensor, "*layers r"]
     choice: Int[Tensor, "*layers"]
     degenerate: Bool[Tensor, "*layers"]
+    nonfinite: Bool[Tensor, "*layers"]
+    exploding: Bool[Tensor, "*layers"]
 
 
 def solver_dtype(device: torch.device) -> torch.dtype:
@@ -101,7 +108,7 @@ def normal_equations(
     usable = finite & (matrix.diagonal(dim1=-2, dim2=-1) > 0).all(-1) & matrix.isfinite().all(-1).all(-1)
     identity = torch.eye(2 * r, dtype=dtype, device=A.device)
     matrix = torch.where(usable[..., None, None], matrix, identity)
-    return NormalEquations(matrix, torch.where(usable[..., None], rhs, 0), usable)
+    return NormalEquations(matrix, torch.where(usable[..., None], rhs, 0), usable, finite)
 
 
 def column_scaling(
@@ -173,16 +180,25 @@ def choose_scaling(
     norms = torch.as_tensor(target_norm, dtype=equations.rhs.dtype, device=equations.rhs.device)
     norms = norms.expand(*equations.rhs.shape[:-1], 2).repeat_interleave(r, dim=-1)
 
-    column, column_ok = _factors(*_solve(equations.matrix, equations.rhs), norms)
+    column, column_positive, column_ok = _factors(*_solve(equations.matrix, equations.rhs), norms)
     scalar_v, scalar_regular = _solve(*_summed_over_blocks(equations))
-    scalar, scalar_ok = _factors(scalar_v.repeat_interleave(r, dim=-1), scalar_regular, norms)
-    column_ok = column_ok & equations.usable & (mode != "scalar")
-    scalar_ok = scalar_ok & equations.usable & (mode != "column") & ~column_ok
+    scalar, scalar_positive, scalar_ok = _factors(scalar_v.repeat_interleave(r, dim=-1), scalar_regular, norms)
+    column_tried, scalar_tried = equations.usable & (mode != "scalar"), equations.usable & (mode != "column")
+    column_ok = column_ok & column_tried
+    scalar_ok = scalar_ok & scalar_tried & ~column_ok
+    positive = (column_positive & column_tried) | (scalar_positive & scalar_tried)
 
     factors = torch.where(scalar_ok[..., None], scalar, 1.0)
     factors = torch.where(column_ok[..., None], column, factors)
     choice = COLUMN * column_ok.int() + SCALAR * scalar_ok.int()
-    return Scaling(factors[..., :r], factors[..., r:], choice, ~equations.usable)
+    return Scaling(
+        factors[..., :r],
+        factors[..., r:],
+        choice,
+        degenerate=~equations.usable,
+        nonfinite=~equations.finite,
+        exploding=positive & (choice == LEFT_ALONE),
+    )
 
 
 def captured_energy(
@@ -294,10 +310,12 @@ def _summed_over_blocks(
 
 def _factors(
     v: Float[Tensor, "*layers 2r"], regular: Bool[Tensor, "*layers"], norms: Float[Tensor, "*layers 2r"]
-) -> tuple[Float[Tensor, "*layers 2r"], Bool[Tensor, "*layers"]]:
+) -> tuple[Float[Tensor, "*layers 2r"], Bool[Tensor, "*layers"], Bool[Tensor, "*layers"]]:
+    """The factors of v, whether v is a positive optimum, and whether the factors can be applied."""
     factors = v.clamp_min(0).sqrt() * norms
     low, high = _FACTOR_RANGE
-    return factors, regular & ((factors > low) & (factors < high)).all(-1)
+    positive = regular & (v > 0).all(-1)
+    return factors, positive, positive & ((factors > low) & (factors < high)).all(-1)
 
 
 def _per_column(v: Tensor, columns: int) -> Tensor:

@@ -7,13 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from scalora.adapters import find_lora_pairs
-from scalora.changed_base import guard_changed_base
-from scalora.remainder import merge_dense
+from scalora.adapters import UnsupportedLayerError
+from scalora.changed_base import attach
+from scalora.remainder import Merge
 from scalora.scaling import optimal_adapter
 
 
-def optimal_start(model: nn.Module, train_step: Callable[[], None], *, target_norm: float = 1.0) -> None:
+def optimal_start(
+    model: nn.Module,
+    train_step: Callable[[], None],
+    *,
+    target_norm: float = 1.0,
+    merge: Merge = "auto",
+    remainder_rank: int = 64,
+) -> None:
     """Give every LoRA pair the optimal factors for its gradient, and take their product off the base weight.
 
     The model's function does not change. Needs memory for the gradients of all adapted weights, once.
@@ -23,13 +30,21 @@ def optimal_start(model: nn.Module, train_step: Callable[[], None], *, target_no
         train_step: computes the loss on a few batches and calls ``backward()``, the convention of PEFT's
             ``preprocess_loraga``; gradients are summed over its calls.
         target_norm: ``1/√(Lη)``, the norm of every column.
+        merge: where the product is taken off, as in `scalora.ScaLoraConfig`; the engine goes on with the same.
+        remainder_rank: likewise.
 
     Raises:
         UnsupportedLayerError: as `scalora.ScaLora`.
         ValueError: a layer got no gradient, a non-finite one, or is too small for 2·rank directions. No layer has been
             changed then.
     """
-    pairs = find_lora_pairs(model)
+    pairs, _ = attach(model, merge, remainder_rank)
+    for pair in pairs:
+        if pair.quantised:
+            raise UnsupportedLayerError(
+                f"module {pair.name!r} has a quantised base weight, which has no gradient to start from: start from "
+                "PEFT's own initialisation"
+            )
     trained_before = [pair.weight.requires_grad for pair in pairs]
     try:
         for pair in pairs:
@@ -58,8 +73,7 @@ def optimal_start(model: nn.Module, train_step: Callable[[], None], *, target_no
         for pair, (A, B) in zip(pairs, starts, strict=True):
             scale = A.new_full((A.shape[1],), pair.scaling)
             before = (pair.lora_B.detach(), pair.lora_A.detach().mT)
-            merge_dense(pair.weight, *before, scale, transposed=pair.transposed)
-            merge_dense(pair.weight, A, B, -scale, transposed=pair.transposed)
+            pair.remainder.add(pair.weight, *before, scale)
             pair.lora_B.copy_(A)
             pair.lora_A.copy_(B.mT)
-    guard_changed_base(model)
+            pair.remainder.add(pair.weight, pair.lora_B, pair.lora_A.mT, -scale)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,6 +16,8 @@ from transformers.trainer_callback import CallbackHandler
 
 from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
+from scalora.integrations.checkpoints import set_broken_checkpoints_aside
+from scalora.state import STATE_FILE, StateError
 
 
 class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
@@ -23,15 +28,19 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         ...                      callbacks=[ScaLoraCallback(ScaLoraConfig())])
 
     Attaches at the start of training and adds the engine's metrics to every training log, so that they reach whatever
-    ``report_to`` names. Detaches at the end. Trainer checkpoints would hold the adapter alone, which no longer fits the
-    base, so they are switched off with a warning.
+    ``report_to`` names. Detaches at the end.
+
+    Checkpoints, ``resume_from_checkpoint`` and ``load_best_model_at_end`` work as ever: a checkpoint holds the whole
+    state (and with a factored remainder an ordinary adapter too). One that was cut off while it was written is set
+    aside when the Trainer is made, so that ``resume_from_checkpoint=True`` finds the last whole one. For both the
+    callback must be given to the Trainer's constructor, not added later.
 
     Args:
         config: settings; the defaults when None.
 
     Raises:
-        ValueError: at the start of training, when ``load_best_model_at_end`` needs the checkpoints; and whatever
-            `ScaLora` raises.
+        StateError: at the start of training, when the checkpoint to resume from does not fit; and whatever `ScaLora`
+            raises.
 
     Attributes:
         engine: the attached `ScaLora`; None before training.
@@ -40,16 +49,43 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, config: ScaLoraConfig | None = None) -> None:
         self.config = config or ScaLoraConfig()
         self.engine: ScaLora | None = None
+        self._checkpoint: Path | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Set broken checkpoints aside, and see to it that the Trainer loads whole ones through the engine."""
+        set_broken_checkpoints_aside(Path(args.output_dir))
+        model: nn.Module = kwargs["model"]
+        if isinstance(model, PeftModel):
+            load_adapter = model.load_adapter
+            object.__setattr__(model, "load_adapter", partial(self._load_adapter, load_adapter))
+
+    def _load_adapter(self, load_adapter: Callable[..., Any], model_id: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """What a model's `load_adapter` does for a ScaLoRA state: bring it back, now or as soon as the engine is there.
+
+        The Trainer resumes before its callbacks see the beginning of training, and loads the best model after it.
+        """
+        if not (Path(model_id) / STATE_FILE).is_file():
+            return load_adapter(model_id, *args, **kwargs)
+        self._checkpoint = Path(model_id)
+        if self.engine is not None:
+            self.engine.load(model_id)
+        return None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach to the model and optimizer that the Trainer has built."""
-        _switch_checkpoints_off(args)
         _move_before_reporters(self)
         model: nn.Module = kwargs["model"]
         optimizer: Optimizer = kwargs["optimizer"]
         self.engine = ScaLora(model, optimizer, self.config)
+        if self._checkpoint is not None:
+            self.engine.load(self._checkpoint)
+        elif state.global_step:
+            raise StateError(
+                f"training resumes at step {state.global_step}, but no ScaLoRA state was loaded: the checkpoint was "
+                "written without ScaLoRA, or the callback was not given to the Trainer's constructor"
+            )
 
     def on_log(
         self,
@@ -70,24 +106,9 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Detach: training again attaches anew."""
+        self._checkpoint = None
         if self.engine is not None:
             self.engine.detach()
-
-
-def _switch_checkpoints_off(args: TrainingArguments) -> None:
-    if args.load_best_model_at_end:
-        raise ValueError(
-            "load_best_model_at_end=True needs Trainer checkpoints, which hold the adapter alone and would be wrong "
-            "after ScaLoRA's merges: set it to False"
-        )
-    if args.save_strategy != "no":
-        warnings.warn(
-            f"save_strategy={getattr(args.save_strategy, 'value', args.save_strategy)!r} is switched off: a Trainer "
-            "checkpoint holds the adapter alone, which no longer fits the base after ScaLoRA's merges. Save "
-            "trainer.model.merge_and_unload() when training is over.",
-            stacklevel=2,
-        )
-        args.save_strategy = type(args.save_strategy)("no")
 
 
 def _move_before_reporters(callback: TrainerCallback) -> None:

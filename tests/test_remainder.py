@@ -1,0 +1,195 @@
+"""Where remainders go: a thousand merges against a float64 replay, quantised bases, the original model underneath."""
+
+import pytest
+import torch
+from models import TwoLayers, tiny_llama, trainable, with_lora
+from torch import nn
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+from scalora import ScaLora, ScaLoraConfig, UnsupportedLayerError
+from scalora.lowrank import factors_of_dense, factors_of_product, rank_for_tolerance
+from scalora.remainder import DenseRemainder, FactoredRemainder
+
+WIDTH = 96
+
+
+class Replay:
+    """Sums in float64, written out densely, what each rescale takes from the adapter of a layer."""
+
+    def __init__(self, layer, optimizer, config, model):
+        self.layer = layer
+        self.weight = layer.base_layer.weight.detach().double()
+        self.naive = layer.base_layer.weight.detach().clone()
+        optimizer.register_step_pre_hook(self.before)
+        self.engine = ScaLora(model, optimizer, config)
+        optimizer.register_step_pre_hook(self.after)
+
+    def product(self):
+        layer = self.layer
+        A, B = layer.lora_B["default"].weight.detach().double(), layer.lora_A["default"].weight.detach().double()
+        return layer.scaling["default"] * A @ B
+
+    def before(self, *_):
+        self.last = self.product()
+
+    def after(self, *_):
+        remainder = self.last - self.product()
+        self.weight += remainder
+        self.naive += remainder.to(self.naive.dtype)  # what merging in half precision in place would do
+
+
+def train(dtype, merge, steps=1000, **settings):
+    """A layer in half precision, its adapter rescaled at every step; returns the replay."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)).to(dtype)
+    model = with_lora(base, r=4, target_modules=["0"], random_B=False)
+    for parameter in trainable(model):
+        parameter.data = parameter.data.float()
+    model.base_model.model[0].base_layer.to(dtype)
+    optimizer = torch.optim.AdamW(trainable(model), lr=3e-3)
+    replay = Replay(model.base_model.model[0], optimizer, ScaLoraConfig(warmup_steps=0, merge=merge, **settings), model)
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randn(WIDTH, WIDTH, generator=generator)
+    for _ in range(steps):
+        x = torch.randn(32, WIDTH, generator=generator)
+        nn.functional.mse_loss(model(x.to(dtype)).float(), x @ target.T).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert replay.engine.metrics()["scalora/rescales"] > 0.9 * steps
+    assert (replay.weight - replay.naive.double()).norm() > 0
+    return replay
+
+
+def drift(weight, exact):
+    """Relative change of the output for inputs of unit variance."""
+    x = torch.randn(256, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return ((x @ (weight.double() - exact).T).norm() / (x @ exact.T).norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_thousand_dense_merges_in_half_precision_drift_no_more_than_one_rounding(dtype):
+    replay = train(dtype, "dense")
+    live = replay.layer.base_layer.weight
+    assert live.dtype == dtype
+    one_rounding = drift(replay.weight.to(dtype), replay.weight)
+    assert drift(live, replay.weight) <= 1.001 * one_rounding
+    assert drift(replay.naive, replay.weight) > 5 * one_rounding
+    exact = replay.layer.scalora_remainder.exact(live.detach())
+    assert drift(exact, replay.weight) < 1e-5
+
+
+def test_a_thousand_factored_merges_drift_less_than_a_ten_thousandth():
+    replay = train(torch.bfloat16, "factored", remainder_rank=WIDTH)
+    layer = replay.layer
+    live = layer.base_layer.weight.double() + layer.scalora_remainder.dense().double()
+    assert layer.scalora_remainder.left.shape[1] <= 2 * WIDTH
+    assert drift(live, replay.weight) < 1e-4
+    assert replay.engine.metrics()["scalora/discarded"] < 1e-5
+
+
+def test_what_a_cap_discards_is_what_is_missing_and_is_reported():
+    replay = train(torch.bfloat16, "factored", steps=200, remainder_rank=8)
+    remainder = replay.layer.scalora_remainder
+    assert 8 <= remainder.left.shape[1] <= 16
+    metrics = replay.engine.metrics()
+    assert metrics["scalora/remainder_columns"] == remainder.left.shape[1]
+    kept = remainder.dense().double()
+    missing = (replay.layer.base_layer.weight.double() + kept - replay.weight).norm() / kept.norm()
+    assert metrics["scalora/discarded"] > 1e-3
+    # Pieces of different compressions may point the same way or cancel: the sum of energies is their size, not exact.
+    assert 0.2 * metrics["scalora/discarded"] < missing < 5 * metrics["scalora/discarded"]
+
+
+def test_the_original_model_is_underneath_a_factored_remainder_bit_for_bit():
+    model = with_lora(tiny_llama(), r=2, target_modules="all-linear")
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0, merge="factored"))
+    tokens = torch.randint(0, 64, (4, 10), generator=torch.Generator().manual_seed(0))
+    untouched = tiny_llama()(input_ids=tokens).logits
+    for _ in range(50):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=tokens).logits, untouched)
+    assert not torch.allclose(model(input_ids=tokens).logits, untouched, atol=1e-2)
+
+
+@pytest.fixture
+def quantised(tmp_path):
+    def load(kind):
+        model = tiny_llama(hidden_size=64, intermediate_size=64)
+        model.save_pretrained(tmp_path / "base")
+        quantisation = BitsAndBytesConfig(
+            load_in_8bit=kind == "int8", load_in_4bit=kind == "nf4", bnb_4bit_quant_type="nf4"
+        )
+        return LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantisation, dtype="float32")
+
+    return load
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_trains_and_stays_as_it_is(kind, quantised):
+    base = quantised(kind)
+    assert any("4bit" in type(m).__name__ or "8bit" in type(m).__name__ for m in base.modules())
+    model = with_lora(base, r=2, target_modules="all-linear", random_B=False).train()
+    before = {name: p.clone() for name, p in model.state_dict().items() if "base_layer" in name}
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    with pytest.raises(UnsupportedLayerError, match="merge='factored'"):
+        ScaLora(model, optimizer, ScaLoraConfig(merge="dense"))
+    engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=2))
+    tokens = torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(15):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+    assert engine.metrics()["scalora/merge_norm"] > 0
+    after = model.state_dict()
+    assert before
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "kind"),
+    [
+        (torch.float32, 2048, DenseRemainder),
+        (torch.bfloat16, 64, DenseRemainder),  # 64 columns of factors would be larger than the weight
+        (torch.bfloat16, 1024, FactoredRemainder),
+    ],
+)
+def test_auto_goes_by_dtype_and_size(dtype, width, kind):
+    model = with_lora(nn.Sequential(nn.Linear(width, width)), r=2, target_modules=["0"], random_B=False)
+    model.base_model.model[0].base_layer.to(dtype)
+    ScaLora(model, torch.optim.AdamW(trainable(model)))
+    assert type(model.base_model.model[0].scalora_remainder) is kind
+
+
+def test_a_model_keeps_its_place_for_remainders():
+    model = with_lora(TwoLayers(), r=2, target_modules=["first"])
+    ScaLora(model, torch.optim.AdamW(trainable(model)), ScaLoraConfig(merge="factored")).detach()
+    ScaLora(model, torch.optim.AdamW(trainable(model))).detach()
+    assert isinstance(model.base_model.model.first.scalora_remainder, FactoredRemainder)
+    with pytest.raises(UnsupportedLayerError, match="already has a factored remainder"):
+        ScaLora(model, torch.optim.AdamW(trainable(model)), ScaLoraConfig(merge="dense"))
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 400)])
+def test_factors_are_the_truncated_svd(shape):
+    generator = torch.Generator().manual_seed(0)
+    U, _ = torch.linalg.qr(torch.randn(shape[0], 30, generator=generator, dtype=torch.float64))
+    V, _ = torch.linalg.qr(torch.randn(shape[1], 30, generator=generator, dtype=torch.float64))
+    values = 0.5 ** torch.arange(30, dtype=torch.float64)
+    matrix = (U * values) @ V.T
+    for factors in (factors_of_dense(matrix, 1e-3, 30), factors_of_product(U * values, V)):
+        rank = rank_for_tolerance(factors, 1e-3)
+        assert values[rank:].norm() <= 1e-3 * values.norm() < values[rank - 1 :].norm()
+        kept = factors.truncated(rank)
+        error = (matrix - (kept.left * kept.values) @ kept.right.T).norm()
+        torch.testing.assert_close(error, values[rank:].norm(), rtol=1e-3, atol=0)
+        torch.testing.assert_close(kept.discarded().sqrt(), error, rtol=1e-3, atol=0)
+    assert len(factors_of_dense(matrix, 1e-9, 7).values) == 7
+    assert rank_for_tolerance(factors_of_product(0 * U, V), 1e-3) == 0
