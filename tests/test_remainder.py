@@ -74,22 +74,22 @@ def test_a_thousand_dense_merges_in_half_precision_drift_no_more_than_one_roundi
     one_rounding = drift(replay.weight.to(dtype), replay.weight)
     assert drift(live, replay.weight) <= 1.001 * one_rounding
     assert drift(replay.naive, replay.weight) > 5 * one_rounding
-    exact = replay.layer.scalora_remainder.exact(live.detach())
+    exact = replay.layer.frozen_remainder.exact(live.detach())
     assert drift(exact, replay.weight) < 1e-5
 
 
 def test_a_thousand_factored_merges_drift_less_than_a_ten_thousandth():
     replay = train(torch.bfloat16, "factored", remainder_rank=WIDTH)
     layer = replay.layer
-    live = layer.base_layer.weight.double() + layer.scalora_remainder.dense().double()
-    assert layer.scalora_remainder.left.shape[1] <= 2 * WIDTH
+    live = layer.base_layer.weight.double() + layer.frozen_remainder.dense().double()
+    assert layer.frozen_remainder.left.shape[1] <= 2 * WIDTH
     assert drift(live, replay.weight) < 1e-4
     assert replay.engine.metrics()["scalora/discarded"] < 1e-5
 
 
 def test_what_a_cap_discards_is_what_is_missing_and_is_reported():
     replay = train(torch.bfloat16, "factored", steps=200, remainder_rank=8)
-    remainder = replay.layer.scalora_remainder
+    remainder = replay.layer.frozen_remainder
     assert 8 <= remainder.left.shape[1] <= 16
     metrics = replay.engine.metrics()
     assert metrics["scalora/remainder_columns"] == remainder.left.shape[1]
@@ -165,14 +165,14 @@ def test_auto_goes_by_dtype_and_size(dtype, width, kind):
     model = with_lora(nn.Sequential(nn.Linear(width, width)), r=2, target_modules=["0"], random_B=False)
     model.base_model.model[0].base_layer.to(dtype)
     ScaLora(model, torch.optim.AdamW(trainable(model)))
-    assert type(model.base_model.model[0].scalora_remainder) is kind
+    assert type(model.base_model.model[0].frozen_remainder) is kind
 
 
 def test_a_model_keeps_its_place_for_remainders():
     model = with_lora(TwoLayers(), r=2, target_modules=["first"])
     ScaLora(model, torch.optim.AdamW(trainable(model)), ScaLoraConfig(merge="factored")).detach()
     ScaLora(model, torch.optim.AdamW(trainable(model))).detach()
-    assert isinstance(model.base_model.model.first.scalora_remainder, FactoredRemainder)
+    assert isinstance(model.base_model.model.first.frozen_remainder, FactoredRemainder)
     with pytest.raises(UnsupportedLayerError, match="already has a factored remainder"):
         ScaLora(model, torch.optim.AdamW(trainable(model)), ScaLoraConfig(merge="dense"))
 

@@ -5,6 +5,7 @@ from scalora.adapters import UnsupportedLayerError
 from scalora.changed_base import ChangedBaseError
 from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
+from scalora.export import ExportError, export_adapter, export_merged, load_model
 from scalora.integrations.checkpoints import last_checkpoint
 from scalora.integrations.transformers import ScaLoraCallback
 from scalora.lowrank import effective_rank, numerical_rank
@@ -24,6 +25,7 @@ from scalora.transport import UnsupportedOptimizerError, register_optimizer
 
 __all__ = [
     "ChangedBaseError",
+    "ExportError",
     "ScaLora",
     "ScaLoraCallback",
     "ScaLoraConfig",
@@ -35,7 +37,10 @@ __all__ = [
     "choose_scaling",
     "column_scaling",
     "effective_rank",
+    "export_adapter",
+    "export_merged",
     "last_checkpoint",
+    "load_model",
     "normal_equations",
     "numerical_rank",
     "optimal_adapter",

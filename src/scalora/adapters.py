@@ -21,7 +21,8 @@ _HALF = (torch.float16, torch.bfloat16)
 # the factored remainder needs (bitsandbytes, GPTQ, HQQ, torchao); AWQ's, EETQ's and AQLM's do not.
 _QUANTISED = ("Linear4bit", "Linear8bitLt", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear")
 
-_REMAINDER = "scalora_remainder"
+# The submodule of a PEFT layer that holds its remainder.
+REMAINDER = "frozen_remainder"
 
 
 class UnsupportedLayerError(ValueError):
@@ -58,9 +59,16 @@ class LoraPair:
         return float(self.layer.scaling[self.adapter])
 
     @property
+    def keys(self) -> tuple[str, str]:
+        """The names of `lora_A` and `lora_B` among the model's parameters."""
+        if self.adapter in self.layer.lora_embedding_A:
+            return f"{self.name}.lora_embedding_A.{self.adapter}", f"{self.name}.lora_embedding_B.{self.adapter}"
+        return f"{self.name}.lora_A.{self.adapter}.weight", f"{self.name}.lora_B.{self.adapter}.weight"
+
+    @property
     def remainder(self) -> Remainder:
         """Where this layer's remainders go; `place_remainders` has put it there."""
-        remainder: Remainder = getattr(self.layer, _REMAINDER)
+        remainder: Remainder = getattr(self.layer, REMAINDER)
         return remainder
 
     @property
@@ -166,6 +174,16 @@ def _refuse(name: str, why: str, way_out: str) -> None:
     raise UnsupportedLayerError(f"ScaLoRA can't treat module {name!r}: {why}; {way_out}")
 
 
+def promote_adapters(model: nn.Module) -> None:
+    """Make half-precision adapter weights float32 in place, as PEFT itself does by default."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for key in module.adapter_layer_names:
+                for parameter in getattr(module, key).parameters():
+                    if parameter.dtype in _HALF:
+                        parameter.data = parameter.data.float()
+
+
 def place_remainders(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None:
     """Give every layer a place for its remainders; one that it already has stays.
 
@@ -186,22 +204,22 @@ def place_remainders(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None
                 "into",
                 "set merge='factored'",
             )
-        if (present := getattr(pair.layer, _REMAINDER, None)) is not None:
+        if (present := getattr(pair.layer, REMAINDER, None)) is not None:
             if isinstance(present, FactoredRemainder) != factored:
                 kind, other = ("factored", "dense") if factored else ("dense", "factored")
                 _refuse(pair.name, f"it already has a {other} remainder", f"set merge={other!r}, not {kind!r}")
             if isinstance(present, FactoredRemainder):
                 present.max_rank = max_rank
     for pair in pairs:
-        if hasattr(pair.layer, _REMAINDER):
+        if hasattr(pair.layer, REMAINDER):
             continue
         if factored:
             m, n = pair.lora_B.shape[0], pair.lora_A.shape[1]
             remainder = FactoredRemainder(m, n, max_rank, dtype=pair.lora_A.dtype, device=pair.lora_A.device)
-            pair.layer.add_module(_REMAINDER, remainder)
+            pair.layer.add_module(REMAINDER, remainder)
             pair.layer.lora_variant[pair.adapter] = _WithRemainder()
         else:
-            pair.layer.add_module(_REMAINDER, DenseRemainder(pair.weight, transposed=pair.transposed))
+            pair.layer.add_module(REMAINDER, DenseRemainder(pair.weight, transposed=pair.transposed))
 
 
 def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
@@ -214,7 +232,7 @@ def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
     """
     if merge != "auto":
         return merge
-    if (present := getattr(pairs[0].layer, _REMAINDER, None)) is not None:
+    if (present := getattr(pairs[0].layer, REMAINDER, None)) is not None:
         return "factored" if isinstance(present, FactoredRemainder) else "dense"
     if any(pair.quantised for pair in pairs):
         return "factored"
@@ -231,7 +249,7 @@ class _WithRemainder(LoraVariant):  # type: ignore[misc]
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        remainder = getattr(module, _REMAINDER)
+        remainder = getattr(module, REMAINDER)
         if isinstance(module, Embedding):
             lora_A, lora_B = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
             update = (module._embed(x, lora_A.mT) @ lora_B.mT) * module.scaling[active_adapter]
@@ -261,7 +279,7 @@ class _WithRemainder(LoraVariant):  # type: ignore[misc]
 
 def _whole_update(module: LoraLayer, adapter: str) -> Tensor:
     """The adapter's and the remainder's update together, stored as the base weight is."""
-    remainder = getattr(module, _REMAINDER).dense()
+    remainder = getattr(module, REMAINDER).dense()
     stored_transposed = isinstance(module, Embedding) or getattr(module, "fan_in_fan_out", False)
     update: Tensor = module.get_delta_weight(adapter) + (remainder.mT if stored_transposed else remainder)
     return update

@@ -47,7 +47,7 @@ def factors_of_product(left: Float[Tensor, "m k"], right: Float[Tensor, "n k"]) 
     """
     q_left, r_left = torch.linalg.qr(left.double())
     q_right, r_right = torch.linalg.qr(right.double())
-    U, values, Vh = torch.linalg.svd(r_left @ r_right.mT)
+    U, values, Vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
     return Factors(q_left @ U, values, q_right @ Vh.mT, values.square().sum())
 
 

@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from scalora.adapters import LoraPair
+from scalora.adapters import REMAINDER, LoraPair
 from scalora.lowrank import Factors, factors_of_product, rank_for_tolerance
 from scalora.remainder import FactoredRemainder
 
@@ -99,14 +99,15 @@ def write_factors(
     capped = {name: int(min(rank, limit)) for name, rank in needed.items()}
     largest = max(capped.values())
     ranks = capped if per_layer else dict.fromkeys(capped, largest)
-    state = dict(model.state_dict())
+    # PEFT takes whatever is in its layers beside the base for the adapter's.
+    state = {key: tensor for key, tensor in model.state_dict().items() if f".{REMAINDER}." not in key}
     errors, norms = {}, {}
     for pair in pairs:
         update = updates[pair.name].truncated(ranks[pair.name])
         root = update.values.sqrt()
         A = _padded(update.left * root, ranks[pair.name])
         B = _padded(update.right * root, ranks[pair.name])
-        key_A, key_B = _keys(pair)
+        key_A, key_B = pair.keys
         state[key_A], state[key_B] = B.mT.contiguous().to(dtype), A.contiguous().to(dtype)
         if (bias := key_B.removesuffix("weight") + "bias") in state:  # lora_bias=True
             state[bias] = (state[bias] * pair.scaling).to(dtype)
@@ -114,12 +115,6 @@ def write_factors(
         errors[pair.name] = update.discarded().sqrt().item() / norms[pair.name] if norms[pair.name] else 0.0
     _save_with_peft(model, pairs[0].adapter, state, ranks if per_layer else {}, largest, folder)
     return AdapterReport(ranks, needed, errors, norms)
-
-
-def _keys(pair: LoraPair) -> tuple[str, str]:
-    if pair.adapter in pair.layer.lora_embedding_A:
-        return f"{pair.name}.lora_embedding_A.{pair.adapter}", f"{pair.name}.lora_embedding_B.{pair.adapter}"
-    return f"{pair.name}.lora_A.{pair.adapter}.weight", f"{pair.name}.lora_B.{pair.adapter}.weight"
 
 
 def _padded(factor: Tensor, rank: int) -> Tensor:

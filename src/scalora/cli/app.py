@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,10 @@ def train(
     context: typer.Context,
     config: Config,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run folder that exists.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the run folder's last whole checkpoint (training.save_strategy)."),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune a model and write a run folder: model, config, metrics, environment."""
@@ -52,7 +57,7 @@ def train(
         from scalora.cli.settings import load_settings
         from scalora.cli.train import train as run_training
 
-        run_training(load_settings(config, context.args), overwrite=overwrite)
+        run_training(load_settings(config, context.args), overwrite=overwrite, resume=resume)
 
     _in_one_line(run, debug)
 
@@ -79,6 +84,59 @@ def evaluate(
             write_json(output, scores)
 
     _in_one_line(run, debug)
+
+
+class ExportTarget(str, Enum):
+    """What `scalora export` makes."""
+
+    adapter = "adapter"
+    merged = "merged"
+    delta = "delta"
+
+
+class ExportDtype(str, Enum):
+    """Of the tensors that `scalora export` writes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")],
+    to: Annotated[
+        ExportTarget,
+        typer.Option(
+            "--to", help="adapter: ordinary PEFT adapter; merged: whole model; delta: the exact state, for continuing."
+        ),
+    ] = ExportTarget.adapter,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; RUN/export-TO when not given.")] = None,
+    rtol: Annotated[
+        float | None,
+        typer.Option(
+            help="adapter: share of each layer's update (Frobenius norm) that may be left out; 0.001 when not given."
+        ),
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="adapter: never more than this rank.")] = None,
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer",
+            help="adapter: each layer its own rank. Smaller, but some serving engines want one rank for all.",
+        ),
+    ] = False,
+    dtype: Annotated[ExportDtype, typer.Option(help="Of the tensors written.")] = ExportDtype.float32,
+    debug: Debug = False,
+) -> None:
+    """Make something that others load out of a ScaLoRA run, and check it against the run."""
+
+    def run_export() -> None:
+        from scalora.cli.export import export as make
+
+        make(run, to.value, output, rtol=rtol, max_rank=max_rank, per_layer=per_layer, dtype=dtype.value)
+
+    _in_one_line(run_export, debug)
 
 
 def _in_one_line(command: Callable[[], Any], debug: bool) -> None:

@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,7 +25,14 @@ from trl import SFTConfig, SFTTrainer
 
 from scalora.cli.data import load_examples, require_columns, sft_examples, tokenized_for_classification
 from scalora.cli.errors import InputError
-from scalora.cli.models import fingerprint, load_causal_model, load_classifier, load_tokenizer, resolve_source
+from scalora.cli.models import (
+    Source,
+    fingerprint,
+    load_causal_model,
+    load_classifier,
+    load_tokenizer,
+    resolve_source,
+)
 from scalora.cli.scores import classification_scores, regression_scores
 from scalora.cli.settings import EvaluateSettings, Settings
 
@@ -64,7 +72,9 @@ def evaluate(model: str, settings: Settings) -> dict[str, Any]:
         for metric in settings.evaluate.metrics:
             scores |= _SFT_METRICS[metric](causal, tokenizer, examples, name, settings)
         return scores
-    return scores | _sequence_scores(source, tokenizer, examples, name, settings)
+    labels = class_names(source, settings)
+    classifier = load_classifier(source, settings, tokenizer, labels, new_head=False)
+    return scores | sequence_scores(classifier, tokenizer, examples, name, settings, labels)
 
 
 def show(scores: dict[str, Any]) -> None:
@@ -195,18 +205,28 @@ def _extract(text: str, pattern: str | None) -> str | None:
     return None if match is None else (match.group(1) if match.groups() else match.group(0)).strip()
 
 
-def _sequence_scores(
-    source: Any, tokenizer: PreTrainedTokenizerBase, examples: Dataset, name: str, settings: Settings
-) -> dict[str, float]:
-    from transformers import AutoConfig
-
-    regression = settings.task == "regression"
+def class_names(source: Source, settings: Settings) -> list[str] | None:
+    """The classes of a saved classifier in order; None for regression."""
+    if settings.task == "regression":
+        return None
     config = AutoConfig.from_pretrained(source.name, trust_remote_code=settings.trust_remote_code)
-    labels = None if regression else [config.id2label[index] for index in sorted(config.id2label)]
+    return [config.id2label[index] for index in sorted(config.id2label)]
+
+
+def sequence_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Dataset,
+    name: str,
+    settings: Settings,
+    labels: list[str] | None,
+) -> dict[str, float]:
+    """Loss and scores of a classifier, or of a regression where there are no labels."""
+    regression = labels is None
     data = tokenized_for_classification(examples, name, settings.data, settings.task, tokenizer, labels)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
-            model=load_classifier(source, settings, tokenizer, labels, new_head=False),
+            model=model,
             args=TrainingArguments(
                 output_dir=scratch, per_device_eval_batch_size=settings.evaluate.batch_size, **_NOT_TRAINING
             ),

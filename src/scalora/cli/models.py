@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -72,8 +74,12 @@ def load_tokenizer(source: Source, settings: Settings) -> PreTrainedTokenizerBas
 
 
 def load_causal_model(source: Source, settings: Settings) -> PreTrainedModel:
-    """A causal language model in the dtype of the settings."""
-    model = AutoModelForCausalLM.from_pretrained(source.name, **_common(settings), **source.arguments)
+    """A causal language model in the dtype and quantisation of the settings.
+
+    Raises:
+        InputError: a GGUF file can't be quantised again, or bitsandbytes is missing.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source.name, **_common(source, settings), **source.arguments)
     if source.gguf_file and model.hf_quantizer is not None:
         # The weights are plain tensors now: left marked as quantised, the model could neither be trained nor saved.
         model.hf_quantizer.remove_quantization_config(model)
@@ -110,7 +116,7 @@ def load_classifier(
         }
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         source.name,
-        **_common(settings),
+        **_common(source, settings),
         **source.arguments,
         **head,
         ignore_mismatched_sizes=True,
@@ -136,5 +142,20 @@ def fingerprint(source: Source) -> str:
     return f"{folder.resolve() / (source.gguf_file or '')} sha256:{digest.hexdigest()[:12]}"
 
 
-def _common(settings: Settings) -> dict[str, Any]:
-    return {"dtype": getattr(torch, settings.dtype), "trust_remote_code": settings.trust_remote_code}
+def _common(source: Source, settings: Settings) -> dict[str, Any]:
+    dtype = getattr(torch, settings.dtype)
+    arguments = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
+    if settings.quantization is None:
+        return arguments
+    if source.gguf_file:
+        raise InputError(
+            f"quantization={settings.quantization!r} of the GGUF file {source.gguf_file!r}: it is quantised already; "
+            "give the folder of a full-precision model"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"quantization={settings.quantization!r} needs bitsandbytes: pip install bitsandbytes")
+    if settings.quantization == "nf4":
+        quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    else:
+        quantisation = BitsAndBytesConfig(load_in_8bit=True)
+    return arguments | {"quantization_config": quantisation}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -50,6 +51,36 @@ def create_run_folder(settings: Settings) -> Path:
     return folder
 
 
+def continue_run_folder(settings: Settings, step: int) -> Path:
+    """Go on with an earlier run's folder from a checkpoint: drop the metrics of steps that will be taken again.
+
+    Raises:
+        InputError: the run was of another model, task, method or data, or with other settings of the adapter.
+    """
+    folder = Path(settings.output_dir)
+    try:
+        earlier = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"output_dir {str(folder)!r} holds no run to resume: {error}") from None
+    now = settings.model_dump()
+    for key in ("model", "task", "method", "dtype", "quantization", "data", "lora", "scalora"):
+        if (before := (earlier or {}).get(key)) != now[key]:
+            raise InputError(f"{key}={now[key]!r}, but the run to resume has {before!r}: resume with its own settings")
+    metrics = folder / "metrics.jsonl"
+    if metrics.is_file():
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        _replace_text(metrics, "".join(line for line in lines if _step(line) <= step))
+    return folder
+
+
+def _step(line: str) -> float:
+    """Of a line of metrics; one that was cut off in the middle belongs to no step that counts."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def trainer_folder(settings: Settings) -> Path:
     """Where the Trainer puts files of its own."""
     return Path(settings.output_dir) / _TRAINER
@@ -60,13 +91,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     _replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a temporary folder beside `path`, then rename it into place."""
-    temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a temporary folder beside `path`, then rename it into place, instead of one that is there."""
+    temporary, earlier = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.earlier")
+    for leftover in (temporary, earlier):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     write(temporary)
-    os.replace(temporary, path)
+    if path.exists():
+        path.rename(earlier)
+    temporary.rename(path)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]

@@ -60,6 +60,11 @@ class Settings(_Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Of the base weights. float32, because every merge into bfloat16 rounds."
     )
+    quantization: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="Load the base quantised by bitsandbytes: 4-bit NormalFloat (QLoRA's) or 8-bit. Needs bitsandbytes "
+        "and a base that is not a GGUF file.",
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model: only if you trust it.")
     output_dir: str = Field("runs/latest", description="The run folder.")
     data: DataSettings = Field(default_factory=DataSettings)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from trl import SFTTrainer
 
 from scalora.adapters import find_lora_pairs
+from scalora.changed_base import attach, state_of
 from scalora.cli.data import label_names, load_examples, sft_examples, tokenized_for_classification
 from scalora.cli.errors import InputError
 from scalora.cli.models import Source, load_causal_model, load_classifier, load_tokenizer, resolve_source
 from scalora.cli.run_folder import (
     MetricsFile,
     check_run_folder,
+    continue_run_folder,
     create_run_folder,
     trainer_folder,
     write_folder,
@@ -27,7 +30,11 @@ from scalora.cli.run_folder import (
 from scalora.cli.scores import classification_scores, regression_scores
 from scalora.cli.settings import Settings, training_class
 from scalora.config import ScaLoraConfig
+from scalora.integrations.checkpoints import last_checkpoint
 from scalora.integrations.transformers import ScaLoraCallback
+from scalora.ordinary_adapter import write_adapter
+from scalora.remainder import FactoredRemainder
+from scalora.state import STATE_FILE, write_state
 from scalora.transport import state_degrees
 
 # The rank of the paper's large-model experiments, alpha = r so that the scaling is 1 (its s), and all linear layers
@@ -35,13 +42,24 @@ from scalora.transport import state_degrees
 _LORA_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"}
 
 
-def train(settings: Settings, *, overwrite: bool = False) -> Path:
+def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) -> Path:
     """Train and write the run folder; returns its path.
+
+    Args:
+        settings: of the run.
+        overwrite: replace an earlier run's folder.
+        resume: go on from its last whole checkpoint instead.
 
     Raises:
         InputError: something in the config, the data or the model can't be used. Before training, so nothing is lost.
     """
-    check_run_folder(settings, overwrite=overwrite)
+    checkpoint = None
+    if resume:
+        checkpoint = last_checkpoint(trainer_folder(settings))
+        if checkpoint is None:
+            raise InputError(f"there is no whole checkpoint in {str(trainer_folder(settings))!r} to resume from")
+    else:
+        check_run_folder(settings, overwrite=overwrite)
     source = resolve_source(settings.model)
     if settings.data.train is None:
         raise InputError("data.train is missing: which file should it train on?")
@@ -56,32 +74,59 @@ def train(settings: Settings, *, overwrite: bool = False) -> Path:
     if callback is not None:
         _require_supported_optimizer(arguments)
     tokenizer = load_tokenizer(source, settings)
+    # The Trainer seeds itself only once it has the model, whose new head and adapter are random too.
+    set_seed(arguments.seed)
     make = _sft_trainer if settings.task == "sft" else _classification_trainer
-    trainer = make(settings, source, tokenizer, examples, arguments, lora_config)
+    trainer = make(settings, source, tokenizer, examples, arguments, lora_config, callback)
     if callback is not None:
-        find_lora_pairs(trainer.model)  # raises what attaching would, while an earlier run's folder is still there
-    folder = create_run_folder(settings)
-    # ScaLoRA's callback goes before the file's, so that its metrics are in the logs that the file gets.
-    callbacks: list[TrainerCallback] = [*([callback] if callback else []), MetricsFile(folder)]
-    for each in callbacks:
-        trainer.add_callback(each)
+        # Raises what attaching would, while an earlier run's folder is still there.
+        attach(trainer.model, callback.config.merge, callback.config.remainder_rank)
+    if checkpoint is None:
+        folder = create_run_folder(settings)
+    else:
+        folder = continue_run_folder(settings, int(checkpoint.name.rpartition("-")[2]))
+    trainer.add_callback(MetricsFile(folder))
 
     start = time.perf_counter()
-    output = trainer.train()
+    output = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     seconds = time.perf_counter() - start
     summary = {"steps": output.global_step, "training_seconds": seconds, **output.metrics}
     if "eval" in examples:
         summary |= trainer.evaluate()
-    model = trainer.model if settings.method == "full" else trainer.model.merge_and_unload()
-
-    def save(target: Path) -> None:
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-
-    write_folder(folder / "model", save)
+    written = _write_results(trainer, tokenizer, settings, folder)
     write_json(folder / "summary.json", summary)
-    print(f"model written to {folder / 'model'}")
+    for name in written:
+        print(f"{name} written to {folder / name}")
     return folder
+
+
+def _write_results(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, settings: Settings, folder: Path) -> list[str]:
+    """What a run leaves behind, each in a folder of its own; returns their names.
+
+    ``model`` is the merged model, unless the base is quantised and can't take the update. ``adapter`` is an ordinary
+    adapter where it costs nothing: of plain LoRA, and of a factored remainder. ``delta`` is the exact state of a
+    ScaLoRA run, for `scalora export`.
+    """
+    model = trainer.model
+    results: dict[str, Callable[[Path], Any]] = {}
+    if settings.method == "scalora":
+        pairs = find_lora_pairs(model)
+        results["delta"] = lambda target: write_state(target / STATE_FILE, state_of(model, pairs))
+        if isinstance(pairs[0].remainder, FactoredRemainder):
+            results["adapter"] = lambda target: write_adapter(model, pairs, target)
+    elif settings.method == "lora":
+        results["adapter"] = lambda target: model.save_pretrained(target)
+    if settings.quantization is None:
+
+        def save_model(target: Path) -> None:
+            whole = model if settings.method == "full" else model.merge_and_unload()
+            whole.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+
+        results["model"] = save_model
+    for name, write in results.items():
+        write_folder(folder / name, write)
+    return list(results)
 
 
 def training_arguments(settings: Settings, *, evaluates: bool) -> TrainingArguments:
@@ -95,7 +140,7 @@ def training_arguments(settings: Settings, *, evaluates: bool) -> TrainingArgume
         "output_dir": str(trainer_folder(settings)),
         "report_to": "none",  # no reporting service unless one is named
         "logging_steps": 10,  # the library's 500 shows nothing of a short run
-        "save_strategy": "no",  # the result is the merged model in the run folder
+        "save_strategy": "no",  # the result is in the run folder; checkpoints are for runs that are worth resuming
         "eval_strategy": "epoch" if evaluates else "no",
         "bf16": bf16,  # TRL's True would make a CPU run bfloat16
         "dataloader_pin_memory": torch.cuda.is_available(),  # it only warns without an accelerator
@@ -104,11 +149,6 @@ def training_arguments(settings: Settings, *, evaluates: bool) -> TrainingArgume
         # The libraries' 2e-5 and 5e-5 are for full fine-tuning and leave an adapter where it was; of 1e-3, 2e-3 and
         # 4e-3 this is the best or within noise of it on the measured tasks (docs/defaults.md).
         defaults["learning_rate"] = 1e-3
-    if settings.method == "scalora" and settings.training.get("save_strategy", "no") != "no":
-        raise InputError(
-            f"training.save_strategy={settings.training['save_strategy']!r}: a checkpoint holds the adapter alone, "
-            "which no longer fits the base after ScaLoRA's merges; leave it at 'no'"
-        )
     if settings.task == "sft" and settings.data.text != "text":
         defaults["dataset_text_field"] = settings.data.text
     try:
@@ -147,6 +187,7 @@ def _sft_trainer(
     examples: dict[str, Dataset],
     arguments: TrainingArguments,
     lora_config: LoraConfig | None,
+    callback: ScaLoraCallback | None,
 ) -> Trainer:
     data = {
         split: sft_examples(rows, str(getattr(settings.data, split)), settings.data) for split, rows in examples.items()
@@ -158,6 +199,7 @@ def _sft_trainer(
         eval_dataset=data.get("eval"),
         processing_class=tokenizer,
         peft_config=lora_config,
+        callbacks=[callback] if callback else None,
     )
 
 
@@ -168,6 +210,7 @@ def _classification_trainer(
     examples: dict[str, Dataset],
     arguments: TrainingArguments,
     lora_config: LoraConfig | None,
+    callback: ScaLoraCallback | None,
 ) -> Trainer:
     regression = settings.task == "regression"
     labels = None if regression else label_names(examples["train"], str(settings.data.train), settings.data)
@@ -179,6 +222,8 @@ def _classification_trainer(
     }
     model = load_classifier(source, settings, tokenizer, labels, new_head=True)
     if lora_config is not None:
+        if settings.quantization is not None:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = get_peft_model(model, lora_config)
     return Trainer(
         model=model,
@@ -188,4 +233,5 @@ def _classification_trainer(
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=regression_scores if regression else classification_scores,
+        callbacks=[callback] if callback else None,
     )

@@ -8,6 +8,8 @@ import warnings
 import zipfile
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from scalora.state import STATE_FILE, StateError, check_state
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -58,11 +60,21 @@ def _flaw(folder: Path) -> str | None:
     """Why training can't go on from a folder; None if it can."""
     try:
         json.loads((folder / _WRITTEN_LAST).read_text(encoding="utf-8"))
-        check_state(folder)
     except OSError:
         return f"it has no {_WRITTEN_LAST}: it was cut off while it was written"
-    except ValueError as error:
-        return str(error) if isinstance(error, StateError) else f"its {_WRITTEN_LAST} is cut short"
+    except ValueError:
+        return f"its {_WRITTEN_LAST} is cut short"
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"its {path.name} is not a whole safetensors file: {error}"
+    if (folder / STATE_FILE).exists():
+        try:
+            check_state(folder)
+        except StateError as error:
+            return str(error)
     for name in ("optimizer.pt", "scheduler.pt"):
         if not (folder / name).is_file():
             return f"it has no {name}"

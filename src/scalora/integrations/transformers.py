@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from scalora.adapters import promote_adapters
 from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
 from scalora.integrations.checkpoints import set_broken_checkpoints_aside
@@ -52,10 +53,15 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._checkpoint: Path | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Set broken checkpoints aside, and see to it that the Trainer loads whole ones through the engine."""
+        """Set broken checkpoints aside, and see to it that the Trainer loads whole ones through the engine.
+
+        TRL makes the adapter of a quantised model bfloat16, whose rounding a rescale would multiply: it is made float32
+        again.
+        """
         set_broken_checkpoints_aside(Path(args.output_dir))
         model: nn.Module = kwargs["model"]
         if isinstance(model, PeftModel):
+            promote_adapters(model)
             load_adapter = model.load_adapter
             object.__setattr__(model, "load_adapter", partial(self._load_adapter, load_adapter))
 
