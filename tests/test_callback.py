@@ -87,25 +87,44 @@ def preferences():
     return Dataset.from_list([{"prompt": "say: red", "chosen": " red", "rejected": " blue"}] * 24)
 
 
-def test_dpo_trains_with_a_reference_model_and_refuses_the_changed_base_as_one(causal_folder, tmp_path):
-    def trainer(**settings):
+@pytest.fixture
+def dpo(causal_folder, tmp_path):
+    def trainer(merge, **settings):
+        arguments_ = settings.pop("arguments", {})
         return DPOTrainer(
             AutoModelForCausalLM.from_pretrained(causal_folder),
-            args=arguments(tmp_path, DPOConfig),
+            args=arguments(tmp_path, DPOConfig, **arguments_),
             train_dataset=preferences(),
             processing_class=AutoTokenizer.from_pretrained(causal_folder),
-            callbacks=[ScaLoraCallback(ScaLoraConfig(warmup_steps=2))],
+            callbacks=[ScaLoraCallback(ScaLoraConfig(warmup_steps=2, merge=merge))],
             peft_config=LoraConfig(r=2, target_modules="all-linear"),
             **settings,
         )
 
-    separate = trainer(ref_model=AutoModelForCausalLM.from_pretrained(causal_folder))
+    return trainer
+
+
+def test_dpo_with_a_dense_remainder_takes_a_reference_model_or_is_refused(dpo, causal_folder):
+    separate = dpo("dense", ref_model=AutoModelForCausalLM.from_pretrained(causal_folder))
     separate.train()
     losses = [log["loss"] for log in separate.state.log_history if "loss" in log]
     assert losses[-1] < losses[0]
     assert separate.state.log_history[-2]["scalora/rescales"] == 4
     with pytest.raises(ChangedBaseError, match="ref_model"):
-        trainer().train()
+        dpo("dense").train()
+
+
+def test_dpo_with_a_factored_remainder_has_the_untouched_model_as_its_reference(dpo, causal_folder):
+    trainer = dpo("factored", arguments={"max_steps": 52})
+    trainer.train()
+    assert trainer.state.log_history[-2]["scalora/rescales"] == 50
+    untouched = AutoModelForCausalLM.from_pretrained(causal_folder)
+    ids = torch.randint(5, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with trainer.model.disable_adapter():
+            reference = trainer.model.eval()(input_ids=ids).logits.log_softmax(-1)
+        assert torch.equal(reference, untouched.eval()(input_ids=ids).logits.log_softmax(-1))
+        assert not torch.equal(trainer.model(input_ids=ids).logits.log_softmax(-1), reference)
 
 
 def test_training_twice_attaches_once_each_time(tmp_path):
