@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from drift import drift, train
 from models import TwoLayers, tiny_llama, trainable, with_lora
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
@@ -13,88 +14,34 @@ from scalora.remainder import DenseRemainder, FactoredRemainder
 WIDTH = 96
 
 
-class Replay:
-    """Sums in float64, written out densely, what each rescale takes from the adapter of a layer."""
-
-    def __init__(self, layer, optimizer, config, model):
-        self.layer = layer
-        self.weight = layer.base_layer.weight.detach().double()
-        self.naive = layer.base_layer.weight.detach().clone()
-        optimizer.register_step_pre_hook(self.before)
-        self.engine = ScaLora(model, optimizer, config)
-        optimizer.register_step_pre_hook(self.after)
-
-    def product(self):
-        layer = self.layer
-        A, B = layer.lora_B["default"].weight.detach().double(), layer.lora_A["default"].weight.detach().double()
-        return layer.scaling["default"] * A @ B
-
-    def before(self, *_):
-        self.last = self.product()
-
-    def after(self, *_):
-        remainder = self.last - self.product()
-        self.weight += remainder
-        self.naive += remainder.to(self.naive.dtype)  # what merging in half precision in place would do
-
-
-def train(dtype, merge, steps=1000, **settings):
-    """A layer in half precision, its adapter rescaled at every step; returns the replay."""
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)).to(dtype)
-    model = with_lora(base, r=4, target_modules=["0"], random_B=False)
-    for parameter in trainable(model):
-        parameter.data = parameter.data.float()
-    model.base_model.model[0].base_layer.to(dtype)
-    optimizer = torch.optim.AdamW(trainable(model), lr=3e-3)
-    replay = Replay(model.base_model.model[0], optimizer, ScaLoraConfig(warmup_steps=0, merge=merge, **settings), model)
-    generator = torch.Generator().manual_seed(1)
-    target = torch.randn(WIDTH, WIDTH, generator=generator)
-    for _ in range(steps):
-        x = torch.randn(32, WIDTH, generator=generator)
-        nn.functional.mse_loss(model(x.to(dtype)).float(), x @ target.T).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert replay.engine.metrics()["scalora/rescales"] > 0.9 * steps
-    assert (replay.weight - replay.naive.double()).norm() > 0
-    return replay
-
-
-def drift(weight, exact):
-    """Relative change of the output for inputs of unit variance."""
-    x = torch.randn(256, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    return ((x @ (weight.double() - exact).T).norm() / (x @ exact.T).norm()).item()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_thousand_dense_merges_in_half_precision_drift_no_more_than_one_rounding(dtype):
-    replay = train(dtype, "dense")
-    live = replay.layer.base_layer.weight
-    assert live.dtype == dtype
+    replay = train(dtype, "dense", width=WIDTH)
+    assert replay.engine.metrics()["scalora/rescales"] == 1000
+    weight = replay.layer.base_layer.weight.detach()
+    assert weight.dtype == dtype
     one_rounding = drift(replay.weight.to(dtype), replay.weight)
-    assert drift(live, replay.weight) <= 1.001 * one_rounding
+    assert drift(replay.live(), replay.weight) <= 1.001 * one_rounding
     assert drift(replay.naive, replay.weight) > 5 * one_rounding
-    exact = replay.layer.frozen_remainder.exact(live.detach())
-    assert drift(exact, replay.weight) < 1e-5
+    assert drift(replay.layer.frozen_remainder.exact(weight), replay.weight) < 1e-5
 
 
 def test_a_thousand_factored_merges_drift_less_than_a_ten_thousandth():
-    replay = train(torch.bfloat16, "factored", remainder_rank=WIDTH)
-    layer = replay.layer
-    live = layer.base_layer.weight.double() + layer.frozen_remainder.dense().double()
-    assert layer.frozen_remainder.left.shape[1] <= 2 * WIDTH
-    assert drift(live, replay.weight) < 1e-4
+    replay = train(torch.bfloat16, "factored", width=WIDTH, remainder_rank=WIDTH)
+    assert replay.engine.metrics()["scalora/rescales"] == 1000
+    assert replay.layer.frozen_remainder.left.shape[1] <= 2 * WIDTH
+    assert drift(replay.live(), replay.weight) < 1e-4
     assert replay.engine.metrics()["scalora/discarded"] < 1e-5
 
 
 def test_what_a_cap_discards_is_what_is_missing_and_is_reported():
-    replay = train(torch.bfloat16, "factored", steps=200, remainder_rank=8)
-    remainder = replay.layer.frozen_remainder
-    assert 8 <= remainder.left.shape[1] <= 16
+    replay = train(torch.bfloat16, "factored", width=WIDTH, steps=200, remainder_rank=8)
     metrics = replay.engine.metrics()
-    assert metrics["scalora/remainder_columns"] == remainder.left.shape[1]
-    kept = remainder.dense().double()
-    missing = (replay.layer.base_layer.weight.double() + kept - replay.weight).norm() / kept.norm()
+    columns = replay.layer.frozen_remainder.left.shape[1]
+    assert 8 <= columns <= 16
+    assert metrics["scalora/remainder_columns"] == columns
+    kept = replay.layer.frozen_remainder.dense().double()
+    missing = (replay.live() - replay.weight).norm() / kept.norm()
     assert metrics["scalora/discarded"] > 1e-3
     # Pieces of different compressions may point the same way or cancel: the sum of energies is their size, not exact.
     assert 0.2 * metrics["scalora/discarded"] < missing < 5 * metrics["scalora/discarded"]
