@@ -5,7 +5,7 @@
 One layer, its adapter trained with AdamW and rescaled at every step. The replay adds what the adapter's product loses
 at each rescale to the base weight in float64, densely. Printed is the relative change of the output for inputs of unit
 variance: of the model as it is, of one rounding of the replay's weight, and of what merging in half precision in place
-would have given.
+would have given; and what a factored remainder has discarded, relative to itself.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from scalora import ScaLora, ScaLoraConfig
+from scalora.remainder import FactoredRemainder
 
 
 class Replay:
     """Sums in float64, written out densely, what each rescale takes from the adapter of a layer."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: ScaLoraConfig) -> None:
-        self.layer = model.base_model.model[0]
-        self.weight = self.layer.base_layer.weight.detach().double()
-        self.naive = self.layer.base_layer.weight.detach().clone()
-        optimizer.register_step_pre_hook(self._before)
-        self.engine = ScaLora(model, optimizer, config)
-        optimizer.register_step_pre_hook(self._after)
+    def __init__(self, layer: LoraLayer) -> None:
+        self.layer = layer
+        self.weight = layer.base_layer.weight.detach().double()
+        self.naive = layer.base_layer.weight.detach().clone()
 
     def _product(self) -> Tensor:
         A, B = (getattr(self.layer, name)["default"].weight.detach().double() for name in ("lora_B", "lora_A"))
         return self.layer.scaling["default"] * A @ B
 
-    def _before(self, *_: Any) -> None:
+    def before(self, *_: Any) -> None:
+        """To be called right before each rescale."""
         self._last = self._product()
 
-    def _after(self, *_: Any) -> None:
+    def after(self, *_: Any) -> None:
+        """To be called right after it."""
         remainder = self._last - self._product()
         self.weight += remainder
         self.naive += remainder.to(self.naive.dtype)
@@ -46,16 +47,19 @@ class Replay:
     def live(self) -> Tensor:
         """The weight that the model computes with beside its adapter, in float64."""
         weight, remainder = self.layer.base_layer.weight.detach().double(), self.layer.frozen_remainder
-        return weight + remainder.dense().double() if self.engine.config.merge == "factored" else weight
+        return weight + remainder.dense().double() if isinstance(remainder, FactoredRemainder) else weight
 
 
-def train(dtype: torch.dtype, merge: str, *, width: int, steps: int = 1000, **settings: Any) -> Replay:
-    """Fit a random linear map through a layer in half precision, with a rescale at every step."""
+def train(dtype: torch.dtype, merge: str, *, width: int, steps: int = 1000, **settings: Any) -> tuple[ScaLora, Replay]:
+    """Fit a random linear map, which wants an update of full rank, through one layer: a rescale at every step."""
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(width, width, bias=False)), LoraConfig(r=4, target_modules=["0"]))
     model.base_model.model[0].base_layer.to(dtype)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    replay = Replay(model, optimizer, ScaLoraConfig(warmup_steps=0, merge=merge, **settings))
+    replay = Replay(model.base_model.model[0])
+    optimizer.register_step_pre_hook(replay.before)
+    engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0, merge=merge, **settings))
+    optimizer.register_step_pre_hook(replay.after)
     generator = torch.Generator().manual_seed(1)
     target = torch.randn(width, width, generator=generator)
     for _ in range(steps):
@@ -63,7 +67,7 @@ def train(dtype: torch.dtype, merge: str, *, width: int, steps: int = 1000, **se
         nn.functional.mse_loss(model(x.to(dtype)).float(), x @ target.T).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return replay
+    return engine, replay
 
 
 def drift(weight: Tensor, exact: Tensor) -> float:
@@ -72,25 +76,33 @@ def drift(weight: Tensor, exact: Tensor) -> float:
     return ((x @ (weight.double() - exact).T).norm() / (x @ exact.T).norm()).item()
 
 
+def row(name: str, dtype: torch.dtype, engine: ScaLora, replay: Replay) -> str:
+    """One line of the table."""
+    figures = [
+        drift(replay.live(), replay.weight),
+        drift(replay.weight.to(dtype), replay.weight),
+        drift(replay.naive, replay.weight),
+        engine.metrics().get("scalora/discarded", 0.0),
+    ]
+    return f"| {name} | " + " | ".join(f"{figure:.1e}" for figure in figures) + " |"
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1000)
     arguments = parser.parse_args()
-    print("| base | remainder | drift | one rounding | merging naively | discarded |")
-    print("|---|---|---|---|---|---|")
+    print("| run | drift | one rounding | merging naively | discarded |\n|---|---|---|---|---|")
     for dtype in (torch.bfloat16, torch.float16):
         for merge, settings in (
             ("dense", {}),
             ("factored", {"remainder_rank": 64}),
             ("factored", {"remainder_rank": arguments.width}),
         ):
-            replay = train(dtype, merge, width=arguments.width, steps=arguments.steps, **settings)
-            figures = [drift(replay.live(), replay.weight), drift(replay.weight.to(dtype), replay.weight)]
-            figures += [drift(replay.naive, replay.weight), replay.engine.metrics().get("scalora/discarded", 0.0)]
+            engine, replay = train(dtype, merge, width=arguments.width, steps=arguments.steps, **settings)
             name = " ".join([merge, *(f"{value} columns" for value in settings.values())])
-            print("|", " | ".join([str(dtype).split(".")[1], name, *(f"{x:.1e}" for x in figures)]), "|", flush=True)
+            print(row(f"one layer, {str(dtype).split('.')[1]}, {name}", dtype, engine, replay), flush=True)
 
 
 if __name__ == "__main__":

@@ -112,13 +112,13 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     moments = random.Random(arguments.seed)
-    worst, kills = 0.0, 0
+    worst, kills, attempts = 0.0, 0, 0
     with tempfile.TemporaryDirectory() as scratch:
         alone = Path(scratch, "alone")
         _, seconds = run(alone, arguments.merge, None)
         print(f"left alone: {STEPS} steps in {seconds:.1f} s", flush=True)
         while kills < arguments.kills:
-            folder = Path(scratch, str(kills))
+            folder, attempts = Path(scratch, str(attempts)), attempts + 1  # a run that was faster than its kill is left
             moment = moments.uniform(0.05, 0.95) * seconds
             killed, _ = run(folder, arguments.merge, moment)
             if not killed:

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 from models import tiny_llama
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)  # there is a worker for each core, and tiny models gain nothing from more
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<eos>{% endfor %}"

@@ -175,7 +175,7 @@ BAD_INPUT = {
     "optim=sgdd": "sgdd",
     "weight_decay=heavy": "training.weight_decay='heavy': write a number",
     "bf16=no": "training.bf16='no': write true or false",
-    "save_strategy=steps": "training.save_strategy='steps'",
+    "save_strategy=sometimes": "sometimes",
     "lora.r=0": "lora.r=0",
     "lora.use_dora=true": "DoRA",
     "lora.target_modules=[nothing_like_it]": "nothing_like_it",

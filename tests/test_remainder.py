@@ -16,8 +16,8 @@ WIDTH = 96
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_thousand_dense_merges_in_half_precision_drift_no_more_than_one_rounding(dtype):
-    replay = train(dtype, "dense", width=WIDTH)
-    assert replay.engine.metrics()["scalora/rescales"] == 1000
+    engine, replay = train(dtype, "dense", width=WIDTH)
+    assert engine.metrics()["scalora/rescales"] == 1000
     weight = replay.layer.base_layer.weight.detach()
     assert weight.dtype == dtype
     one_rounding = drift(replay.weight.to(dtype), replay.weight)
@@ -27,16 +27,16 @@ def test_a_thousand_dense_merges_in_half_precision_drift_no_more_than_one_roundi
 
 
 def test_a_thousand_factored_merges_drift_less_than_a_ten_thousandth():
-    replay = train(torch.bfloat16, "factored", width=WIDTH, remainder_rank=WIDTH)
-    assert replay.engine.metrics()["scalora/rescales"] == 1000
+    engine, replay = train(torch.bfloat16, "factored", width=WIDTH, remainder_rank=WIDTH)
+    assert engine.metrics()["scalora/rescales"] == 1000
     assert replay.layer.frozen_remainder.left.shape[1] <= 2 * WIDTH
     assert drift(replay.live(), replay.weight) < 1e-4
-    assert replay.engine.metrics()["scalora/discarded"] < 1e-5
+    assert engine.metrics()["scalora/discarded"] < 1e-5
 
 
 def test_what_a_cap_discards_is_what_is_missing_and_is_reported():
-    replay = train(torch.bfloat16, "factored", width=WIDTH, steps=200, remainder_rank=8)
-    metrics = replay.engine.metrics()
+    engine, replay = train(torch.bfloat16, "factored", width=WIDTH, steps=200, remainder_rank=8)
+    metrics = engine.metrics()
     columns = replay.layer.frozen_remainder.left.shape[1]
     assert 8 <= columns <= 16
     assert metrics["scalora/remainder_columns"] == columns

@@ -227,7 +227,7 @@ def test_the_command_resumes(causal_folder, write_jsonl, tmp_path):
     assert "resume with its own settings" in refused.stderr
     refused = command("nowhere", "--resume")
     assert refused.exit_code == 2
-    assert "no whole checkpoint" in refused.stderr
+    assert "not the folder of a run" in refused.stderr
 
 
 @pytest.mark.parametrize("merge", MERGES)

@@ -9,7 +9,6 @@ raises.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from scalora.config import ScaLoraConfig
 from scalora.ordinary_adapter import write_adapter
 from scalora.remainder import FactoredRemainder, Merge
 from scalora.state import STATE_FILE, base_fingerprint, gather, write_state
+from scalora.writing import whole_file
 
 _NEEDS_THE_BASE = {
     "disable_adapter": "would give the changed base, not the original model: set merge='factored', or give a trainer "
@@ -62,6 +62,12 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     return getattr(model, "_scalora", None)
 
 
+def fingerprint_of(model: nn.Module) -> str:
+    """`base_fingerprint` of a model as it was before ScaLoRA changed its base."""
+    attachment = attachment_of(model)
+    return attachment.fingerprint if attachment else base_fingerprint(model)
+
+
 def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[LoraPair], Attachment]:
     """Find the LoRA pairs, give each a place for its remainder, and see to it that saving is right from now on.
 
@@ -70,7 +76,7 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
     """
     pairs = find_lora_pairs(model)
     attachment = attachment_of(model)
-    fingerprint = attachment.fingerprint if attachment else base_fingerprint(model)
+    fingerprint = fingerprint_of(model)
     place_remainders(pairs, merge, remainder_rank)
     if attachment is None:
         attachment = Attachment(fingerprint)
@@ -124,9 +130,8 @@ def _save_pretrained(model: nn.Module, save_directory: str | Path, **settings: A
         first = pairs[0]
         empty = {f"{first.name}.lora_A.weight": torch.empty(0, first.lora_A.shape[1])}
         note = "the update of a ScaLoRA run is in scalora_state.safetensors; `scalora export` makes an adapter of it"
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial", delete=False) as file:
-            save_file(empty, file.name, metadata={"format": "pt", "scalora": note})
-        Path(file.name).replace(folder / SAFETENSORS_WEIGHTS_NAME)
+        with whole_file(folder / SAFETENSORS_WEIGHTS_NAME) as temporary:
+            save_file(empty, temporary, metadata={"format": "pt", "scalora": note})
     write_state(folder / STATE_FILE, state_of(model, pairs))
 
 

@@ -21,7 +21,20 @@ from scalora.changed_base import attach, state_of
 from scalora.config import ScaLoraConfig
 from scalora.remainder import FactoredRemainder
 from scalora.scaling import COLUMN, SCALAR, Scaling, choose_scaling
-from scalora.state import STATE_FILE, StateError, random_state, read_state, restore, set_random_state, write_state
+from scalora.state import (
+    STATE_FILE,
+    StateError,
+    check_base,
+    check_content,
+    check_fit,
+    check_random_state,
+    random_state,
+    read_state,
+    restore,
+    saved_config,
+    set_random_state,
+    write_state,
+)
 from scalora.transport import scale_gradient_and_state, state_degrees
 
 DEFAULT_TARGET_NORM = 1.0
@@ -116,22 +129,25 @@ class ScaLora:
             StateError: the state is of another base model, adapter or settings, lacks an entry, or has numbers that are
                 not finite; the model is then as it was.
         """
-        if missing := {"base", "merge", "config", "step", "rescales", "tensors"} - set(state):
-            raise StateError(f"not a ScaLoRA state: it lacks {', '.join(sorted(missing))}")
-        if state["base"] != self._progress.fingerprint:
-            raise StateError(
-                f"the state belongs to a base model with fingerprint {state['base'][:12]}, this one has "
-                f"{self._progress.fingerprint[:12]}: load the base that the run started from, in the same dtype"
-            )
-        saved = state["config"] and ScaLoraConfig.from_dict(state["config"])
+        check_content(state)
+        check_base(state, self._progress.fingerprint)
+        saved = saved_config(state)
         if saved is not None and saved != self.config:
             raise StateError(f"the state was saved with {saved}, this engine has {self.config}: use the same settings")
-        restore(self._model, self._pairs, state["tensors"])
+        check_fit(self._model, self._pairs, state["tensors"])
+        if "random" in state:
+            check_random_state(state["random"])
         if "optimizer" in state:
-            self._optimizer.load_state_dict(state["optimizer"])
+            try:
+                self._optimizer.load_state_dict(state["optimizer"])  # torch checks all of it before it changes anything
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise StateError(
+                    f"the state's optimizer does not fit {type(self._optimizer).__name__}: {error}"
+                ) from None
+        restore(self._model, self._pairs, state["tensors"])
         if "random" in state:
             set_random_state(state["random"])
-        self._progress.step, self._progress.rescales = int(state["step"]), int(state["rescales"])
+        self._progress.step, self._progress.rescales = state["step"], state["rescales"]
 
     def save(self, folder: str | Path) -> None:
         """Write `state_dict` to ``scalora_state.safetensors`` in a folder, atomically: an older one stays until then.

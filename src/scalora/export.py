@@ -5,10 +5,8 @@ Only one whole model is ever in memory: the base, into which the state is read l
 
 from __future__ import annotations
 
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,8 @@ from scalora.config import ScaLoraConfig
 from scalora.lowrank import Factors, factors_of_dense
 from scalora.ordinary_adapter import DEFAULT_RTOL, AdapterReport, update_factors, write_factors
 from scalora.remainder import DenseRemainder
-from scalora.state import StateError, read_state, restore
+from scalora.state import StateError, check_base, check_content, check_fit, read_state, restore, saved_config
+from scalora.writing import whole_folder
 
 
 class ExportError(RuntimeError):
@@ -79,6 +78,7 @@ def export_adapter(
         StateError: as `load_model`.
         OSError: `output` is in use or can't be written.
     """
+    _require_unused(Path(output))
     state = read_state(Path(folder))
     model, pairs = _wrap(base, state)
     limit = max_rank or max(max(pair.lora_A.shape[1], pair.lora_B.shape[0]) for pair in pairs)
@@ -88,7 +88,7 @@ def export_adapter(
     restore(model, pairs, state["tensors"])
     if not updates:
         updates = {pair.name: update_factors(pair) for pair in pairs}
-    with _appearing(Path(output)) as target:
+    with whole_folder(Path(output)) as target:
         report = write_factors(
             model, pairs, updates, target, rtol=rtol, max_rank=max_rank, per_layer=per_layer, dtype=dtype
         )
@@ -125,6 +125,7 @@ def export_merged(
         StateError: as `load_model`.
         OSError: `output` is in use or can't be written.
     """
+    _require_unused(Path(output))
     state = read_state(Path(folder))
     model, pairs = _wrap(base, state)
     restore(model, pairs, state["tensors"])
@@ -132,14 +133,14 @@ def export_merged(
         with_model(model)
     if any(pair.quantised for pair in pairs):
         model.state_dict()  # brings 4-bit weights back from the layout of bitsandbytes' inference on CPUs
-        model, pairs = _wrap(model.unload().dequantize(), state, check_base=False)
+        model, pairs = _wrap(model.unload().dequantize(), state, check=False)
         restore(model, pairs, state["tensors"])
     while pairs:
         _merge_exactly(pairs.pop(), dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already following adapters were merged")
         merged: PreTrainedModel = model.merge_and_unload().to(dtype)
-    with _appearing(Path(output)) as target:
+    with whole_folder(Path(output)) as target:
         merged.save_pretrained(target, max_shard_size=max_shard_size)
         check_tensors(target)
     return merged
@@ -167,22 +168,29 @@ def check_tensors(folder: Path) -> None:
             raise ExportError(f"{path.name} can't be read again: {error}") from None
 
 
-def _wrap(base: PreTrainedModel, state: dict[str, Any], *, check_base: bool = True) -> tuple[PeftModel, list[LoraPair]]:
-    """The base with an empty adapter and remainder like the state's."""
-    if missing := {"adapter", "base", "merge", "config", "tensors"} - set(state):
-        raise StateError(f"not a ScaLoRA state: it lacks {', '.join(sorted(missing))}")
-    known = {field.name for field in fields(LoraConfig) if field.init}
-    settings = {key: value for key, value in (state["adapter"] or {}).items() if key in known}
-    config = ScaLoraConfig.from_dict(state["config"] or {})
-    model = get_peft_model(base, LoraConfig(**settings | {"init_lora_weights": True, "inference_mode": False}))
+def _wrap(base: PreTrainedModel, state: dict[str, Any], *, check: bool = True) -> tuple[PeftModel, list[LoraPair]]:
+    """The base with an empty adapter and remainder like the state's, into which its tensors fit."""
+    check_content(state)
+    config = saved_config(state) or ScaLoraConfig()
+    model = _with_adapter(base, state["adapter"] or {})
     pairs, attachment = attach(model, state["merge"], config.remainder_rank)
-    if check_base and attachment.fingerprint != state["base"]:
-        raise StateError(
-            f"the state belongs to a base model with fingerprint {state['base'][:12]}, this one has "
-            f"{attachment.fingerprint[:12]}: give the base that the run started from, in the same dtype"
-        )
-    attachment.config, attachment.step, attachment.rescales = config, int(state["step"]), int(state["rescales"])
+    if check:
+        check_base(state, attachment.fingerprint)
+    check_fit(model, pairs, state["tensors"])
+    attachment.config, attachment.step, attachment.rescales = config, state["step"], state["rescales"]
     return model, pairs
+
+
+def _with_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> PeftModel:
+    """The base with a new adapter of a state's settings; what this PEFT does not know of them is left out."""
+    if settings.get("megatron_config"):
+        raise StateError("the state's adapter sets megatron_config, with which PEFT imports what the file names")
+    known = {field.name for field in fields(LoraConfig) if field.init}
+    settings = {key: value for key, value in settings.items() if key in known}
+    try:
+        return get_peft_model(base, LoraConfig(**settings | {"init_lora_weights": True, "inference_mode": False}))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StateError(f"the state's adapter does not fit this base model: {error}") from None
 
 
 def _merge_exactly(pair: LoraPair, dtype: torch.dtype) -> None:
@@ -208,14 +216,6 @@ def _dense_update(pair: LoraPair, tensors: dict[str, Tensor]) -> Tensor:
     return (update.mT if pair.transposed else update) + pair.scaling * A @ B
 
 
-@contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, renamed into place if all went well; gone if not."""
+def _require_unused(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{str(output)!r} is not an empty folder: choose another, or remove it first")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-", suffix=".partial") as temporary:
-        target = Path(temporary) / "content"
-        target.mkdir()
-        yield target
-        target.replace(output)

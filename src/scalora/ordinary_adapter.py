@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from scalora.adapters import REMAINDER, LoraPair
 from scalora.lowrank import Factors, factors_of_product, rank_for_tolerance
 from scalora.remainder import FactoredRemainder
+from scalora.writing import named
 
 # The part of each layer's update that an export may leave out, as a share of its Frobenius norm. At a thousandth the
 # loss and the generated answers of the measured runs are those of the merged model (docs/export.md).
@@ -132,16 +132,18 @@ def _save_with_peft(
     config.alpha_pattern = dict(config.rank_pattern)
     config.use_rslora = False
     config.init_lora_weights = True
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".adapter-", suffix=".partial"))
     try:
         model.peft_config[adapter] = config
-        PeftModel.save_pretrained(
-            model, str(temporary), selected_adapters=[adapter], state_dict=state, save_embedding_layers=False
-        )
-        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            target = folder / path.relative_to(temporary)
-            target.parent.mkdir(exist_ok=True)
-            path.replace(target)
+        with (
+            named(folder),
+            tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-", suffix=".partial") as temporary,
+        ):
+            PeftModel.save_pretrained(
+                model, temporary, selected_adapters=[adapter], state_dict=state, save_embedding_layers=False
+            )
+            for path in sorted(p for p in Path(temporary).rglob("*") if p.is_file()):
+                target = folder / path.relative_to(temporary)
+                target.parent.mkdir(exist_ok=True)
+                path.replace(target)
     finally:
         model.peft_config[adapter] = own
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, cast
 
 import numpy
@@ -21,12 +21,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scalora.adapters import LoraPair
+from scalora.config import ScaLoraConfig
 from scalora.remainder import DenseRemainder
+from scalora.writing import whole_file
 
 FORMAT_VERSION = 1
 STATE_FILE = "scalora_state.safetensors"
 
 _METADATA = "scalora"
+
+# What every state holds, and of which types.
+_ENTRIES: dict[str, tuple[type, ...]] = {
+    "base": (str,),
+    "adapter": (dict, NoneType),
+    "merge": (str,),
+    "config": (dict, NoneType),
+    "step": (int,),
+    "rescales": (int,),
+    "tensors": (dict,),
+}
 
 # Entries of each weight that the fingerprint looks at, spread evenly: any training step changes nearly all entries, so
 # a few of each are enough to tell two models apart, at no cost even for the largest.
@@ -73,8 +86,58 @@ def gather(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Tensor]:
     return tensors
 
 
-def restore(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tensor]) -> None:
-    """Put gathered tensors back in place. Everything is checked first: an error leaves the model as it was.
+def check_content(state: Mapping[str, Any]) -> None:
+    """See to it that a state has what every state has.
+
+    Raises:
+        StateError: an entry is missing, or is not what it should be.
+    """
+    if missing := sorted(_ENTRIES.keys() - state.keys()):
+        raise StateError(f"not a ScaLoRA state: it lacks {', '.join(missing)}")
+    for key, types in _ENTRIES.items():
+        value = state[key]
+        if not isinstance(value, types):
+            raise StateError(f"the state is damaged: its {key!r} is {_shortened(value)}")
+        if isinstance(value, int) and (isinstance(value, bool) or value < 0):
+            raise StateError(f"the state is damaged: its {key!r} is {value}, not a count")
+    if state["merge"] not in ("dense", "factored"):
+        raise StateError(f"the state is damaged: its 'merge' is {state['merge']!r}, neither 'dense' nor 'factored'")
+    for name, value in state["tensors"].items():
+        if not isinstance(value, Tensor):
+            raise StateError(f"the state is damaged: {name!r} is {_shortened(value)}, not a tensor")
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+def check_base(state: Mapping[str, Any], fingerprint: str) -> None:
+    """Raise `StateError` if a state belongs to another base than that with the fingerprint."""
+    if state["base"] != fingerprint:
+        raise StateError(
+            f"the state belongs to a base model with fingerprint {state['base'][:12]}, this one has "
+            f"{fingerprint[:12]}: load the base that the run started from, in the same dtype, and adapt "
+            "the same modules of it"
+        )
+
+
+def saved_config(state: Mapping[str, Any]) -> ScaLoraConfig | None:
+    """The settings that a state was saved with; None if it was saved before an engine was attached.
+
+    Raises:
+        StateError: they are not settings of this scalora.
+    """
+    if state["config"] is None:
+        return None
+    try:
+        return ScaLoraConfig.from_dict(state["config"])
+    except (TypeError, ValueError) as error:
+        raise StateError(f"the state's settings can't be used: {error}") from None
+
+
+def check_fit(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tensor]) -> None:
+    """See to it that gathered tensors can be put back in a model.
 
     Raises:
         StateError: a tensor is missing, unknown, of another shape or dtype, or not finite.
@@ -88,12 +151,15 @@ def restore(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tenso
             "adapter, or of another merge setting"
         )
     for name, saved in tensors.items():
-        grows = name.startswith(("left.", "right."))
-        shape, wanted = (saved.shape[:1], expected[name].shape[:1]) if grows else (saved.shape, expected[name].shape)
-        if shape != wanted or saved.dtype != expected[name].dtype:
+        wanted = expected[name]
+        if name.startswith(("left.", "right.")):  # with as many columns as there were
+            fits = saved.ndim == 2 and len(saved) == len(wanted)
+        else:
+            fits = saved.shape == wanted.shape
+        if not fits or saved.dtype != wanted.dtype:
             raise StateError(
-                f"{name!r} is {saved.dtype} {tuple(saved.shape)} in the state and {expected[name].dtype} "
-                f"{tuple(expected[name].shape)} in the model"
+                f"{name!r} is {saved.dtype} {tuple(saved.shape)} in the state and {wanted.dtype} "
+                f"{tuple(wanted.shape)} in the model"
             )
         if not saved.isfinite().all():
             raise StateError(f"{name!r} in the state has NaN or infinite entries")
@@ -102,6 +168,10 @@ def restore(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tenso
             left.shape[1] != tensors[f"right.{pair.name}"].shape[1]
         ):
             raise StateError(f"the factors of {pair.name!r} have different numbers of columns")
+
+
+def restore(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tensor]) -> None:
+    """Put gathered tensors, of which `check_fit` has found nothing, back in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -124,14 +194,31 @@ def random_state() -> dict[str, Any]:
     }
 
 
+def check_random_state(state: Any) -> None:
+    """Raise `StateError` if `set_random_state` can't set a state."""
+    try:
+        random.Random().setstate(state["python"])
+        numpy.random.RandomState().set_state(_numpy_state(state))
+        for generator in (state["torch"], *state["cuda"]):
+            if not isinstance(generator, Tensor):
+                raise TypeError(f"{_shortened(generator)} is not a generator's state")
+        torch.Generator().set_state(state["torch"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise StateError(f"the state's random number generators can't be set: {error}") from None
+
+
 def set_random_state(state: Mapping[str, Any]) -> None:
     """The inverse of `random_state`."""
     random.setstate(state["python"])
-    name, keys, *position = state["numpy"]
-    numpy.random.set_state((name, keys.numpy().astype("uint32"), *position))
+    numpy.random.set_state(_numpy_state(state))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _numpy_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    name, keys, *position = state["numpy"]
+    return (name, keys.numpy().astype("uint32"), *position)
 
 
 def write_state(path: Path, content: Mapping[str, Any]) -> None:
@@ -143,15 +230,9 @@ def write_state(path: Path, content: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     seen: dict[tuple[Any, ...], str] = {}
     described = _describe(content, "", tensors, seen)
-    temporary = path.with_name(f".{path.name}.partial")
     metadata = {_METADATA: json.dumps({"format_version": FORMAT_VERSION, "content": described}), "format": "pt"}
-    try:
+    with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"{str(path)!r} can't be written: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -167,7 +248,7 @@ def read_state(path: Path) -> dict[str, Any]:
     described, tensors = _open(path)
     try:
         content = _rebuild(described, tensors)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise StateError(f"{str(path)!r} is damaged: its description does not fit its tensors ({error})") from None
     if not isinstance(content, dict):
         raise StateError(f"{str(path)!r} is damaged: its description is not a table")
@@ -183,7 +264,8 @@ def _open(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """The description and the tensors of a state file; the tensors are mapped, not read, until they are used."""
     path = path / STATE_FILE if path.is_dir() else path
     if not path.is_file():
-        raise StateError(f"{str(path)!r} does not exist: it is not the folder of a ScaLoRA state")
+        what = "is not a file" if path.exists() else "does not exist"
+        raise StateError(f"{str(path)!r} {what}: give the folder of a ScaLoRA state, with its {STATE_FILE}")
     if path.resolve().parent != path.parent.resolve():
         raise StateError(f"{str(path)!r} is a link out of its folder: copy the file itself")
     try:
@@ -195,7 +277,7 @@ def _open(path: Path) -> tuple[Any, dict[str, Tensor]]:
     try:
         described = json.loads(metadata[_METADATA])
         version, content = described["format_version"], described["content"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, RecursionError, TypeError, ValueError):
         raise StateError(f"{str(path)!r} is a safetensors file, but not one that scalora wrote") from None
     if version != FORMAT_VERSION:
         raise StateError(f"{str(path)!r} has format version {version!r}, this scalora reads {FORMAT_VERSION}")

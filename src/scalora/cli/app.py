@@ -10,10 +10,28 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from scalora._version import __version__
 
+# Click's own, of which newer versions of typer carry a copy.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+class _OneLineErrors(TyperGroup):
+    """Shows a wrong option as one line too, as `_in_one_line` does what is wrong with its value."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except _UsageError as error:
+            typer.echo(f"error: {error.format_message()}", err=True)
+            raise typer.Exit(2) from None
+
+
 app = typer.Typer(
+    cls=_OneLineErrors,
     help="Fine-tune with ScaLoRA: LoRA's cost, without LoRA's rank.",
     no_args_is_help=True,
     add_completion=False,
@@ -118,7 +136,7 @@ def export(
             help="adapter: share of each layer's update (Frobenius norm) that may be left out; 0.001 when not given."
         ),
     ] = None,
-    max_rank: Annotated[int | None, typer.Option(min=1, help="adapter: never more than this rank.")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="adapter: never more than this rank.")] = None,
     per_layer: Annotated[
         bool,
         typer.Option(
@@ -142,7 +160,9 @@ def export(
 def _in_one_line(command: Callable[[], Any], debug: bool) -> None:
     """Run a command; print an error as one line and exit with 2 for bad input, with 1 for anything else."""
     if not debug:
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
+        # What they say of retries, and of errors that they raise as well, would bury the one line.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        logging.getLogger("datasets").setLevel(logging.CRITICAL)
     try:
         command()
     except Exception as error:

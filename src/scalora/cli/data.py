@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
@@ -53,18 +54,64 @@ def sft_examples(examples: Dataset, name: str, data: DataSettings) -> Dataset:
     """Keep the columns of one of TRL's formats: ``messages``, ``prompt`` + ``completion``, or plain text.
 
     Raises:
-        InputError: no format's columns are there; names those that are.
+        InputError: no format's columns are there, naming those that are; or an example has something else in them.
     """
     have = set(examples.column_names)
-    for columns in (["messages"], ["prompt", "completion"]):
+    for columns in (["messages"], ["prompt", "completion"], [data.text]):
         if have >= set(columns):
-            return examples.select_columns(columns)
-    if data.text in have:
-        return examples.select_columns([data.text])
+            chosen = examples.select_columns(columns)
+            _require_trainable(chosen, name, data)
+            return chosen
     raise InputError(
         f"data {name!r} has no column 'messages', no pair 'prompt' and 'completion', and no column {data.text!r}; "
         f"it has {', '.join(examples.column_names)}"
     )
+
+
+def _require_trainable(examples: Dataset, name: str, data: DataSettings) -> None:
+    """Raise `InputError` with the first example that TRL could not make tokens of."""
+    columns = examples.column_names
+    if columns == [data.text]:
+        _require_texts(examples, name, columns)
+        return
+    conversations = columns == ["messages"] or isinstance(examples[0]["prompt"], list)
+    for column in columns:
+        if not conversations:
+            _require_texts(examples, name, [column])
+            continue
+        for number, value in enumerate(examples[column][:], start=1):
+            if not _is_conversation(value):
+                raise InputError(
+                    f"data {name!r}, example {number}: column {column!r} is {_shortened(value)}, not a list of "
+                    "messages with 'role' and 'content'"
+                )
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and (message.get("content") is not None or message.get("tool_calls"))
+            for message in value
+        )
+    )
+
+
+def _require_texts(examples: Dataset, name: str, columns: list[str]) -> None:
+    for column in columns:
+        for number, value in enumerate(examples[column][:], start=1):
+            if not isinstance(value, str):
+                raise InputError(
+                    f"data {name!r}, example {number}: column {column!r} is {_shortened(value)}, not a text"
+                )
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def require_columns(examples: Dataset, name: str, columns: list[str]) -> None:
@@ -81,7 +128,10 @@ def label_names(examples: Dataset, name: str, data: DataSettings) -> list[str]:
         InputError: the column is missing, has gaps, or there is only one class.
     """
     require_columns(examples, name, [data.label])
-    values = set(examples[data.label])
+    column = examples[data.label][:]
+    if odd := [value for value in column if isinstance(value, (list, dict))]:
+        raise InputError(f"data {name!r} has a label that is not a class name or number: {_shortened(odd[0])}")
+    values = set(column)
     if None in values:
         raise InputError(f"data {name!r} has examples without a value in column {data.label!r}")
     if len(values) < 2:
@@ -104,7 +154,7 @@ def tokenized_for_classification(
     """
     columns = [data.text] + ([data.text_pair] if data.text_pair else [])
     require_columns(examples, name, [*columns, data.label])
-
+    _require_texts(examples, name, columns)
     longest = min(tokenizer.model_max_length, 512)  # some tokenizers say 1e30 for "unlimited"
 
     def encode(row: dict[str, object]) -> dict[str, object]:

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftModel
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -19,12 +17,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scalora.cli.data import label_names, load_examples
 from scalora.cli.errors import InputError
 from scalora.cli.evaluate import class_names, loss_score, sequence_scores
-from scalora.cli.models import Source, load_causal_model, load_classifier, load_tokenizer, resolve_source
-from scalora.cli.run_folder import write_folder, write_json
-from scalora.cli.settings import Settings
+from scalora.cli.models import (
+    Source,
+    load_causal_model,
+    load_classifier,
+    load_tokenizer,
+    resolve_source,
+    save_tokenizer,
+)
+from scalora.cli.run_folder import write_json
+from scalora.cli.settings import run_settings
 from scalora.export import ExportError, export_adapter, export_merged, load_model
 from scalora.ordinary_adapter import DEFAULT_RTOL, AdapterReport
 from scalora.state import STATE_FILE, check_state
+from scalora.writing import whole_folder
 
 # Token ids that every exported model is compared on: enough to tell models apart, little enough for a large one.
 _PROBE = (4, 32)
@@ -39,19 +45,14 @@ class _Run:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise InputError(f"run {str(path)!r} does not exist")
-        folder = next((f for f in (path, *path.resolve().parents) if (f / "config.yaml").is_file()), None)
-        if folder is None:
-            raise InputError(f"run {str(path)!r} holds no config.yaml: it is not a run folder or a checkpoint in one")
-        try:
-            self.settings = Settings.model_validate(
-                yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-            )
-        except (yaml.YAMLError, ValidationError) as error:
-            raise InputError(f"{str(folder / 'config.yaml')!r} is not the config of a run: {error}") from None
+        # A checkpoint is in RUN/trainer; nothing that is further up, or beside a state that is gone, is the run's.
+        own = (path / STATE_FILE).exists()
+        folder = next((f for f in (path, *path.resolve().parents[: 2 * own]) if (f / "config.yaml").is_file()), path)
+        self.settings = run_settings(folder)
         if self.settings.method != "scalora":
             raise InputError(f"run {str(path)!r} is of method {self.settings.method!r}: its result is ordinary already")
         self.path, self.folder = path, folder
-        self.state = path if (path / STATE_FILE).exists() else path / "delta"
+        self.state = path if own else path / "delta"
         check_state(self.state)
         self.source: Source = resolve_source(self.settings.model)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.source, self.settings)
@@ -103,68 +104,67 @@ def export(
         raise InputError(f"--rtol, --max-rank and --per-layer are for --to adapter, not for --to {to}")
     if rtol is not None and not 0 < rtol < 1:
         raise InputError(f"--rtol {rtol}: must be between 0 and 1")
+    if max_rank is not None and max_rank < 1:
+        raise InputError(f"--max-rank {max_rank}: must be at least 1")
     run = _Run(path)
     target = output or run.folder / f"export-{to}"
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise InputError(f"output {str(target)!r} exists: choose another with --output, or remove it first")
+    report: dict[str, Any] = {"run": str(path), "to": to, "dtype": dtype}
+    with whole_folder(target) as folder:
+        if to == "delta":
+            _make_delta(run, folder)
+        else:
+            options = {"rtol": rtol or DEFAULT_RTOL, "max_rank": max_rank, "per_layer": per_layer}
+            report |= _make_checked(run, to, folder, getattr(torch, dtype), options if to == "adapter" else {})
+            write_json(folder / "export.json", report)
     if to == "delta":
-        _export_delta(run, target)
-        return
+        print(f"delta written to {target}; scalora.load_model(base, {str(target)!r}) continues from it")
+    else:
+        _show(report, target)
+
+
+def _make_delta(run: _Run, folder: Path) -> None:
+    """Copy the state, once it is known to load on its base."""
+    load_model(run.base(), run.state)
+    shutil.copyfile(run.state / STATE_FILE, folder / STATE_FILE)
+
+
+def _make_checked(run: _Run, to: str, folder: Path, dtype: torch.dtype, options: dict[str, Any]) -> dict[str, Any]:
+    """Write an adapter or a merged model, load it again and compare; returns the report."""
     base = run.base()
     probe = torch.randint(0, base.config.vocab_size, _PROBE, generator=torch.Generator().manual_seed(0))
     before = _logits(base, probe)
     live: dict[str, Any] = {}
-    torch_dtype = getattr(torch, dtype)
+    report: dict[str, Any] = {}
 
     def look(model: PeftModel) -> None:
-        model.requires_grad_(
-            False
-        )  # TRL makes what is trained on a quantised base bfloat16, when it only evaluates too
+        # TRL makes what is trained on a quantised base bfloat16, when it only evaluates too.
+        model.requires_grad_(False)
         live["logits"], live["loss"] = _logits(model, probe), run.loss(model)
 
-    allowed = 10 * torch.finfo(torch_dtype).eps
-    report: dict[str, Any] = {"run": str(path), "to": to, "dtype": dtype}
+    allowed = 10 * torch.finfo(dtype).eps
     if to == "adapter":
-        model, made = export_adapter(
-            base,
-            run.state,
-            target,
-            rtol=rtol or DEFAULT_RTOL,
-            max_rank=max_rank,
-            per_layer=per_layer,
-            dtype=torch_dtype,
-        )
+        model, made = export_adapter(base, run.state, folder, dtype=dtype, **options)
         look(model)
         report |= _adapter_report(made)
         allowed += 10 * made.error
-        reload: Callable[[], Any] = lambda: PeftModel.from_pretrained(run.base(), target)  # noqa: E731
+        reload: Callable[[], Any] = lambda: PeftModel.from_pretrained(run.base(), folder)  # noqa: E731
+        del model
     else:
-        export_merged(base, run.state, target, dtype=torch_dtype, with_model=look)
-        run.tokenizer.save_pretrained(target)
-        unquantised = run.settings.model_copy(update={"quantization": None, "dtype": dtype})
-        reload = lambda: _reloaded(target, unquantised, run)  # noqa: E731
+        export_merged(base, run.state, folder, dtype=dtype, with_model=look)
+        save_tokenizer(run.tokenizer, folder)
+        reload = lambda: _reloaded(folder, dtype, run)  # noqa: E731
     del base
-    try:
-        report |= _checked(reload(), run, probe, before, live, allowed)
-    except ExportError:
-        shutil.rmtree(target)
-        raise
-    write_json(target / "export.json", report)
-    _show(report, target)
+    return report | _checked(reload(), run, probe, before, live, allowed)
 
 
-def _reloaded(target: Path, settings: Settings, run: _Run) -> PreTrainedModel:
-    source = Source(str(target), None)
+def _reloaded(folder: Path, dtype: torch.dtype, run: _Run) -> PreTrainedModel:
+    source = Source(str(folder), None)
+    settings = run.settings.model_copy(update={"quantization": None, "dtype": str(dtype).removeprefix("torch.")})
     if settings.task == "sft":
         return load_causal_model(source, settings)
     return load_classifier(source, settings, run.tokenizer, run.labels, new_head=False)
-
-
-def _export_delta(run: _Run, target: Path) -> None:
-    """Copy the state, once it is known to load on its base."""
-    load_model(run.base(), run.state)
-    write_folder(target, lambda folder: shutil.copyfile(run.state / STATE_FILE, folder / STATE_FILE))
-    print(f"delta written to {target}; scalora.load_model(base, {str(target)!r}) continues from it")
 
 
 @torch.no_grad()

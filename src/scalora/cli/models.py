@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,18 +70,34 @@ def load_tokenizer(source: Source, settings: Settings) -> PreTrainedTokenizerBas
     except OSError as error:
         where = "" if Path(source.name).is_dir() else " is no local folder or file, and the hub did not give it"
         raise InputError(f"model {source.name!r}{where}: {error}") from None
+    except Exception as error:  # tokenizers raises nothing more special
+        raise InputError(f"the tokenizer of model {source.name!r} can't be read: {error}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises nothing more special
+        raise OSError(f"the tokenizer can't be written to {str(folder)!r}: {error}") from None
 
 
 def load_causal_model(source: Source, settings: Settings) -> PreTrainedModel:
     """A causal language model in the dtype and quantisation of the settings.
 
     Raises:
-        InputError: a GGUF file can't be quantised again, or bitsandbytes is missing.
+        InputError: it can't be read, a GGUF file can't be quantised again, or bitsandbytes is missing.
     """
-    model = AutoModelForCausalLM.from_pretrained(source.name, **_common(source, settings), **source.arguments)
+    arguments = _common(source, settings)
+    with _readable(source):
+        model = AutoModelForCausalLM.from_pretrained(source.name, **arguments, **source.arguments)
     if source.gguf_file and model.hf_quantizer is not None:
         # The weights are plain tensors now: left marked as quantised, the model could neither be trained nor saved.
         model.hf_quantizer.remove_quantization_config(model)
@@ -104,7 +122,7 @@ def load_classifier(
         new_head: whether a head that the model lacks, or has for other classes, starts at random; else it is an error.
 
     Raises:
-        InputError: the head is not there and `new_head` is not given.
+        InputError: it can't be read, or the head is not there and `new_head` is not given.
     """
     head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if labels is not None:
@@ -114,14 +132,16 @@ def load_classifier(
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
         }
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        source.name,
-        **_common(source, settings),
-        **source.arguments,
-        **head,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    arguments = _common(source, settings)
+    with _readable(source):
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            source.name,
+            **arguments,
+            **source.arguments,
+            **head,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     if not new_head and (loading["missing_keys"] or loading["mismatched_keys"]):
         raise InputError(f"model {source.name!r} has no head for {settings.task} with {model.num_labels} output(s)")
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -140,6 +160,15 @@ def fingerprint(source: Source) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return f"{folder.resolve() / (source.gguf_file or '')} sha256:{digest.hexdigest()[:12]}"
+
+
+@contextmanager
+def _readable(source: Source) -> Iterator[None]:
+    """Name the model in whatever Transformers, safetensors or torch raise about its files."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"model {source.name!r} can't be loaded: {type(error).__name__}: {error}") from None
 
 
 def _common(source: Source, settings: Settings) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scalora.cli.errors import InputError
-from scalora.cli.settings import Settings
+from scalora.cli.settings import Settings, run_settings
+from scalora.writing import whole_file
 
 _TRAINER = "trainer"
 _PACKAGES = ("scalora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -51,34 +51,16 @@ def create_run_folder(settings: Settings) -> Path:
     return folder
 
 
-def continue_run_folder(settings: Settings, step: int) -> Path:
-    """Go on with an earlier run's folder from a checkpoint: drop the metrics of steps that will be taken again.
+def check_resumable(settings: Settings) -> None:
+    """Find out before any work whether an earlier run's folder can be gone on with; changes nothing.
 
     Raises:
-        InputError: the run was of another model, task, method or data, or with other settings of the adapter.
+        InputError: there is none, or it is of another model, task, method or data, or of other settings of the adapter.
     """
-    folder = Path(settings.output_dir)
-    try:
-        earlier = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"output_dir {str(folder)!r} holds no run to resume: {error}") from None
-    now = settings.model_dump()
+    earlier, now = run_settings(Path(settings.output_dir)).model_dump(), settings.model_dump()
     for key in ("model", "task", "method", "dtype", "quantization", "data", "lora", "scalora"):
-        if (before := (earlier or {}).get(key)) != now[key]:
+        if (before := earlier[key]) != now[key]:
             raise InputError(f"{key}={now[key]!r}, but the run to resume has {before!r}: resume with its own settings")
-    metrics = folder / "metrics.jsonl"
-    if metrics.is_file():
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        _replace_text(metrics, "".join(line for line in lines if _step(line) <= step))
-    return folder
-
-
-def _step(line: str) -> float:
-    """Of a line of metrics; one that was cut off in the middle belongs to no step that counts."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def trainer_folder(settings: Settings) -> Path:
@@ -91,24 +73,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     _replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary folder beside `path`, then rename it into place, instead of one that is there."""
-    temporary, earlier = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.earlier")
-    for leftover in (temporary, earlier):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    if path.exists():
-        path.rename(earlier)
-    temporary.rename(path)
-    shutil.rmtree(earlier, ignore_errors=True)
-
-
 class MetricsFile(TrainerCallback):  # type: ignore[misc]
     """Appends every log event of a Trainer to ``metrics.jsonl``, one JSON object a line."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "metrics.jsonl"
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop the metrics of steps that will be taken again: only now that a checkpoint has been loaded."""
+        if self._path.is_file():
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            _replace_text(self._path, "".join(line for line in lines if _step(line) <= state.global_step))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -116,6 +93,14 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
         """Write one line; it is on disk when the next step begins."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def _step(line: str) -> float:
+    """Of a line of metrics; one that was cut off in the middle belongs to no step that counts."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _environment(settings: Settings) -> dict[str, Any]:
@@ -131,6 +116,5 @@ def _environment(settings: Settings) -> dict[str, Any]:
 
 
 def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -104,7 +104,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         raise InputError(f"config file {str(path)!r} does not exist")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"config file {str(path)!r} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"config file {str(path)!r} must hold keys and values, not a {type(content).__name__}")
@@ -116,6 +116,23 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         raise InputError(_first_problem(error)) from None
     _check_nested(settings)
     return settings
+
+
+def run_settings(folder: Path) -> Settings:
+    """The settings in a run folder, as they were resolved when it was made.
+
+    Raises:
+        InputError: there are none, or they were edited to something that is none.
+    """
+    path = folder / "config.yaml"
+    try:
+        return Settings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise InputError(f"{str(folder)!r} holds no config.yaml: it is not the folder of a run") from None
+    except ValidationError as error:
+        raise InputError(f"{str(path)!r} is not the config of a run: {_first_problem(error)}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{str(path)!r} can't be read: {error}") from None
 
 
 def training_class(task: Task) -> type:
@@ -213,4 +230,5 @@ def _first_problem(error: ValidationError) -> str:
         return f"unknown key {key!r}: " + (f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}")
     if problem["type"] == "missing":
         return f"{key!r} is missing from the config"
-    return f"{key}={problem['input']!r}: {problem['msg'].lower()}"
+    where = f"{key}={problem['input']!r}" if key else repr(problem["input"])
+    return f"{where}: {problem['msg'].lower()}"

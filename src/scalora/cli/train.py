@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +18,20 @@ from scalora.adapters import find_lora_pairs
 from scalora.changed_base import attach, state_of
 from scalora.cli.data import label_names, load_examples, sft_examples, tokenized_for_classification
 from scalora.cli.errors import InputError
-from scalora.cli.models import Source, load_causal_model, load_classifier, load_tokenizer, resolve_source
+from scalora.cli.models import (
+    Source,
+    load_causal_model,
+    load_classifier,
+    load_tokenizer,
+    resolve_source,
+    save_tokenizer,
+)
 from scalora.cli.run_folder import (
     MetricsFile,
+    check_resumable,
     check_run_folder,
-    continue_run_folder,
     create_run_folder,
     trainer_folder,
-    write_folder,
     write_json,
 )
 from scalora.cli.scores import classification_scores, regression_scores
@@ -36,6 +43,7 @@ from scalora.ordinary_adapter import write_adapter
 from scalora.remainder import FactoredRemainder
 from scalora.state import STATE_FILE, write_state
 from scalora.transport import state_degrees
+from scalora.writing import whole_folder
 
 # The rank of the paper's large-model experiments, alpha = r so that the scaling is 1 (its s), and all linear layers
 # because leaving some out is what a comparison with full fine-tuning notices first.
@@ -55,6 +63,7 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
     """
     checkpoint = None
     if resume:
+        check_resumable(settings)
         checkpoint = last_checkpoint(trainer_folder(settings))
         if checkpoint is None:
             raise InputError(f"there is no whole checkpoint in {str(trainer_folder(settings))!r} to resume from")
@@ -81,14 +90,15 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
     if callback is not None:
         # Raises what attaching would, while an earlier run's folder is still there.
         attach(trainer.model, callback.config.merge, callback.config.remainder_rank)
-    if checkpoint is None:
-        folder = create_run_folder(settings)
-    else:
-        folder = continue_run_folder(settings, int(checkpoint.name.rpartition("-")[2]))
+    folder = Path(settings.output_dir) if resume else create_run_folder(settings)
     trainer.add_callback(MetricsFile(folder))
 
     start = time.perf_counter()
-    output = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    try:
+        output = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except Exception:
+        print(file=sys.stderr)  # ends the progress bar's line, so that the error has one of its own
+        raise
     seconds = time.perf_counter() - start
     summary = {"steps": output.global_step, "training_seconds": seconds, **output.metrics}
     if "eval" in examples:
@@ -121,11 +131,12 @@ def _write_results(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, setting
         def save_model(target: Path) -> None:
             whole = model if settings.method == "full" else model.merge_and_unload()
             whole.save_pretrained(target)
-            tokenizer.save_pretrained(target)
+            save_tokenizer(tokenizer, target)
 
         results["model"] = save_model
     for name, write in results.items():
-        write_folder(folder / name, write)
+        with whole_folder(folder / name) as target:
+            write(target)
     return list(results)
 
 
@@ -133,7 +144,7 @@ def training_arguments(settings: Settings, *, evaluates: bool) -> TrainingArgume
     """The trainer's arguments: the user's over ours over the library's.
 
     Raises:
-        InputError: a value that the library refuses, or checkpoints of a ScaLoRA run.
+        InputError: a value that the library refuses.
     """
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     defaults: dict[str, Any] = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
-import zipfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers.trainer_pt_utils import safe_globals
 
 from scalora.state import STATE_FILE, StateError, check_state
 
@@ -38,7 +40,7 @@ def set_broken_checkpoints_aside(output_dir: Path) -> None:
     """
     for folder in _checkpoints(output_dir):
         flaw = _flaw(folder)
-        if flaw is None or ((folder / _WRITTEN_LAST).is_file() and not (folder / STATE_FILE).exists()):
+        if flaw is None or ((folder / _WRITTEN_LAST).is_file() and not os.path.lexists(folder / STATE_FILE)):
             continue
         aside = folder.with_name(f"incomplete-{folder.name}")
         number = 1
@@ -59,26 +61,40 @@ def _checkpoints(output_dir: Path) -> list[Path]:
 def _flaw(folder: Path) -> str | None:
     """Why training can't go on from a folder; None if it can."""
     try:
-        json.loads((folder / _WRITTEN_LAST).read_text(encoding="utf-8"))
+        progress = json.loads((folder / _WRITTEN_LAST).read_text(encoding="utf-8"))
     except OSError:
         return f"it has no {_WRITTEN_LAST}: it was cut off while it was written"
     except ValueError:
         return f"its {_WRITTEN_LAST} is cut short"
+    if not isinstance(progress, dict) or not isinstance(progress.get("global_step"), int):
+        return f"its {_WRITTEN_LAST} names no global_step"
+    if os.path.lexists(folder / STATE_FILE):
+        try:
+            check_state(folder)
+        except StateError as error:
+            return str(error)
     for path in folder.glob("*.safetensors"):
+        if not path.is_file():
+            return f"its {path.name} is not a file"
         try:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
             return f"its {path.name} is not a whole safetensors file: {error}"
-    if (folder / STATE_FILE).exists():
-        try:
-            check_state(folder)
-        except StateError as error:
-            return str(error)
     for name in ("optimizer.pt", "scheduler.pt"):
         if not (folder / name).is_file():
             return f"it has no {name}"
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
-        if not zipfile.is_zipfile(path):
-            return f"its {path.name} is cut short"
+        if not _can_be_loaded(path):
+            return f"its {path.name} is cut short, or is not a file of tensors"
     return None
+
+
+def _can_be_loaded(path: Path) -> bool:
+    """Whether the Trainer's own `torch.load`, which executes nothing, will take a file; its tensors are not read."""
+    try:
+        with safe_globals():  # NumPy's random state, as in the Trainer
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # whatever a damaged file makes of the unpickler
+        return False
+    return True

@@ -15,10 +15,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from scalora.adapters import promote_adapters
+from scalora.changed_base import fingerprint_of
 from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
 from scalora.integrations.checkpoints import set_broken_checkpoints_aside
-from scalora.state import STATE_FILE, StateError
+from scalora.state import STATE_FILE, StateError, check_base, check_content, read_state
 
 
 class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
@@ -62,10 +63,12 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         model: nn.Module = kwargs["model"]
         if isinstance(model, PeftModel):
             promote_adapters(model)
-            load_adapter = model.load_adapter
-            object.__setattr__(model, "load_adapter", partial(self._load_adapter, load_adapter))
+            load_adapter = partial(self._load_adapter, model, model.load_adapter)
+            object.__setattr__(model, "load_adapter", load_adapter)
 
-    def _load_adapter(self, load_adapter: Callable[..., Any], model_id: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def _load_adapter(
+        self, model: PeftModel, load_adapter: Callable[..., Any], model_id: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
         """What a model's `load_adapter` does for a ScaLoRA state: bring it back, now or as soon as the engine is there.
 
         The Trainer resumes before its callbacks see the beginning of training, and loads the best model after it.
@@ -75,6 +78,10 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._checkpoint = Path(model_id)
         if self.engine is not None:
             self.engine.load(model_id)
+        else:  # before the Trainer loads the optimizer, whose error would not name the base
+            state = read_state(self._checkpoint)
+            check_content(state)
+            check_base(state, fingerprint_of(model))
         return None
 
     def on_train_begin(
