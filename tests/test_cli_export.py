@@ -153,13 +153,21 @@ def test_half_precision_bases(train, causal_folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantised_run_exports_both_ways(kind, train, tokenizer, tmp_path):
+def test_a_quantised_run_resumes_and_exports_both_ways(kind, train, tokenizer, tmp_path):
     # bitsandbytes needs at least one quantisation block, 64 inputs, in each row.
     tiny_llama(
         vocab_size=len(tokenizer), eos_token_id=2, pad_token_id=1, hidden_size=64, intermediate_size=64
     ).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    run = train(model=str(tmp_path / "base"), quantization=kind)
+    # An evaluation in between would make bitsandbytes round the scales of 4-bit weights on a CPU, for good.
+    training = TRAINING | {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 4}
+    run = train(model=str(tmp_path / "base"), quantization=kind, training=training)
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    (run / "trainer" / "checkpoint-12").rename(tmp_path / "elsewhere")
+    resumed = command("train", tmp_path / "train.yaml", "--resume")
+    assert resumed.exit_code == 0, resumed.stderr[-300:]
+    for name, tensor in load_file(run / "adapter" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(tensor, adapter[name], rtol=1e-5, atol=1e-6, msg=name)
     assert not (run / "model").exists()
     losses = [json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [loss for loss in losses if loss is not None]
@@ -168,6 +176,9 @@ def test_a_quantised_run_exports_both_ways(kind, train, tokenizer, tmp_path):
         result = command("export", run, "--to", to, "--output", tmp_path / to)
         assert result.exit_code == 0, result.stderr[-300:]
     assert base(tmp_path / "merged").config.to_dict().get("quantization_config") is None
+    refused = command("evaluate", run, tmp_path / "train.yaml")
+    assert refused.exit_code == 2
+    assert "--to merged" in refused.stderr
 
 
 def test_a_classifier_keeps_its_trained_head(encoder_folder, write_jsonl, tmp_path):

@@ -49,6 +49,11 @@ def resolve_source(model: str) -> Source:
     if path.is_dir():
         if (path / "model" / "config.json").is_file():
             path = path / "model"
+        if (path / "delta").is_dir() and not (path / "config.json").is_file():
+            raise InputError(
+                f"run {model!r} has no merged model, because its base is quantised: make one with "
+                f"`scalora export {model} --to merged`, and give that"
+            )
         if not (path / "config.json").is_file():
             raise InputError(f"model folder {model!r} holds no config.json: it is not a saved model or finished run")
         return Source(str(path), None)
