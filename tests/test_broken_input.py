@@ -605,7 +605,8 @@ def test_a_run_folder_without_its_state(run, tmp_path):
 
 
 def test_an_unfinished_run_folder_is_not_scored(run, write_jsonl, tmp_path):
-    shutil.rmtree(run / "model")
+    for name in ("model", "delta"):
+        shutil.rmtree(run / name)
     data = write_jsonl("eval.jsonl", [{"prompt": "say:", "completion": " red"}])
     before = contents(tmp_path)
     assert_one_line(command("evaluate", run, run / "config.yaml", "--data.eval", data), "not a saved model or finished")

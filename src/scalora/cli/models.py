@@ -51,7 +51,7 @@ def resolve_source(model: str) -> Source:
             path = path / "model"
         if (path / "delta").is_dir() and not (path / "config.json").is_file():
             raise InputError(
-                f"run {model!r} has no merged model, because its base is quantised: make one with "
+                f"run {model!r} holds no merged model (a run on a quantised base writes none): make one with "
                 f"`scalora export {model} --to merged`, and give that"
             )
         if not (path / "config.json").is_file():
