@@ -50,8 +50,13 @@ class Replay:
         return weight + remainder.dense().double() if isinstance(remainder, FactoredRemainder) else weight
 
 
-def train(dtype: torch.dtype, merge: str, *, width: int, steps: int = 1000, **settings: Any) -> tuple[ScaLora, Replay]:
-    """Fit a random linear map, which wants an update of full rank, through one layer: a rescale at every step."""
+def train(
+    dtype: torch.dtype, merge: str, *, width: int, steps: int = 1000, target_rank: int | None = None, **settings: Any
+) -> tuple[ScaLora, Replay]:
+    """Fit a linear map through one layer with a rescale at every step.
+
+    The map differs from the layer's weight by a random matrix of rank `target_rank`, or of full rank when None.
+    """
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(width, width, bias=False)), LoraConfig(r=4, target_modules=["0"]))
     model.base_model.model[0].base_layer.to(dtype)
@@ -61,7 +66,9 @@ def train(dtype: torch.dtype, merge: str, *, width: int, steps: int = 1000, **se
     engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0, merge=merge, **settings))
     optimizer.register_step_pre_hook(replay.after)
     generator = torch.Generator().manual_seed(1)
-    target = torch.randn(width, width, generator=generator)
+    rank = target_rank or width
+    change = torch.randn(width, rank, generator=generator) @ torch.randn(rank, width, generator=generator) / rank**0.5
+    target = model.base_model.model[0].base_layer.weight.float() + change
     for _ in range(steps):
         x = torch.randn(32, width, generator=generator)
         nn.functional.mse_loss(model(x.to(dtype)).float(), x @ target.T).backward()
@@ -92,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--target-rank", type=int, help="of the update that is to be learned; full when not given")
     arguments = parser.parse_args()
     print("| run | drift | one rounding | merging naively | discarded |\n|---|---|---|---|---|")
     for dtype in (torch.bfloat16, torch.float16):
@@ -100,7 +108,8 @@ def main() -> None:
             ("factored", {"remainder_rank": 64}),
             ("factored", {"remainder_rank": arguments.width}),
         ):
-            engine, replay = train(dtype, merge, width=arguments.width, steps=arguments.steps, **settings)
+            sizes = {"width": arguments.width, "steps": arguments.steps, "target_rank": arguments.target_rank}
+            engine, replay = train(dtype, merge, **sizes, **settings)
             name = " ".join([merge, *(f"{value} columns" for value in settings.values())])
             print(row(f"one layer, {str(dtype).split('.')[1]}, {name}", dtype, engine, replay), flush=True)
 
