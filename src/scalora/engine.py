@@ -41,6 +41,9 @@ DEFAULT_TARGET_NORM = 1.0
 
 _QUANTILES = (0.1, 0.5, 0.9)
 
+# The share of a factored remainder that may be discarded before it is said: what an exported adapter may leave out too.
+_MUCH = 1e-3
+
 _LEFT_ALONE_BECAUSE = {
     "nonfinite": "its adapter or its gradient had NaN or infinite entries; look at the loss, the data and the learning "
     "rate",
@@ -223,9 +226,17 @@ class ScaLora:
             return {}
         lost = sum(remainder.discarded.item() for remainder in remainders)
         kept = sum(remainder.energy().item() for remainder in remainders)
+        discarded = math.sqrt(lost / kept) if kept else 0.0
+        if discarded > _MUCH and "discarded" not in self._said:
+            self._said.add("discarded")
+            warnings.warn(
+                f"remainder_rank={self.config.remainder_rank} is too small for this run: {discarded:.1e} of the "
+                "factored remainder has been discarded; raise it, or set merge='dense'",
+                stacklevel=3,
+            )
         return {
             "scalora/remainder_columns": float(max(remainder.left.shape[1] for remainder in remainders)),
-            "scalora/discarded": math.sqrt(lost / kept) if kept else 0.0,
+            "scalora/discarded": discarded,
         }
 
 
