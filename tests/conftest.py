@@ -19,6 +19,11 @@ CHAT_TEMPLATE = (
 WORDS = ["red", "blue", "green", "black", "white", "grey", "pink", "brown", "gold", "teal"]
 
 
+def pairs(count):
+    """Prompts that name a word, and the word."""
+    return [{"prompt": f"say: {WORDS[i % 10]} {WORDS[i % 7]}", "completion": f" {WORDS[i % 7]}"} for i in range(count)]
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     tokenizer = Tokenizer(BPE(unk_token="<unk>"))

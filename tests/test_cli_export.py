@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import WORDS
+from conftest import WORDS, pairs
 from models import tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -28,10 +28,6 @@ TRAINING = {
 
 def command(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def pairs(count):
-    return [{"prompt": f"say: {WORDS[i % 10]} {WORDS[i % 7]}", "completion": f" {WORDS[i % 7]}"} for i in range(count)]
 
 
 @pytest.fixture

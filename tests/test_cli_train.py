@@ -10,7 +10,7 @@ import pandas
 import pytest
 import torch
 import yaml
-from conftest import WORDS
+from conftest import WORDS, pairs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
@@ -20,10 +20,6 @@ from scalora.cli import app
 
 def package_folder(name):
     return Path(importlib.util.find_spec(name).origin).parent
-
-
-def pairs(count):
-    return [{"prompt": f"say: {WORDS[i % 10]} {WORDS[i % 7]}", "completion": f" {WORDS[i % 7]}"} for i in range(count)]
 
 
 def chats(count):

@@ -95,7 +95,6 @@ def state_of(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Any]:
     adapter = getattr(model, "peft_config", {}).get(pairs[0].adapter)
     return {
         "base": attachment.fingerprint,
-        "base_model": getattr(adapter, "base_model_name_or_path", None),
         "adapter": json.loads(json.dumps(adapter.to_dict(), default=_plain)) if adapter is not None else None,
         "merge": "factored" if isinstance(pairs[0].remainder, FactoredRemainder) else "dense",
         "config": attachment.config.to_dict() if attachment.config else None,

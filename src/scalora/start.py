@@ -9,6 +9,7 @@ from torch import nn
 
 from scalora.adapters import UnsupportedLayerError
 from scalora.changed_base import attach
+from scalora.config import ScaLoraConfig
 from scalora.remainder import Merge
 from scalora.scaling import optimal_adapter
 
@@ -18,8 +19,8 @@ def optimal_start(
     train_step: Callable[[], None],
     *,
     target_norm: float = 1.0,
-    merge: Merge = "auto",
-    remainder_rank: int = 64,
+    merge: Merge = ScaLoraConfig.merge,
+    remainder_rank: int = ScaLoraConfig.remainder_rank,
 ) -> None:
     """Give every LoRA pair the optimal factors for its gradient, and take their product off the base weight.
 

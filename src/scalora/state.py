@@ -97,19 +97,20 @@ def check_content(state: Mapping[str, Any]) -> None:
     for key, types in _ENTRIES.items():
         value = state[key]
         if not isinstance(value, types):
-            raise StateError(f"the state is damaged: its {key!r} is {_shortened(value)}")
+            raise StateError(f"the state is damaged: its {key!r} is {shortened(value)}")
         if isinstance(value, int) and (isinstance(value, bool) or value < 0):
             raise StateError(f"the state is damaged: its {key!r} is {value}, not a count")
     if state["merge"] not in ("dense", "factored"):
         raise StateError(f"the state is damaged: its 'merge' is {state['merge']!r}, neither 'dense' nor 'factored'")
     for name, value in state["tensors"].items():
         if not isinstance(value, Tensor):
-            raise StateError(f"the state is damaged: {name!r} is {_shortened(value)}, not a tensor")
+            raise StateError(f"the state is damaged: {name!r} is {shortened(value)}, not a tensor")
 
 
-def _shortened(value: Any) -> str:
+def shortened(value: Any, length: int = 40) -> str:
+    """A value as an error message shows it."""
     text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def check_base(state: Mapping[str, Any], fingerprint: str) -> None:
@@ -201,7 +202,7 @@ def check_random_state(state: Any) -> None:
         numpy.random.RandomState().set_state(_numpy_state(state))
         for generator in (state["torch"], *state["cuda"]):
             if not isinstance(generator, Tensor):
-                raise TypeError(f"{_shortened(generator)} is not a generator's state")
+                raise TypeError(f"{shortened(generator)} is not a generator's state")
         torch.Generator().set_state(state["torch"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise StateError(f"the state's random number generators can't be set: {error}") from None

@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from scalora.cli.errors import InputError
 from scalora.cli.settings import DataSettings, Task
+from scalora.state import shortened
+
+_SHOWN = 60  # characters of an example's value that an error shows
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -82,7 +85,7 @@ def _require_trainable(examples: Dataset, name: str, data: DataSettings) -> None
         for number, value in enumerate(examples[column][:], start=1):
             if not _is_conversation(value):
                 raise InputError(
-                    f"data {name!r}, example {number}: column {column!r} is {_shortened(value)}, not a list of "
+                    f"data {name!r}, example {number}: column {column!r} is {shortened(value, _SHOWN)}, not a list of "
                     "messages with 'role' and 'content'"
                 )
 
@@ -105,13 +108,8 @@ def _require_texts(examples: Dataset, name: str, columns: list[str]) -> None:
         for number, value in enumerate(examples[column][:], start=1):
             if not isinstance(value, str):
                 raise InputError(
-                    f"data {name!r}, example {number}: column {column!r} is {_shortened(value)}, not a text"
+                    f"data {name!r}, example {number}: column {column!r} is {shortened(value, _SHOWN)}, not a text"
                 )
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def require_columns(examples: Dataset, name: str, columns: list[str]) -> None:
@@ -130,7 +128,7 @@ def label_names(examples: Dataset, name: str, data: DataSettings) -> list[str]:
     require_columns(examples, name, [data.label])
     column = examples[data.label][:]
     if odd := [value for value in column if isinstance(value, (list, dict))]:
-        raise InputError(f"data {name!r} has a label that is not a class name or number: {_shortened(odd[0])}")
+        raise InputError(f"data {name!r} has a label that is not a class name or number: {shortened(odd[0], _SHOWN)}")
     values = set(column)
     if None in values:
         raise InputError(f"data {name!r} has examples without a value in column {data.label!r}")
