@@ -3,6 +3,7 @@ import torch
 from models import Mixed, TwoLayers, with_lora
 
 from scalora import ChangedBaseError, optimal_start, oracle_residual, relative_residual
+from scalora.start import random_start
 
 
 def test_the_start_keeps_the_function_and_attains_the_oracle():
@@ -43,3 +44,16 @@ def test_a_start_that_fails_changes_nothing():
     with pytest.raises(ValueError, match=r"first.*no gradient"):
         optimal_start(model, lambda: None)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("merge", ["dense", "factored"])
+def test_a_random_start_has_columns_of_the_norm_and_keeps_the_function(merge):
+    model = with_lora(TwoLayers(), dtype=torch.float64, r=3, target_modules=["first", "second"], lora_alpha=6)
+    x = torch.randn(20, 12).double()
+    reference = model(x).detach()
+    random_start(model, target_norm=0.4, merge=merge)
+    torch.testing.assert_close(model(x), reference, rtol=1e-12, atol=1e-12)
+    for layer in (model.base_model.model.first, model.base_model.model.second):
+        A, B = layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach().T
+        for factor in (A, B):
+            torch.testing.assert_close(factor.norm(dim=0), torch.full((3,), 0.4).double())

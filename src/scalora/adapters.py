@@ -26,7 +26,7 @@ REMAINDER = "frozen_remainder"
 
 
 class UnsupportedLayerError(ValueError):
-    """A module that ScaLoRA can't treat; the message names it and says the way out."""
+    """A module that can't be treated; the message names it and says the way out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +171,7 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> 
 
 
 def _refuse(name: str, why: str, way_out: str) -> None:
-    raise UnsupportedLayerError(f"ScaLoRA can't treat module {name!r}: {why}; {way_out}")
+    raise UnsupportedLayerError(f"can't treat module {name!r}: {why}; {way_out}")
 
 
 def promote_adapters(model: nn.Module) -> None:

@@ -182,8 +182,7 @@ class ScaLora:
             # GradScaler calls a fused optimizer even when it will skip the step.
             return
         self._progress.step += 1
-        since_warmup = self._progress.step - self.config.warmup_steps
-        if since_warmup < 1 or since_warmup % self.config.interval:
+        if not self._rescales_at(self._progress.step):
             return
         rescaled = [self._rescale_group([p for p in pairs if _has_gradients(p)]) for pairs in self._groups.values()]
         self._progress.rescales += 1
@@ -193,6 +192,10 @@ class ScaLora:
             for kind, count in self._left_alone.items():
                 self._left_alone[kind] = count.to(scaling.alpha.device) + getattr(scaling, kind).sum()
 
+    def _rescales_at(self, step: int) -> bool:
+        since_warmup = step - self.config.warmup_steps
+        return since_warmup >= 1 and since_warmup % self.config.interval == 0
+
     def _rescale_group(self, pairs: list[LoraPair]) -> tuple[Scaling, Tensor] | None:
         """Solve, merge and carry over for layers of one shape; returns the scaling and the merges' squared norms."""
         if not pairs:
@@ -200,7 +203,7 @@ class ScaLora:
         A, B = stack([p.lora_B for p in pairs]), stack([p.lora_A for p in pairs]).mT
         GB, GtA = stack([_gradient(p.lora_B) for p in pairs]), stack([_gradient(p.lora_A) for p in pairs]).mT
         norms = torch.tensor([self._target_norms[p.name] for p in pairs], dtype=torch.float64).to(A.device)
-        scaling = choose_scaling(A, B, GB, GtA, target_norm=norms, mode=self.config.mode)
+        scaling = self._scaling(A, B, GB, GtA, norms)
         alpha, beta = scaling.alpha.to(A.dtype), scaling.beta.to(A.dtype)
         # 1 − αβ of the factors as they are applied, in the solver's precision: the function is kept to rounding.
         scale = torch.tensor([p.scaling for p in pairs], dtype=scaling.alpha.dtype).to(A.device)
@@ -209,9 +212,19 @@ class ScaLora:
             pair.remainder.add(pair.weight, pair.lora_B, pair.lora_A.mT, coefficients[i])
             pair.lora_B.mul_(alpha[i])
             pair.lora_A.mul_(beta[i][:, None])
-            scale_gradient_and_state(self._optimizer, self._degrees, pair.lora_B, beta[i])
-            scale_gradient_and_state(self._optimizer, self._degrees, pair.lora_A, alpha[i][:, None])
+            self._carry_over(pair.lora_B, beta[i])
+            self._carry_over(pair.lora_A, alpha[i][:, None])
         return scaling, _merge_energy(A, B, coefficients)
+
+    # The two decisions of a rescale, each a method so that a comparison can replace it (`scalora.rivals.controls`).
+
+    def _scaling(self, A: Tensor, B: Tensor, GB: Tensor, GtA: Tensor, target_norms: Tensor) -> Scaling:
+        """α and β of a stack of layers: the analytic optimum."""
+        return choose_scaling(A, B, GB, GtA, target_norm=target_norms, mode=self.config.mode)
+
+    def _carry_over(self, parameter: nn.Parameter, factors: Tensor) -> None:
+        """Take a parameter's gradient and optimizer state along: exactly."""
+        scale_gradient_and_state(self._optimizer, self._degrees, parameter, factors)
 
     def _say_what_was_bad(self) -> None:
         """Warn once of each kind. Here and not in the step, which must not wait for the device."""

@@ -1,13 +1,13 @@
-"""The oracle as a start: adapters from the SVD of each layer's first gradient (generalises LoRA-GA)."""
+"""Starts that are taken off the base weight, so that the function does not change: the oracle's, and a random one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from scalora.adapters import UnsupportedLayerError
+from scalora.adapters import LoraPair, UnsupportedLayerError
 from scalora.changed_base import attach
 from scalora.config import ScaLoraConfig
 from scalora.remainder import Merge
@@ -70,11 +70,46 @@ def optimal_start(
         for pair, trained in zip(pairs, trained_before, strict=True):
             pair.weight.requires_grad_(trained)
         model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for pair, (A, B) in zip(pairs, starts, strict=True):
-            scale = A.new_full((A.shape[1],), pair.scaling)
-            before = (pair.lora_B.detach(), pair.lora_A.detach().mT)
-            pair.remainder.add(pair.weight, *before, scale)
-            pair.lora_B.copy_(A)
-            pair.lora_A.copy_(B.mT)
-            pair.remainder.add(pair.weight, pair.lora_B, pair.lora_A.mT, -scale)
+    _replace_factors(pairs, starts)
+
+
+def random_start(
+    model: nn.Module,
+    *,
+    target_norm: float = 1.0,
+    merge: Merge = ScaLoraConfig.merge,
+    remainder_rank: int = ScaLoraConfig.remainder_rank,
+) -> None:
+    """Give every LoRA pair random columns of one norm, and take their product off the base weight.
+
+    What the oracle's start is to be compared with: as far from zero, but blind.
+
+    Args:
+        model: as for `optimal_start`.
+        target_norm: of every column.
+        merge: as for `optimal_start`.
+        remainder_rank: likewise.
+
+    Raises:
+        UnsupportedLayerError: as `scalora.ScaLora`.
+    """
+    pairs, _ = attach(model, merge, remainder_rank)
+    starts = [
+        (
+            target_norm * nn.functional.normalize(torch.randn_like(pair.lora_B), dim=0),
+            target_norm * nn.functional.normalize(torch.randn_like(pair.lora_A), dim=1).mT,
+        )
+        for pair in pairs
+    ]
+    _replace_factors(pairs, starts)
+
+
+@torch.no_grad()
+def _replace_factors(pairs: list[LoraPair], starts: list[tuple[Tensor, Tensor]]) -> None:
+    for pair, (A, B) in zip(pairs, starts, strict=True):
+        scale = A.new_full((A.shape[1],), pair.scaling)
+        before = (pair.lora_B.detach(), pair.lora_A.detach().mT)
+        pair.remainder.add(pair.weight, *before, scale)
+        pair.lora_B.copy_(A)
+        pair.lora_A.copy_(B.mT)
+        pair.remainder.add(pair.weight, pair.lora_B, pair.lora_A.mT, -scale)

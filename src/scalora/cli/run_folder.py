@@ -58,7 +58,7 @@ def check_resumable(settings: Settings) -> None:
         InputError: there is none, or it is of another model, task, method or data, or of other settings of the adapter.
     """
     earlier, now = run_settings(Path(settings.output_dir)).model_dump(), settings.model_dump()
-    for key in ("model", "task", "method", "dtype", "quantization", "data", "lora", "scalora"):
+    for key in ("model", "task", "method", "method_options", "dtype", "quantization", "data", "lora", "scalora"):
         if (before := earlier[key]) != now[key]:
             raise InputError(f"{key}={now[key]!r}, but the run to resume has {before!r}: resume with its own settings")
 

@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scalora.cli.errors import InputError
 
 Task = Literal["sft", "classification", "regression"]
-Method = Literal["scalora", "lora", "full"]
 
 
 class _Strict(BaseModel):
@@ -56,7 +55,10 @@ class Settings(_Strict):
 
     model: str = Field(description="Hub id, local folder, or GGUF file.")
     task: Task = Field("sft", description="Supervised fine-tuning of a causal model, or a sequence-level task.")
-    method: Method = Field("scalora", description="scalora, plain lora, or full fine-tuning.")
+    method: str = Field("scalora", description="scalora, lora, full, or a rival: a key of scalora.rivals.METHODS.")
+    method_options: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of the method's class in scalora.rivals; ScaLoRA's are in `scalora`."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Of the base weights. float32, because every merge into bfloat16 rounds."
     )
@@ -67,6 +69,13 @@ class Settings(_Strict):
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model: only if you trust it.")
     output_dir: str = Field("runs/latest", description="The run folder.")
+    save_model: bool = Field(True, description="Write the trained model; a comparison wants only the figures.")
+    track_updates: int = Field(
+        0,
+        ge=0,
+        description="How often over the run the rank of the total update of a few layers is measured (updates.jsonl). "
+        "0, because each time takes some seconds of singular value decompositions.",
+    )
     data: DataSettings = Field(default_factory=DataSettings)
     lora: dict[str, Any] = Field(default_factory=dict, description="Any field of peft.LoraConfig.")
     scalora: dict[str, Any] = Field(default_factory=dict, description="Any field of scalora.ScaLoraConfig.")
@@ -164,7 +173,12 @@ def _check_nested(settings: Settings) -> None:
     from peft import LoraConfig
 
     from scalora.config import ScaLoraConfig
+    from scalora.rivals import METHODS
 
+    if settings.method not in METHODS:
+        raise InputError(f"method={settings.method!r}: the methods are {', '.join(METHODS)}")
+    options = [f.name for f in fields(METHODS[settings.method]) if f.name != "config"]
+    check_keys("method_options.", settings.method_options, options)
     for section, cls in (
         ("lora", LoraConfig),
         ("scalora", ScaLoraConfig),

@@ -5,19 +5,30 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from trl import SFTTrainer
 
 from scalora.adapters import find_lora_pairs
 from scalora.changed_base import attach, state_of
 from scalora.cli.data import label_names, load_examples, sft_examples, tokenized_for_classification
 from scalora.cli.errors import InputError
+from scalora.cli.measure import StepClock, UpdateSpectra, costs
 from scalora.cli.models import (
     Source,
     load_causal_model,
@@ -38,9 +49,11 @@ from scalora.cli.scores import classification_scores, regression_scores
 from scalora.cli.settings import Settings, training_class
 from scalora.config import ScaLoraConfig
 from scalora.integrations.checkpoints import last_checkpoint
-from scalora.integrations.transformers import ScaLoraCallback
 from scalora.ordinary_adapter import write_adapter
 from scalora.remainder import FactoredRemainder
+from scalora.rivals import METHODS
+from scalora.rivals.method import Method
+from scalora.rivals.scalora import ScaLoraMethod
 from scalora.state import STATE_FILE, write_state
 from scalora.transport import state_degrees
 from scalora.writing import whole_folder
@@ -48,6 +61,12 @@ from scalora.writing import whole_folder
 # The rank of the paper's large-model experiments, alpha = r so that the scaling is 1 (its s), and all linear layers
 # because leaving some out is what a comparison with full fine-tuning notices first.
 _LORA_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"}
+
+# Whose gradients a start that needs them is made from (LoRA-GA's paper samples about as many): with fewer the noise of
+# a batch shows, more take as long as training steps.
+_GRADIENT_BATCHES = 8
+
+MakeTrainer = Callable[..., Trainer]
 
 
 def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) -> Path:
@@ -61,6 +80,8 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
     Raises:
         InputError: something in the config, the data or the model can't be used. Before training, so nothing is lost.
     """
+    method = _method(settings)
+    peft_config = _peft_config(settings, method)
     checkpoint = None
     if resume:
         check_resumable(settings)
@@ -77,21 +98,27 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
         for split, name in (("train", settings.data.train), ("eval", settings.data.eval))
         if name is not None
     }
-    callback = ScaLoraCallback(ScaLoraConfig.from_dict(settings.scalora)) if settings.method == "scalora" else None
-    arguments = training_arguments(settings, evaluates="eval" in examples)
-    lora_config = None if settings.method == "full" else _lora_config(settings)
-    if callback is not None:
+    arguments = training_arguments(settings, method, evaluates="eval" in examples)
+    if isinstance(method, ScaLoraMethod):
         _require_supported_optimizer(arguments)
     tokenizer = load_tokenizer(source, settings)
     # The Trainer seeds itself only once it has the model, whose new head and adapter are random too.
     set_seed(arguments.seed)
-    make = _sft_trainer if settings.task == "sft" else _classification_trainer
-    trainer = make(settings, source, tokenizer, examples, arguments, lora_config, callback)
-    if callback is not None:
+    make_trainer = _sft_trainer if settings.task == "sft" else _classification_trainer
+    model, make = make_trainer(settings, source, tokenizer, examples, arguments)
+    spectra = UpdateSpectra(model, peft_config, settings.track_updates) if settings.track_updates else None
+    model = method.adapt(model, peft_config, partial(_backward, make))
+    trainer = make(model, callbacks=method.callbacks(), optimizers=(method.optimizer(model, arguments), None))
+    if isinstance(method, ScaLoraMethod):
         # Raises what attaching would, while an earlier run's folder is still there.
-        attach(trainer.model, callback.config.merge, callback.config.remainder_rank)
+        attach(trainer.model, method.config.merge, method.config.remainder_rank)
     folder = Path(settings.output_dir) if resume else create_run_folder(settings)
+    clock = StepClock()
+    trainer.add_callback(clock)
     trainer.add_callback(MetricsFile(folder))
+    if spectra is not None:
+        spectra.write_to(folder)
+        trainer.add_callback(spectra)
 
     start = time.perf_counter()
     try:
@@ -100,37 +127,43 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
         print(file=sys.stderr)  # ends the progress bar's line, so that the error has one of its own
         raise
     seconds = time.perf_counter() - start
-    summary = {"steps": output.global_step, "training_seconds": seconds, **output.metrics}
+    summary = {
+        "steps": output.global_step,
+        "training_seconds": seconds,
+        **output.metrics,
+        **costs(trainer.model, clock),
+    }
     if "eval" in examples:
         summary |= trainer.evaluate()
-    written = _write_results(trainer, tokenizer, settings, folder)
+    written = _write_results(trainer, tokenizer, settings, method, folder) if settings.save_model else []
     write_json(folder / "summary.json", summary)
     for name in written:
         print(f"{name} written to {folder / name}")
     return folder
 
 
-def _write_results(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, settings: Settings, folder: Path) -> list[str]:
+def _write_results(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, settings: Settings, method: Method, folder: Path
+) -> list[str]:
     """What a run leaves behind, each in a folder of its own; returns their names.
 
     ``model`` is the merged model, unless the base is quantised and can't take the update. ``adapter`` is an ordinary
-    adapter where it costs nothing: of plain LoRA, and of a factored remainder. ``delta`` is the exact state of a
-    ScaLoRA run, for `scalora export`.
+    adapter where it costs nothing: of a method that leaves the base as it was, and of a factored remainder. ``delta``
+    is the exact state of a ScaLoRA run, for `scalora export`.
     """
     model = trainer.model
     results: dict[str, Callable[[Path], Any]] = {}
-    if settings.method == "scalora":
+    if isinstance(method, ScaLoraMethod):
         pairs = find_lora_pairs(model)
         results["delta"] = lambda target: write_state(target / STATE_FILE, state_of(model, pairs))
         if isinstance(pairs[0].remainder, FactoredRemainder):
             results["adapter"] = lambda target: write_adapter(model, pairs, target)
-    elif settings.method == "lora":
+    elif isinstance(model, PeftModel) and method.ordinary_adapter:
         results["adapter"] = lambda target: model.save_pretrained(target)
     if settings.quantization is None:
 
         def save_model(target: Path) -> None:
-            whole = model if settings.method == "full" else model.merge_and_unload()
-            whole.save_pretrained(target)
+            method.merged(model).save_pretrained(target)  # type: ignore[operator]
             save_tokenizer(tokenizer, target)
 
         results["model"] = save_model
@@ -140,7 +173,7 @@ def _write_results(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, setting
     return list(results)
 
 
-def training_arguments(settings: Settings, *, evaluates: bool) -> TrainingArguments:
+def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -> TrainingArguments:
     """The trainer's arguments: the user's over ours over the library's.
 
     Raises:
@@ -156,10 +189,12 @@ def training_arguments(settings: Settings, *, evaluates: bool) -> TrainingArgume
         "bf16": bf16,  # TRL's True would make a CPU run bfloat16
         "dataloader_pin_memory": torch.cuda.is_available(),  # it only warns without an accelerator
     }
-    if settings.method != "full":
-        # The libraries' 2e-5 and 5e-5 are for full fine-tuning and leave an adapter where it was; of 1e-3, 2e-3 and
-        # 4e-3 this is the best or within noise of it on the measured tasks (docs/defaults.md).
-        defaults["learning_rate"] = 1e-3
+    if method.learning_rate is not None:
+        defaults["learning_rate"] = method.learning_rate
+    try:
+        defaults |= method.training_defaults()
+    except ImportError as error:
+        raise InputError(f"method={settings.method!r}: {error}") from None
     if settings.task == "sft" and settings.data.text != "text":
         defaults["dataset_text_field"] = settings.data.text
     try:
@@ -168,16 +203,34 @@ def training_arguments(settings: Settings, *, evaluates: bool) -> TrainingArgume
         raise InputError(f"training arguments: {error}") from None
 
 
-def _lora_config(settings: Settings) -> LoraConfig:
+def _method(settings: Settings) -> Method:
+    cls = METHODS[settings.method]
+    options = dict(settings.method_options)
+    if issubclass(cls, ScaLoraMethod):
+        options["config"] = ScaLoraConfig.from_dict(settings.scalora)
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"method_options: {error}") from None
+
+
+def _peft_config(settings: Settings, method: Method) -> PeftConfig | None:
     task_type = "CAUSAL_LM" if settings.task == "sft" else "SEQ_CLS"
     try:
-        config = LoraConfig(task_type=task_type, **_LORA_DEFAULTS | settings.lora)
+        config = method.peft_config({"task_type": task_type, **_LORA_DEFAULTS, **settings.lora})
     except (TypeError, ValueError) as error:
         raise InputError(f"lora: {error}") from None
     # PEFT itself looks at the rank only when it builds the layers, after the model has been loaded.
-    if not isinstance(config.r, int) or config.r < 1:
+    if config is not None and (not isinstance(config.r, int) or config.r < 1):
         raise InputError(f"lora.r={config.r!r}: the rank must be an integer of at least 1")
     return config
+
+
+def _backward(make: MakeTrainer, model: nn.Module) -> None:
+    """A few training batches forward and backward, as training itself would see them."""
+    trainer = make(model)
+    for batch in islice(trainer.get_train_dataloader(), _GRADIENT_BATCHES):
+        trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()
 
 
 def _require_supported_optimizer(arguments: TrainingArguments) -> None:
@@ -197,21 +250,19 @@ def _sft_trainer(
     tokenizer: PreTrainedTokenizerBase,
     examples: dict[str, Dataset],
     arguments: TrainingArguments,
-    lora_config: LoraConfig | None,
-    callback: ScaLoraCallback | None,
-) -> Trainer:
+) -> tuple[PreTrainedModel, MakeTrainer]:
+    """The base model, and what makes a trainer of it once it has been adapted."""
     data = {
         split: sft_examples(rows, str(getattr(settings.data, split)), settings.data) for split, rows in examples.items()
     }
-    return SFTTrainer(
-        model=load_causal_model(source, settings),
+    make = partial(
+        SFTTrainer,
         args=arguments,
         train_dataset=data["train"],
         eval_dataset=data.get("eval"),
         processing_class=tokenizer,
-        peft_config=lora_config,
-        callbacks=[callback] if callback else None,
     )
+    return load_causal_model(source, settings), make
 
 
 def _classification_trainer(
@@ -220,9 +271,8 @@ def _classification_trainer(
     tokenizer: PreTrainedTokenizerBase,
     examples: dict[str, Dataset],
     arguments: TrainingArguments,
-    lora_config: LoraConfig | None,
-    callback: ScaLoraCallback | None,
-) -> Trainer:
+) -> tuple[PreTrainedModel, MakeTrainer]:
+    """The base model, and what makes a trainer of it once it has been adapted."""
     regression = settings.task == "regression"
     labels = None if regression else label_names(examples["train"], str(settings.data.train), settings.data)
     data = {
@@ -232,17 +282,15 @@ def _classification_trainer(
         for split, rows in examples.items()
     }
     model = load_classifier(source, settings, tokenizer, labels, new_head=True)
-    if lora_config is not None:
-        if settings.quantization is not None:
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model = get_peft_model(model, lora_config)
-    return Trainer(
-        model=model,
+    if settings.quantization is not None:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    make = partial(
+        Trainer,
         args=arguments,
         train_dataset=data["train"],
         eval_dataset=data.get("eval"),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=regression_scores if regression else classification_scores,
-        callbacks=[callback] if callback else None,
     )
+    return model, make

@@ -48,6 +48,8 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         engine: the attached `ScaLora`; None before training.
     """
 
+    engine_class: type[ScaLora] = ScaLora
+
     def __init__(self, config: ScaLoraConfig | None = None) -> None:
         self.config = config or ScaLoraConfig()
         self.engine: ScaLora | None = None
@@ -91,7 +93,7 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         _move_before_reporters(self)
         model: nn.Module = kwargs["model"]
         optimizer: Optimizer = kwargs["optimizer"]
-        self.engine = ScaLora(model, optimizer, self.config)
+        self.engine = self.engine_class(model, optimizer, self.config)
         if self._checkpoint is not None:
             self.engine.load(self._checkpoint)
         elif state.global_step:

@@ -1,0 +1,135 @@
+"""Controls: ScaLoRA with one thing replaced, to tell what a gain comes from. Not meant for training in earnest.
+
+Two more need no code: scalar scaling only is ``scalora: {mode: scalar}``, a larger scaling of plain LoRA is
+``lora: {lora_alpha: …}``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from scalora.adapters import LoraPair, UnsupportedLayerError
+from scalora.config import ScaLoraConfig
+from scalora.engine import ScaLora
+from scalora.integrations.transformers import ScaLoraCallback
+from scalora.rivals.scalora import ScaLoraMethod
+from scalora.scaling import COLUMN, Scaling, choose_scaling, optimal_adapter
+
+
+class NormalisingScaLora(ScaLora):
+    """Sets every column's norm to ``1/√(Lη)`` where ScaLoRA takes the optimum; everything else alike.
+
+    Layers that have no optimum because an input is zero or not finite are left alone, as ScaLoRA does.
+    """
+
+    def _scaling(self, A: Tensor, B: Tensor, GB: Tensor, GtA: Tensor, target_norms: Tensor) -> Scaling:
+        optimum = choose_scaling(A, B, GB, GtA, target_norm=target_norms)
+        usable = ~optimum.degenerate
+        norms = target_norms.to(optimum.alpha)
+
+        def to_norm(factor: Tensor, norm: Tensor) -> Tensor:
+            return torch.where(usable[:, None], norm[:, None] / factor.to(norm).norm(dim=-2), 1.0)
+
+        return optimum._replace(
+            alpha=to_norm(A, norms[:, 0]),
+            beta=to_norm(B, norms[:, 1]),
+            choice=COLUMN * usable.int(),
+            exploding=torch.zeros_like(usable),
+        )
+
+
+class ForgettingScaLora(ScaLora):
+    """Scales the gradient by the chain rule but leaves the optimizer's state as it was: no transport."""
+
+    def _carry_over(self, parameter: nn.Parameter, factors: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.mul_(factors)
+
+
+class RestartingScaLora(ScaLora):
+    """At every rescale starts anew from the oracle (LoRA-GA's start, the paper's Theorem 1), with empty moments.
+
+    The full gradient that the oracle needs is computed in the backward pass before: with gradient clipping it counts
+    towards the norm, which the oracle and an optimizer without memory don't see.
+
+    Raises:
+        UnsupportedLayerError: a quantised base weight, which has no gradient.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig | None = None) -> None:
+        super().__init__(model, optimizer, config)
+        for pair in self._pairs:
+            if pair.quantised:
+                raise UnsupportedLayerError(
+                    f"module {pair.name!r} has a quantised base weight, which has no gradient to restart from"
+                )
+        self._watch_weights()
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._before_step(optimizer, args, kwargs)
+        self._watch_weights()
+
+    def _watch_weights(self) -> None:
+        """Have the next backward pass compute the weights' gradients, if the step after it restarts."""
+        for pair in self._pairs:
+            pair.weight.grad = None
+            pair.weight.requires_grad_(self._rescales_at(self._progress.step + 1))
+
+    def _rescale_group(self, pairs: list[LoraPair]) -> None:
+        for pair in pairs:
+            G = pair.weight.grad
+            if G is None:
+                continue
+            if pair.transposed:
+                G = G.mT
+            A, B = optimal_adapter(G, pair.lora_A.shape[0], target_norm=self._target_norms[pair.name][0])
+            scale = A.new_full((A.shape[1],), pair.scaling)
+            pair.remainder.add(pair.weight, pair.lora_B, pair.lora_A.mT, scale)
+            pair.remainder.add(pair.weight, A, B, -scale)
+            pair.lora_B.copy_(A)
+            pair.lora_A.copy_(B.mT)
+            pair.lora_B.grad = (pair.scaling * G @ B).to(pair.lora_B.dtype)
+            pair.lora_A.grad = (pair.scaling * A.mT @ G).to(pair.lora_A.dtype)
+            for parameter in (pair.lora_A, pair.lora_B):
+                self._optimizer.state.pop(parameter, None)
+
+    def detach(self) -> None:
+        """Stop restarting, and computing the weights' gradients."""
+        super().detach()
+        for pair in self._pairs:
+            pair.weight.grad = None
+            pair.weight.requires_grad_(False)
+
+
+class _Normalising(ScaLoraCallback):
+    engine_class = NormalisingScaLora
+
+
+class _Forgetting(ScaLoraCallback):
+    engine_class = ForgettingScaLora
+
+
+class _Restarting(ScaLoraCallback):
+    engine_class = RestartingScaLora
+
+
+class NormalisedColumns(ScaLoraMethod):
+    """`NormalisingScaLora` as a method."""
+
+    callback: ClassVar[type[ScaLoraCallback]] = _Normalising
+
+
+class NoTransport(ScaLoraMethod):
+    """`ForgettingScaLora` as a method."""
+
+    callback: ClassVar[type[ScaLoraCallback]] = _Forgetting
+
+
+class LoraGaRestart(ScaLoraMethod):
+    """`RestartingScaLora` as a method."""
+
+    callback: ClassVar[type[ScaLoraCallback]] = _Restarting

@@ -1,0 +1,91 @@
+"""`PairOptimizer`: what optimizers that step lora_A and lora_B together have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from scalora.adapters import LoraPair
+
+
+class PairOptimizer(Optimizer):
+    """Steps the LoRA pairs of a model its own way, and what else is trainable with AdamW.
+
+    Args:
+        pairs: of one model; a pair whose gradients are None at a step is left alone at that step.
+        others: the remaining trainable parameters.
+        lr: the learning rate.
+        betas: Adam's.
+        eps: Adam's.
+        weight_decay: decoupled.
+    """
+
+    def __init__(
+        self,
+        pairs: Iterable[LoraPair],
+        others: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        self._pairs = list(pairs)
+        groups = [[factor for pair in self._pairs for factor in (pair.lora_A, pair.lora_B)], list(others)]
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__([{"params": group} for group in groups if group], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step; the closure, if any, recomputes the loss with gradients and its value is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        pairs_group, *other_groups = self.param_groups
+        self._step_pairs(
+            [p for p in self._pairs if p.lora_A.grad is not None and p.lora_B.grad is not None], pairs_group
+        )
+        for group in other_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    direction = adam_direction(parameter.grad, self.state[parameter], group)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
+        return loss
+
+    @abstractmethod
+    def _step_pairs(self, pairs: list[LoraPair], group: dict[str, Any]) -> None:
+        """Step the pairs that have gradients; `group` has their ``lr``, ``betas``, ``eps`` and ``weight_decay``."""
+
+
+def not_in_pairs(model: nn.Module, pairs: Iterable[LoraPair]) -> list[nn.Parameter]:
+    """The trainable parameters of a model that belong to no pair."""
+    paired = {id(factor) for pair in pairs for factor in (pair.lora_A, pair.lora_B)}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
+
+
+def adam_direction(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """Adam's ``m̂ / (√v̂ + eps)`` for a gradient, whose moments are kept in `state` under torch's names.
+
+    Args:
+        gradient: any shape.
+        state: empty before the first step; changed in place.
+        group: has ``betas`` and ``eps``.
+    """
+    if not state:
+        state["step"] = torch.zeros(())
+        state["exp_avg"] = torch.zeros_like(gradient)
+        state["exp_avg_sq"] = torch.zeros_like(gradient)
+    beta1, beta2 = group["betas"]
+    state["step"] += 1
+    step = state["step"].item()
+    state["exp_avg"].lerp_(gradient, 1 - beta1)
+    state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    direction: Tensor = state["exp_avg"] / (1 - beta1**step) / denominator
+    return direction
