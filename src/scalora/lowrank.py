@@ -94,15 +94,25 @@ def numerical_rank(matrix: Float[Tensor, "m n"], rtol: float = 1e-3) -> int:
     The default is the one that the project's figures use: float32 training noise sits near 1e-6 of the largest value,
     three orders below it.
     """
-    values = torch.linalg.svdvals(matrix.double())
+    return rank_of_values(torch.linalg.svdvals(matrix.double()), rtol)
+
+
+def rank_of_values(values: Float[Tensor, " k"], rtol: float = 1e-3) -> int:
+    """`numerical_rank` of a matrix with these singular values, in descending order."""
     return int((values > rtol * values[0]).sum())
 
 
 def effective_rank(matrix: Float[Tensor, "m n"]) -> float:
     """``exp`` of the entropy of the normalised singular values (Roy and Vetterli, 2007): a rank without a threshold.
 
-    It is what a high-rank method is judged by where no threshold is agreed on (paper, Figure 2(b)).
+    It is what a high-rank method is judged by where no threshold is agreed on (paper, Figure 2(b)); 0 for a zero
+    matrix.
     """
-    values = torch.linalg.svdvals(matrix.double())
-    shares = values / values.sum()
-    return float(torch.special.entr(shares).sum().exp())
+    return effective_rank_of_values(torch.linalg.svdvals(matrix.double()))
+
+
+def effective_rank_of_values(values: Float[Tensor, " k"]) -> float:
+    """`effective_rank` of a matrix with these singular values."""
+    if not values.any():
+        return 0.0
+    return float(torch.special.entr(values / values.sum()).sum().exp())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from scalora.lowrank import effective_rank, numerical_rank
+from scalora.lowrank import effective_rank_of_values, rank_of_values
 
 # Enough to see first, middle and last layers; each costs an SVD whenever it is looked at.
 _LAYERS = 4
@@ -93,14 +93,14 @@ class UpdateSpectra(TrainerCallback):  # type: ignore[misc]
         with self._path.open("a", encoding="utf-8") as file:
             for name, before in self._before.items():
                 (layer,) = (layer for path, layer in layers.items() if path == name or path.endswith("." + name))
-                update = _weight(layer) - before
+                values = torch.linalg.svdvals((_weight(layer) - before).double())
                 line = {
                     "step": state.global_step,
                     "layer": name,
-                    "numerical_rank": numerical_rank(update) if update.any() else 0,
-                    "effective_rank": effective_rank(update) if update.any() else 0.0,
-                    "norm": update.norm().item(),
-                    "singular_values": torch.linalg.svdvals(update.double())[:_SINGULAR_VALUES].tolist(),
+                    "numerical_rank": rank_of_values(values),
+                    "effective_rank": effective_rank_of_values(values),
+                    "norm": values.norm().item(),
+                    "singular_values": values[:_SINGULAR_VALUES].tolist(),
                 }
                 file.write(json.dumps(line) + "\n")
 

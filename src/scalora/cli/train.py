@@ -134,12 +134,21 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
         **costs(trainer.model, clock),
     }
     if "eval" in examples:
-        summary |= trainer.evaluate()
+        summary |= _final_scores(trainer)
     written = _write_results(trainer, tokenizer, settings, method, folder) if settings.save_model else []
     write_json(folder / "summary.json", summary)
     for name in written:
         print(f"{name} written to {folder / name}")
     return folder
+
+
+def _final_scores(trainer: Trainer) -> dict[str, float]:
+    """Of the model as it is now: those of the last step where the Trainer has just taken them."""
+    last: dict[str, Any] = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
+    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return {key: value for key, value in last.items() if key.startswith("eval_")}
+    scores: dict[str, float] = trainer.evaluate()
+    return scores
 
 
 def _write_results(
