@@ -104,6 +104,36 @@ def evaluate(
     _in_one_line(run, debug)
 
 
+@app.command(context_settings=_OVERRIDES)
+def compare(
+    context: typer.Context,
+    study: Annotated[Path, typer.Argument(help="YAML file; any of its keys can be overridden with --key value.")],
+    cores: Annotated[int | None, typer.Option(min=1, help="To use at once; all that there are when not given.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of each run; as many runs at a time as cores / threads.")] = 1,
+    table_only: Annotated[
+        bool, typer.Option("--table-only", help="Run nothing: write the tables of what is finished.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Run methods, learning rates and seeds against each other and write a table; finished runs are kept."""
+
+    def run() -> None:
+        from scalora.cli.study import load_study_file
+
+        wanted = load_study_file(study, context.args)
+        if table_only:
+            from scalora.cli.table_markdown import markdown, write_tables
+
+            typer.echo(markdown(write_tables(wanted.folder)))
+            return
+        from scalora.cli.compare import compare as run_study
+
+        if not run_study(wanted, cores=cores, threads=threads):
+            sys.exit(1)
+
+    _in_one_line(run, debug)
+
+
 class ExportTarget(str, Enum):
     """What `scalora export` makes."""
 
@@ -155,6 +185,62 @@ def export(
         make(run, to.value, output, rtol=rtol, max_rank=max_rank, per_layer=per_layer, dtype=dtype.value)
 
     _in_one_line(run_export, debug)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN|STUDY", help="The folder of a run or of a study.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for report.html and figures/; that of the run or study when not given.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Make one HTML page, complete in itself, and its figures from a run or a study."""
+
+    def run() -> None:
+        from scalora.cli.report import report as make
+
+        page = make(folder, output)
+        for sentence in page.missing:
+            typer.echo(f"left out: {sentence}")
+        typer.echo(f"wrote {(output or folder) / 'report.html'} with {len(page.files) // 2} figures")
+
+    _in_one_line(run, debug)
+
+
+@app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(help="A run folder of any method, or one of its checkpoints.")],
+    layers: Annotated[
+        str | None, typer.Option(help="Only layers whose name contains this (a regular expression).")
+    ] = None,
+    batches: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Training batches whose gradients the next step is judged by; 0: leave that out. The gradients of all "
+            "layers looked at are in memory together, as in full fine-tuning: --layers makes them fewer.",
+        ),
+    ] = 8,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of the best adapter (oracle) it is held against; its own when not given.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write; RUN/inspect.json when not given.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Look into a run, layer by layer: rank and size of the update, how good the next step would be, the factors."""
+
+    def run_inspect() -> None:
+        from scalora.cli.inspect_run import inspect_run, show
+        from scalora.cli.run_folder import write_json
+
+        inspected = inspect_run(run, layers=layers, batches=batches, rank=rank)
+        show(inspected, str(run))
+        target = output or run / "inspect.json"
+        write_json(target, inspected)
+        typer.echo(f"written to {target}")
+
+    _in_one_line(run_inspect, debug)
 
 
 def _in_one_line(command: Callable[[], Any], debug: bool) -> None:
