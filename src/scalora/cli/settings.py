@@ -88,7 +88,7 @@ class Settings(_Strict):
 _BOOL = "tag:yaml.org,2002:bool"
 
 
-class _Loader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as text and no as false; people mean the number, and ``save_strategy: no`` the word."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - the parent's attribute
@@ -97,8 +97,8 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
+YamlLoader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
@@ -112,18 +112,18 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     if not path.is_file():
         raise InputError(f"config file {str(path)!r} does not exist")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader) or {}
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"config file {str(path)!r} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"config file {str(path)!r} must hold keys and values, not a {type(content).__name__}")
-    for key, value in _parsed_overrides(overrides):
+    for key, value in parsed_overrides(overrides):
         _assign(content, key, value)
     try:
         settings = Settings.model_validate(content)
     except ValidationError as error:
-        raise InputError(_first_problem(error)) from None
-    _check_nested(settings)
+        raise InputError(first_problem(error)) from None
+    check_nested(settings)
     return settings
 
 
@@ -139,7 +139,7 @@ def run_settings(folder: Path) -> Settings:
     except FileNotFoundError:
         raise InputError(f"{str(folder)!r} holds no config.yaml: it is not the folder of a run") from None
     except ValidationError as error:
-        raise InputError(f"{str(path)!r} is not the config of a run: {_first_problem(error)}") from None
+        raise InputError(f"{str(path)!r} is not the config of a run: {first_problem(error)}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{str(path)!r} can't be read: {error}") from None
 
@@ -169,7 +169,12 @@ def check_keys(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
             raise InputError(f"unknown key {section + key!r}: {hint}")
 
 
-def _check_nested(settings: Settings) -> None:
+def check_nested(settings: Settings) -> None:
+    """Check the sections whose fields are those of other classes, and the method.
+
+    Raises:
+        InputError: an unknown method or key, or a text where a number or a truth value is wanted.
+    """
     from peft import LoraConfig
 
     from scalora.config import ScaLoraConfig
@@ -199,7 +204,12 @@ def _instead_of_text(annotation: str, value: str) -> str | None:
     return "a number" if words <= {"int", "float"} else None
 
 
-def _parsed_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+def parsed_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """Dotted keys and values out of ``--key value`` and ``--key=value`` words.
+
+    Raises:
+        InputError: a word that is no key, or a key without a value.
+    """
     pairs = []
     remaining = list(words)
     while remaining:
@@ -211,7 +221,7 @@ def _parsed_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not remaining:
                 raise InputError(f"--{key} needs a value")
             value = remaining.pop(0)
-        pairs.append((key.replace("-", "_"), yaml.load(value, _Loader)))
+        pairs.append((key.replace("-", "_"), yaml.load(value, YamlLoader)))
     return pairs
 
 
@@ -232,7 +242,8 @@ def _task(content: dict[str, Any]) -> Task:
     return "sft" if content.get("task", "sft") == "sft" else "classification"
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """One line that names the key, the value and what is wrong with it."""
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":

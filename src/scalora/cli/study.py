@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scalora.cli.errors import InputError
-from scalora.cli.settings import Settings, _check_nested, _first_problem, _Loader, _parsed_overrides, check_keys
+from scalora.cli.settings import Settings, YamlLoader, check_keys, check_nested, first_problem, parsed_overrides
 
 STUDY_FILE = "study.yaml"
 
@@ -152,7 +152,7 @@ def load_study_file(path: Path, overrides: Sequence[str] = ()) -> Study:
             would not be compared fairly; names it.
     """
     content = _read_yaml(path)
-    for key, value in _parsed_overrides(overrides):
+    for key, value in parsed_overrides(overrides):
         _assign(content, key, value)
     study = _study(content)
     _check_fairness(study)
@@ -184,7 +184,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"study file {str(path)!r} does not exist")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader) or {}
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"study file {str(path)!r} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
@@ -197,15 +197,15 @@ def _study(content: dict[str, Any]) -> Study:
     try:
         return Study.model_validate(content)
     except ValidationError as error:
-        raise InputError(_first_problem(error)) from None
+        raise InputError(first_problem(error)) from None
 
 
 def _run_settings(content: dict[str, Any], where: str) -> Settings:
     try:
         settings = Settings.model_validate(content)
-        _check_nested(settings)
+        check_nested(settings)
     except ValidationError as error:
-        raise InputError(where + _first_problem(error)) from None
+        raise InputError(where + first_problem(error)) from None
     except InputError as error:
         raise InputError(f"{where}{error}") from None
     return settings
