@@ -366,19 +366,20 @@ def _singular_values(layer: _Layer, base_weight: Tensor) -> Tensor:
 
 def _factors(pair: LoraPair) -> tuple[Tensor, Tensor]:
     """The paper's A (m, r) and B (n, r)."""
-    return pair.lora_B.detach().clone(), pair.lora_A.detach().mT.clone()
+    return pair.lora_B.detach(), pair.lora_A.detach().mT
 
 
 def _residuals(
     run: _Run, model: nn.Module, layers: list[_Layer], backward: Callable[[], None], rank: int | None
 ) -> list[dict[str, float] | None]:
     """Of each layer with factors; None where it got no gradient."""
-    # Before a trainer is made, which makes bfloat16 of what is trained on a quantised base.
-    adapters = [(layer.pair, *_factors(layer.pair)) for layer in layers if layer.pair is not None]
+    # Frozen before a trainer is made, which makes bfloat16 of what is trained on a quantised base.
     model.requires_grad_(False).eval()
     gradients = _gradients(layers, backward)
     residuals: list[dict[str, float] | None] = []
-    for layer, (pair, A, B) in zip(track(layers, "residuals", console=_PROGRESS), adapters, strict=True):
+    for layer in track(layers, "residuals", console=_PROGRESS):
+        assert layer.pair is not None
+        A, B = _factors(layer.pair)
         G = gradients.pop(layer.name, None)
         if G is None or not G.any():
             residuals.append(None)
@@ -386,9 +387,9 @@ def _residuals(
         try:
             residual = step_residuals(
                 G,
-                A.to(G.device),
-                B.to(G.device),
-                target_norm=run.target_norm(pair),
+                A,
+                B,
+                target_norm=run.target_norm(layer.pair),
                 mode=run.scaling_config().mode,
                 oracle_rank=rank,
             )

@@ -1,0 +1,331 @@
+"""Trains one method on many copies of a small problem at once, each with its own seed and learning rate, and tunes it.
+
+The copies are separate modules of one model: no copy sees another's data, gradients or optimizer state. Together they
+cost a fraction of what they would one by one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import mean
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from problems import LinearProblem, TwoLayerProblem
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from scalora import ScaLora, ScaLoraConfig, effective_rank, numerical_rank, optimal_start
+from scalora.rivals.controls import ForgettingScaLora, NormalisingScaLora
+from scalora.scaling import COLUMN, SCALAR, Scaling
+
+Problem = LinearProblem | TwoLayerProblem
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {
+    "SGD": lambda groups: torch.optim.SGD(groups),
+    "momentum": lambda groups: torch.optim.SGD(groups, momentum=0.9),
+    "AdamW": lambda groups: torch.optim.AdamW(groups, weight_decay=0.0),
+}
+
+ENGINES: dict[str, type[ScaLora]] = {
+    "ScaLoRA": ScaLora,
+    "normalised columns": NormalisingScaLora,
+    "no transport": ForgettingScaLora,
+}
+
+_CHECKS = 50
+_RANK_CHECKS = 10
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method and everything that is set but the learning rate.
+
+    Attributes:
+        method: "full", "LoRA" or one of `ENGINES`.
+        optimizer: one of `OPTIMIZERS`.
+        rank: of the adapter.
+        scaling: LoRA's alpha/r.
+        target_norm: of the engines.
+        interval: of the engines.
+        warmup_steps: of the engines.
+        mode: of the engines.
+        start: "zero" is PEFT's; "random" has a random lora_B too and its product taken off the base; "oracle" is
+            `scalora.optimal_start`.
+    """
+
+    method: str
+    optimizer: str
+    rank: int = 4
+    scaling: float = 1.0
+    target_norm: float = 1.0
+    interval: int = 1
+    warmup_steps: int = 10
+    mode: str = "auto"
+    start: str = "zero"
+
+    def config(self) -> ScaLoraConfig:
+        """The engine's settings."""
+        return ScaLoraConfig(
+            target_norm=self.target_norm, interval=self.interval, warmup_steps=self.warmup_steps, mode=self.mode
+        )
+
+
+@dataclass
+class Run:
+    """What one copy did.
+
+    Attributes:
+        setting: the method.
+        rate: learning rate at the first step; it falls linearly to zero.
+        seed: of problem, batches and adapter.
+        steps: at which `risks` were measured.
+        risks: relative to the start's; infinite from where the run has diverged.
+        rank_steps: at which `effective_ranks` were measured.
+        effective_ranks: of the update of the weights so far, mean over the layers.
+        numerical_rank: of the whole update, mean over the layers.
+        column_share: of the rescales, those by the column optimum; NaN without an engine.
+        scalar_share: likewise by the scalar optimum.
+        column_norm: of the adapter's columns right after a rescale, mean; NaN without an engine.
+    """
+
+    setting: Setting
+    rate: float
+    seed: int
+    steps: list[int] = field(default_factory=list)
+    risks: list[float] = field(default_factory=list)
+    rank_steps: list[int] = field(default_factory=list)
+    effective_ranks: list[float] = field(default_factory=list)
+    numerical_rank: float = math.nan
+    column_share: float = math.nan
+    scalar_share: float = math.nan
+    column_norm: float = math.nan
+
+    def row(self) -> dict[str, Any]:
+        """For JSON, which has neither NaN nor infinity."""
+        return asdict(self, dict_factory=lambda items: {key: _finite(value) for key, value in items})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Chosen:
+    """Counts, copy by copy, which scaling an engine took, and how long it made the columns."""
+
+    def __init__(self, engine: ScaLora) -> None:
+        self.counts: dict[tuple[int, ...], Tensor] = {}
+        self._scaling = engine._scaling
+        engine._scaling = self._count  # type: ignore[method-assign]
+
+    def _count(self, A: Tensor, B: Tensor, *rest: Tensor) -> Scaling:
+        scaling = self._scaling(A, B, *rest)
+        norms = A.norm(dim=-2) * scaling.alpha + B.norm(dim=-2) * scaling.beta
+        counts = torch.stack(
+            [scaling.choice == COLUMN, scaling.choice == SCALAR, norms.mean(-1) / 2, scaling.choice >= 0]
+        )
+        key = (A.shape[-2], B.shape[-2])
+        self.counts[key] = self.counts.get(key, 0) + counts
+        return scaling
+
+    def means(self) -> Tensor:
+        """Share of column scalings, of scalar ones, and norm of the columns, (3, copies)."""
+        counts = sum(self.counts.values())
+        return counts[:3] / counts[3]
+
+
+def train(
+    problem: Callable[[int], Problem],
+    setting: Setting,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    steps: int,
+    *,
+    only_the_end: bool = False,
+) -> list[Run]:
+    """One run for every pair of a rate and a seed, with learning rates that fall linearly to zero.
+
+    Risk and ranks are measured along the way, or `only_the_end`.
+    """
+    runs = [Run(setting, rate, seed) for rate, seed in itertools.product(rates, seeds)]
+    problems = {seed: problem(seed) for seed in seeds}
+    copies = nn.ModuleDict({f"run{i}": problems[run.seed].student() for i, run in enumerate(runs)})
+    begun = [[w.detach().clone() for w in _weights(copy)] for copy in copies.values()]
+    model = copies if setting.method == "full" else _adapted(copies, setting)
+    modules = list((copies if setting.method == "full" else model.base_model.model).values())
+
+    def backward() -> None:
+        batches = {seed: problem.batch() for seed, problem in problems.items()}
+        losses = []
+        for run, module in zip(runs, modules, strict=True):
+            x, y = batches[run.seed]
+            losses.append((module(x) - y).square().sum(1).mean() / 2)
+        sum(losses).backward()
+
+    if setting.method != "full":
+        _start(model, modules, runs, backward)
+    groups = [
+        {"params": [p for p in module.parameters() if p.requires_grad], "lr": run.rate}
+        for run, module in zip(runs, modules, strict=True)
+    ]
+    optimizer = OPTIMIZERS[setting.optimizer](groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    chosen = None
+    if setting.method in ENGINES:
+        engine = ENGINES[setting.method](model, optimizer, setting.config())
+        chosen = _Chosen(engine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of copies that diverge: their risks say so
+        for step in range(1, steps + 1):
+            backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step == steps or not (only_the_end or step % max(1, steps // _CHECKS)):
+                for run, module in zip(runs, modules, strict=True):
+                    risk = problems[run.seed].risk(module)
+                    run.steps.append(step)
+                    run.risks.append(risk if risk < 1e3 else math.inf)
+            if step == steps or not (only_the_end or step % max(1, steps // _RANK_CHECKS)):
+                _measure_ranks(runs, modules, begun, step)
+    if chosen is not None and chosen.counts:
+        for run, (column, scalar, norm) in zip(runs, chosen.means().T.tolist(), strict=True):
+            run.column_share, run.scalar_share, run.column_norm = column, scalar, norm
+    return runs
+
+
+def _adapted(copies: nn.ModuleDict, setting: Setting) -> nn.Module:
+    names = [name for name, module in copies.named_modules() if isinstance(module, nn.Linear)]
+    return get_peft_model(
+        copies, LoraConfig(r=setting.rank, lora_alpha=setting.scaling * setting.rank, target_modules=names)
+    )
+
+
+def _lora_layers(module: nn.Module) -> list[LoraLayer]:
+    return [m for m in module.modules() if isinstance(m, LoraLayer)]
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    """What each layer multiplies its input with, adapter included."""
+    if layers := _lora_layers(module):
+        return [layer.base_layer.weight + layer.get_delta_weight("default") for layer in layers]
+    return [m.weight for m in module.modules() if isinstance(m, nn.Linear)]
+
+
+@torch.no_grad()
+def _measure_ranks(runs: list[Run], modules: list[nn.Module], begun: list[list[Tensor]], step: int) -> None:
+    for run, module, weights in zip(runs, modules, begun, strict=True):
+        updates = [now - before for now, before in zip(_weights(module), weights, strict=True)]
+        finite = all(update.isfinite().all() for update in updates)
+        run.rank_steps.append(step)
+        run.effective_ranks.append(mean(map(effective_rank, updates)) if finite else math.nan)
+        run.numerical_rank = mean(map(numerical_rank, updates)) if finite else math.nan
+
+
+def _start(model: nn.Module, modules: list[nn.Module], runs: list[Run], backward: Callable[[], None]) -> None:
+    """The same adapter for the same seed, whatever the learning rate."""
+    setting = runs[0].setting
+    for run, module in zip(runs, modules, strict=True):
+        torch.manual_seed(run.seed)
+        for layer in _lora_layers(module):
+            layer.reset_lora_parameters("default", True)
+            if setting.start == "random":
+                lora_B = layer.lora_B["default"].weight
+                nn.init.uniform_(lora_B, -(lora_B.shape[0] ** -0.5), lora_B.shape[0] ** -0.5)
+                with torch.no_grad():
+                    layer.base_layer.weight -= layer.get_delta_weight("default")
+    if setting.start == "oracle":
+        optimal_start(model, backward, target_norm=setting.target_norm)
+
+
+def final_risk(runs: Sequence[Run]) -> float:
+    """Mean over the seeds; infinite if one has diverged."""
+    return mean(run.risks[-1] if math.isfinite(run.risks[-1]) else math.inf for run in runs)
+
+
+@dataclass
+class Tuned:
+    """The best learning rate of a setting, and the best value of one of its other fields if that was searched too.
+
+    Attributes:
+        setting: with the best value.
+        rate: with the lowest final risk, mean over the seeds.
+        tried: that risk for every rate, at the best value.
+        inside: whether worse rates were tried on both sides of the best one.
+        by_value: the lowest risk for every value of the other field; empty when there was none.
+    """
+
+    setting: Setting
+    rate: float
+    tried: dict[float, float]
+    inside: bool
+    by_value: dict[float, float] = field(default_factory=dict)
+
+    @property
+    def risk(self) -> float:
+        """The lowest final risk."""
+        return self.tried[self.rate]
+
+    @property
+    def value_inside(self) -> bool:
+        """Whether worse values of the other field were tried on both sides of the best one."""
+        best = min(self.by_value, key=lambda value: self.by_value[value]) if self.by_value else 0.0
+        return not self.by_value or min(self.by_value) < best < max(self.by_value)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a tuning may spend.
+
+    Attributes:
+        problem: makes a problem from a seed.
+        steps: of a run.
+        seeds: of the tuning; results are of others.
+        rates: how many learning rates a grid has, a factor of 2 apart.
+        extensions: how often a grid whose best rate is its last is extended by half its length.
+        value_extensions: how often the other field's values, where the best is the last, are extended by one.
+    """
+
+    problem: Callable[[int], Problem]
+    steps: int
+    seeds: Sequence[int]
+    rates: int = 5
+    extensions: int = 4
+    value_extensions: int = 2
+
+    def rate(self, setting: Setting, centre: float, log: list[Run]) -> Tuned:
+        """Tune the learning rate, around `centre` at first. Every run is appended to `log`."""
+        new = [centre * 2.0 ** (i - self.rates // 2) for i in range(self.rates)]
+        tried: dict[float, float] = {}
+        for _ in range(self.extensions + 1):
+            runs = train(self.problem, setting, new, self.seeds, self.steps, only_the_end=True)
+            log.extend(runs)
+            tried |= {rate: final_risk([run for run in runs if run.rate == rate]) for rate in new}
+            best, low, high = min(tried, key=lambda rate: tried[rate]), min(tried), max(tried)
+            if low < best < high:
+                break
+            more = range(1, self.rates // 2 + 1)
+            new = [low / 2**i for i in more] if best == low else [high * 2**i for i in more]
+        return Tuned(setting, best, dict(sorted(tried.items())), low < best < high)
+
+    def rate_and_value(
+        self, setting: Setting, name: str, values: Sequence[float], centre: float, log: list[Run]
+    ) -> Tuned:
+        """Tune the learning rate for every value of the field `name`, and take the best of both."""
+        tuned: dict[float, Tuned] = {}
+        new = list(values)
+        for _ in range(self.value_extensions + 1):
+            tuned |= {value: self.rate(replace(setting, **{name: value}), centre, log) for value in new}
+            best, low, high = min(tuned, key=lambda value: tuned[value].risk), min(tuned), max(tuned)
+            if low < best < high:
+                break
+            new = [low / 2 if best == low else high * 2]
+        return replace(tuned[best], by_value={value: tuned[value].risk for value in sorted(tuned)})

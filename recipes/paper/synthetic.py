@@ -1,0 +1,335 @@
+"""The paper's claim and its ablations (ScaLoRA, arXiv 2510.23818) on regression problems that run in minutes.
+
+    python recipes/paper/synthetic.py [--experiment reach] [--output runs/paper] [--small]
+
+Does an update that plain LoRA can't represent get learned, and what of the method is needed for it? Each method has its
+own learning rate, and its own target norm or scaling, from grids of equal size that grow until their best is inside;
+results are of other seeds than the tuning's. Each experiment writes FOLDER/NAME.jsonl (a line a run), NAME.md and
+NAME.svg; docs/experiments.md discusses them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
+import figures
+import torch
+from bench import ENGINES, OPTIMIZERS, Problem, Run, Search, Setting, Tuned, train
+from problems import LinearProblem, TwoLayerProblem
+
+# Where each method's grid of learning rates begins; it moves by itself if the best is not inside.
+_CENTRES = {
+    "full": {"SGD": 0.2, "momentum": 0.02, "AdamW": 2e-3},
+    "LoRA": {"SGD": 0.8, "momentum": 0.16, "AdamW": 8e-3},
+    "engine": {"SGD": 0.8, "momentum": 0.64, "AdamW": 1.6e-2},
+}
+
+_NORMS = (0.125, 0.25, 0.5)
+_SCALINGS = (0.5, 1.0, 2.0)
+
+# Ablations are with the optimizer that people use. With momentum the best learning rate is the last before divergence,
+# and what is seen beside it is mostly how near that is.
+_ABLATED = ("AdamW",)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is spent.
+
+    Attributes:
+        steps: of every run that does not say otherwise.
+        tuning_seeds: what learning rates and norms are chosen by.
+        seeds: what is reported.
+        rates: of a grid.
+        values: of the norm or the scaling.
+        extensions: of a grid.
+        optimizers: names.
+    """
+
+    steps: int = 300
+    tuning_seeds: Sequence[int] = (0, 1)
+    seeds: Sequence[int] = (10, 11, 12, 13, 14)
+    rates: int = 5
+    values: int = 3
+    extensions: int = 4
+    optimizers: Sequence[str] = tuple(OPTIMIZERS)
+
+    def search(self, problem: Callable[[int], Problem], steps: int | None = None) -> Search:
+        """With this much to spend."""
+        value_extensions = 2 if self.extensions else 0
+        return Search(problem, steps or self.steps, self.tuning_seeds, self.rates, self.extensions, value_extensions)
+
+
+SMALL = Size(steps=12, tuning_seeds=(0,), seeds=(10, 11), rates=2, values=1, extensions=0, optimizers=("AdamW",))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a table before its numbers.
+
+    Attributes:
+        label: in the table.
+        setting: all but the optimizer, the learning rate and what is searched.
+        x: where it stands on the figure's axis, if there is one.
+    """
+
+    label: str
+    setting: Setting
+    x: float = math.nan
+
+    def searched(self) -> tuple[str, Sequence[float]]:
+        """The field besides the learning rate that is tuned, and its values."""
+        if self.setting.method == "full":
+            return "", ()
+        if self.setting.method in ENGINES or self.setting.start == "oracle":
+            return "target_norm", _NORMS
+        return "scaling", _SCALINGS
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One line of a table.
+
+    Attributes:
+        variant: what it is of.
+        optimizer: name.
+        tuned: its learning rate and norm or scaling.
+        runs: with these, on the reported seeds.
+    """
+
+    variant: Variant
+    optimizer: str
+    tuned: Tuned
+    runs: Sequence[Run]
+
+    def lasting(self) -> list[Run]:
+        """The runs that have not diverged."""
+        return [run for run in self.runs if math.isfinite(run.risks[-1])]
+
+    def risk(self) -> tuple[float, float]:
+        """Mean and standard error of the final risk of the runs that have not diverged."""
+        risks = [run.risks[-1] for run in self.lasting()]
+        if len(risks) < 2:
+            return (risks[0] if risks else math.inf), math.nan
+        return mean(risks), stdev(risks) / len(risks) ** 0.5
+
+    def risk_cell(self) -> str:
+        """For a table, with how many runs have diverged."""
+        risk, error = self.risk()
+        diverged = len(self.runs) - len(self.lasting())
+        return f"{risk:.3g} ± {error:.1g}" + (f", {diverged} of {len(self.runs)} diverged" if diverged else "")
+
+    def cells(self) -> list[str]:
+        """For the table: optimizer, method, risk, ranks, shares, learning rate, norm or scaling."""
+        name, _ = self.variant.searched()
+        runs = self.lasting() or self.runs
+        value = f"{getattr(self.tuned.setting, name):g}" if name else ""
+        shares = [mean(getattr(run, share) for run in runs) for share in ("column_share", "scalar_share")]
+        return [
+            self.optimizer,
+            self.variant.label,
+            self.risk_cell(),
+            f"{mean(run.effective_ranks[-1] for run in runs):.1f}",
+            f"{mean(run.numerical_rank for run in runs):.0f}",
+            "" if math.isnan(shares[0]) else " / ".join(f"{100 * share:.0f}" for share in shares),
+            f"{self.tuned.rate:.2g}" + ("" if self.tuned.inside else " (edge)"),
+            value + ("" if self.tuned.value_inside else " (edge)"),
+        ]
+
+
+_HEADER = [
+    "optimizer",
+    "method",
+    "risk",
+    "effective rank",
+    "numerical rank",
+    "column / scalar, %",
+    "learning rate",
+    "norm or scaling",
+]
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Markdown."""
+    rows = [_HEADER, ["---"] * len(_HEADER), *(outcome.cells() for outcome in outcomes)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def compare(
+    search: Search, variants: Sequence[Variant], size: Size, log: list[Run], optimizers: Sequence[str] | None = None
+) -> list[Outcome]:
+    """Tune every variant with every optimizer, run it on the reported seeds, and print its line."""
+    outcomes = []
+    for optimizer in optimizers or size.optimizers:
+        for variant in variants:
+            setting = replace(variant.setting, optimizer=optimizer)
+            centre = _CENTRES["engine" if setting.method in ENGINES else setting.method][optimizer]
+            name, values = variant.searched()
+            if name:
+                tuned = search.rate_and_value(setting, name, values[: size.values], centre, log)
+            else:
+                tuned = search.rate(setting, centre, log)
+            runs = train(search.problem, tuned.setting, [tuned.rate], size.seeds, search.steps)
+            log.extend(runs)
+            outcomes.append(Outcome(variant, optimizer, tuned, runs))
+            print("|", " | ".join(outcomes[-1].cells()), "|", flush=True)
+    return outcomes
+
+
+def _of(method: str, **settings: object) -> Setting:
+    return Setting(method, "", **settings)  # type: ignore[arg-type]
+
+
+_FULL, _LORA, _SCALORA = Variant("full", _of("full")), Variant("LoRA", _of("LoRA")), Variant("ScaLoRA", _of("ScaLoRA"))
+_NORMALISED = Variant("normalised columns", _of("normalised columns"))
+
+
+def reach(size: Size, log: list[Run], file: Path) -> str:
+    """Every method on the linear problem."""
+    wide = Variant("LoRA r = 32", _of("LoRA", rank=32))
+    outcomes = compare(size.search(LinearProblem), [_FULL, wide, _LORA, _SCALORA, _NORMALISED], size, log)
+    floor = mean(LinearProblem(seed).floor[4] for seed in size.seeds)
+    figures.curves(file, outcomes, floor)
+    return f"The best update of rank 4 has risk {floor:.4f}.\n\n" + table(outcomes)
+
+
+def two_layers(size: Size, log: list[Run], file: Path) -> str:
+    """Every method on the problem of two layers."""
+    outcomes = compare(size.search(TwoLayerProblem), [_FULL, _LORA, _SCALORA, _NORMALISED], size, log, _ABLATED)
+    figures.curves(file, outcomes)
+    return table(outcomes)
+
+
+def target_norm(size: Size, log: list[Run], file: Path) -> str:
+    """Target norms on a grid, of the analytic factors and of columns merely normalised, each with its own rate."""
+    norms = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0) if size.extensions else _NORMS[: size.values]
+    search, text = size.search(LinearProblem), "| optimizer | method | " + " | ".join(f"{n:g}" for n in norms) + " |\n"
+    text += "|---" * (2 + len(norms)) + "|\n"
+    risks = {}
+    for optimizer in size.optimizers:
+        for variant in (_SCALORA, _NORMALISED):
+            cells = []
+            for norm in norms:
+                setting = replace(variant.setting, optimizer=optimizer, target_norm=norm)
+                tuned = search.rate(setting, _CENTRES["engine"][optimizer], log)
+                runs = train(search.problem, tuned.setting, [tuned.rate], size.seeds, search.steps)
+                log.extend(runs)
+                outcome = Outcome(variant, optimizer, tuned, runs)
+                risks[optimizer, variant.label, norm] = outcome.risk()
+                edge = "" if tuned.inside else ", edge"
+                cells.append(f"{outcome.risk_cell()} ({tuned.rate:.2g}{edge})")
+            line = f"| {optimizer} | {variant.label} | " + " | ".join(cells) + " |\n"
+            print(line, end="", flush=True)
+            text += line
+    figures.norms(file, risks, log)
+    return text
+
+
+def budget(size: Size, log: list[Run], file: Path) -> str:
+    """Is full fine-tuning reached with more steps?"""
+    text, points = "", []
+    for steps in (100, 300, 1000) if size.extensions else (6, 12):
+        print(f"{steps} steps", flush=True)
+        variants = [replace(v, x=steps) for v in (_FULL, _LORA, _SCALORA)]
+        outcomes = compare(size.search(LinearProblem, steps), variants, size, log, _ABLATED)
+        points += outcomes
+        text += f"\n{steps} steps:\n\n" + table(outcomes)
+    figures.lines(file, points, "optimizer steps")
+    return text
+
+
+def exact(size: Size, log: list[Run], file: Path) -> str:
+    """Without the noise of batches: every gradient is the risk's."""
+    search = size.search(partial(LinearProblem, exact=True))
+    outcomes = compare(search, [_FULL, _SCALORA, _NORMALISED], size, log, _ABLATED)
+    figures.curves(file, outcomes)
+    return table(outcomes)
+
+
+def interval(size: Size, log: list[Run], file: Path) -> str:
+    """A rescale at every I-th step."""
+    variants = [Variant(f"I = {i}", _of("ScaLoRA", interval=i), i) for i in (1, 5, 10, 20, 50)]
+    outcomes = compare(size.search(LinearProblem), variants, size, log, _ABLATED)
+    figures.lines(file, outcomes, "interval I")
+    return table(outcomes)
+
+
+def start(size: Size, log: list[Run], file: Path) -> str:
+    """PEFT's start, a random one taken off the base, and the SVD oracle's."""
+    variants = [
+        Variant(f"{method}, {start}", _of(method, start=start))
+        for start in ("zero", "random", "oracle")
+        for method in ("LoRA", "ScaLoRA")
+    ]
+    outcomes = compare(size.search(LinearProblem), variants, size, log, _ABLATED)
+    figures.bars(file, outcomes)
+    return table(outcomes)
+
+
+def mode(size: Size, log: list[Run], file: Path) -> str:
+    """Column scaling, scalar scaling, and the paper's choice of the two."""
+    variants = [Variant(mode, _of("ScaLoRA", mode=mode)) for mode in ("auto", "column", "scalar")]
+    outcomes = compare(size.search(LinearProblem), variants, size, log)
+    figures.bars(file, outcomes)
+    return table(outcomes)
+
+
+def transport(size: Size, log: list[Run], file: Path) -> str:
+    """With and without carrying the optimizer's state over; SGD has none."""
+    variants = [
+        Variant(f"{label}, I = {i}", _of(method, interval=i))
+        for i in (1, 10)
+        for method, label in (("ScaLoRA", "carried"), ("no transport", "left as it was"))
+    ]
+    outcomes = compare(size.search(LinearProblem), variants, size, log, [o for o in size.optimizers if o != "SGD"])
+    figures.bars(file, outcomes)
+    return table(outcomes)
+
+
+def rank(size: Size, log: list[Run], file: Path) -> str:
+    """Ranks of the adapter."""
+    variants = [
+        Variant(f"{method} r = {r}", _of(method, rank=r), r)
+        for method in ("LoRA", "ScaLoRA")
+        for r in (2, 4, 8, 16, 32)
+    ]
+    outcomes = compare(size.search(LinearProblem), variants, size, log, _ABLATED)
+    figures.lines(file, outcomes, "rank r of the adapter")
+    return table(outcomes)
+
+
+EXPERIMENTS = {
+    f.__name__: f for f in (reach, target_norm, budget, exact, interval, start, mode, transport, rank, two_layers)
+}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", choices=[*EXPERIMENTS, "all"], default="all")
+    parser.add_argument("--output", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--small", action="store_true", help="only to see that it runs: the numbers mean nothing")
+    arguments = parser.parse_args(words)
+    torch.set_num_threads(1)  # more only slow matrices of this size down
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in EXPERIMENTS if arguments.experiment == "all" else [arguments.experiment]:
+        print(f"{name}: {EXPERIMENTS[name].__doc__}", flush=True)
+        log: list[Run] = []
+        started = time.process_time()
+        text = EXPERIMENTS[name](SMALL if arguments.small else Size(), log, arguments.output / f"{name}.svg")
+        (arguments.output / f"{name}.md").write_text(text, encoding="utf-8")
+        with (arguments.output / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(run.row()) + "\n" for run in log)
+        print(f"{name}: {len(log)} runs in {time.process_time() - started:.0f} s of one core", flush=True)
+
+
+if __name__ == "__main__":
+    main()
