@@ -150,10 +150,8 @@ def gap_closed(values: pd.Series, baseline: pd.Series, ceiling: pd.Series, *, la
     NaN where the ceiling is no better than the baseline: there is no gap to close.
     """
     method, low, high = pd.concat([values, baseline, ceiling], axis=1, join="inner").mean().to_numpy()
-    gap = high - low if larger else low - high
-    return (
-        float((method - low) / (high - low)) if gap > 0 and math.isfinite(method) and math.isfinite(gap) else math.nan
-    )
+    way, gap = (method - low, high - low) if larger else (low - method, low - high)
+    return float(way / gap) if gap > 0 and math.isfinite(way) and math.isfinite(gap) else math.nan
 
 
 def _loss_curves(curves: pd.DataFrame, method: str, learning_rate: float | None, seeds: list[int]) -> pd.DataFrame:
