@@ -135,13 +135,15 @@ def run_settings(folder: Path) -> Settings:
     """
     path = folder / "config.yaml"
     try:
-        return Settings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        settings = Settings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise InputError(f"{str(folder)!r} holds no config.yaml: it is not the folder of a run") from None
     except ValidationError as error:
         raise InputError(f"{str(path)!r} is not the config of a run: {first_problem(error)}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{str(path)!r} can't be read: {error}") from None
+    _check_method(settings)
+    return settings
 
 
 def training_class(task: Task) -> type:
@@ -180,8 +182,7 @@ def check_nested(settings: Settings) -> None:
     from scalora.config import ScaLoraConfig
     from scalora.rivals import METHODS
 
-    if settings.method not in METHODS:
-        raise InputError(f"method={settings.method!r}: the methods are {', '.join(METHODS)}")
+    _check_method(settings)
     options = [f.name for f in fields(METHODS[settings.method]) if f.name != "config"]
     check_keys("method_options.", settings.method_options, options)
     for section, cls in (
@@ -194,6 +195,13 @@ def check_nested(settings: Settings) -> None:
         for key, value in getattr(settings, section).items():
             if isinstance(value, str) and (wanted := _instead_of_text(types[key], value)):
                 raise InputError(f"{section}.{key}={value!r}: write {wanted}")
+
+
+def _check_method(settings: Settings) -> None:
+    from scalora.rivals import METHODS
+
+    if settings.method not in METHODS:
+        raise InputError(f"method={settings.method!r}: the methods are {', '.join(METHODS)}")
 
 
 def _instead_of_text(annotation: str, value: str) -> str | None:
