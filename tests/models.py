@@ -74,3 +74,14 @@ def tiny_gpt2(seed=0):
 
 def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def backward(model, seed=3):
+    """One batch of a regression on `TwoLayers` forward and backward; returns the loss."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(32, 12, generator=generator), torch.randn(32, 6, generator=generator)
+    dtype = next(model.parameters()).dtype
+    loss = (model(x.to(dtype)) - y.to(dtype)).square().mean()
+    model.zero_grad()
+    loss.backward()
+    return loss.item()

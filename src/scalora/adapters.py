@@ -72,9 +72,9 @@ class LoraPair:
         return remainder
 
     @property
-    def group_key(self) -> tuple[Any, ...]:
-        """Layers with equal keys can be stacked and solved together."""
-        return (*self.lora_B.shape, self.lora_A.shape[1], self.lora_B.dtype, self.lora_B.device)
+    def has_gradients(self) -> bool:
+        """Whether both factors have one."""
+        return self.lora_A.grad is not None and self.lora_B.grad is not None
 
 
 def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
@@ -283,6 +283,15 @@ def _whole_update(module: LoraLayer, adapter: str) -> Tensor:
     stored_transposed = isinstance(module, Embedding) or getattr(module, "fan_in_fan_out", False)
     update: Tensor = module.get_delta_weight(adapter) + (remainder.mT if stored_transposed else remainder)
     return update
+
+
+def by_shape(pairs: list[LoraPair]) -> list[list[LoraPair]]:
+    """Groups of pairs that can be stacked and solved together: of one shape, dtype and device."""
+    groups = defaultdict(list)
+    for pair in pairs:
+        m, r = pair.lora_B.shape
+        groups[m, r, pair.lora_A.shape[1], pair.lora_B.dtype, pair.lora_B.device].append(pair)
+    return list(groups.values())
 
 
 def stack(tensors: list[Tensor]) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any, get_args
 from scalora.remainder import Merge
 from scalora.scaling import Mode
 
+DEFAULT_TARGET_NORM = 1.0
+
 
 @dataclass(frozen=True)
 class ScaLoraConfig:
@@ -81,6 +83,17 @@ class ScaLoraConfig:
         for name, allowed in (("mode", get_args(Mode)), ("merge", get_args(Merge))):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+    def column_norm(self, scaling: float, learning_rate: float) -> float:
+        """The target norm of the adapter's columns, ``1/(s·√(Lη))`` where the smoothness is given.
+
+        Args:
+            scaling: s, the adapter's.
+            learning_rate: η, the base one.
+        """
+        if self.smoothness is None:
+            return self.target_norm or DEFAULT_TARGET_NORM
+        return 1 / (scaling * math.sqrt(self.smoothness * learning_rate))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON and YAML."""

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scalora.lowrank import effective_rank_of_values, rank_of_values
 from scalora.scaling import (
     Mode,
     choose_scaling,
@@ -65,12 +66,10 @@ def update_figures(singular_values: Float[Tensor, " k"], rtol: float = 1e-3) -> 
             of `scalora.export_adapter`.
     """
     values = singular_values.double()
-    if not values.any():
-        return UpdateFigures(0, 0.0, 0.0, 0)
     left_out = values.square().flip(0).cumsum(0).flip(0)  # by an adapter with 0, 1, 2, … columns
     return UpdateFigures(
-        numerical_rank=int((values > rtol * values[0]).sum()),
-        effective_rank=float(torch.special.entr(values / values.sum()).sum().exp()),
+        numerical_rank=rank_of_values(values, rtol),
+        effective_rank=effective_rank_of_values(values),
         norm=float(left_out[0].sqrt()),
         adapter_rank=int((left_out > rtol**2 * left_out[0]).sum()),
     )

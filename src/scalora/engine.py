@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scalora.adapters import LoraPair, stack
+from scalora.adapters import LoraPair, by_shape, stack
 from scalora.changed_base import attach, state_of
 from scalora.config import ScaLoraConfig
 from scalora.remainder import FactoredRemainder
@@ -35,9 +34,7 @@ from scalora.state import (
     set_random_state,
     write_state,
 )
-from scalora.transport import scale_gradient_and_state, state_degrees
-
-DEFAULT_TARGET_NORM = 1.0
+from scalora.transport import refuse_closure, scale_gradient_and_state, state_degrees
 
 _QUANTILES = (0.1, 0.5, 0.9)
 
@@ -79,9 +76,7 @@ class ScaLora:
         self._pairs, self._progress = attach(model, self.config.merge, self.config.remainder_rank)
         rates = _base_learning_rates(self._optimizer)
         self._target_norms = {pair.name: _target_norms(pair, rates, self.config) for pair in self._pairs}
-        self._groups: dict[tuple[Any, ...], list[LoraPair]] = defaultdict(list)
-        for pair in self._pairs:
-            self._groups[pair.group_key].append(pair)
+        self._groups = by_shape(self._pairs)
         self._progress.config, self._progress.step, self._progress.rescales = self.config, 0, 0
         self._last: dict[str, Tensor] = {}
         self._left_alone = {"nonfinite": torch.zeros(()), "exploding": torch.zeros(())}
@@ -171,12 +166,7 @@ class ScaLora:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # torch hands the hook the optimizer itself as the first of args.
-        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
-            raise ValueError(
-                "optimizer.step(closure) computes the gradients after ScaLoRA has to see them: call backward() first "
-                "and optimizer.step() without a closure"
-            )
+        refuse_closure("ScaLoRA", args, kwargs)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             # GradScaler calls a fused optimizer even when it will skip the step.
@@ -184,7 +174,7 @@ class ScaLora:
         self._progress.step += 1
         if not self._rescales_at(self._progress.step):
             return
-        rescaled = [self._rescale_group([p for p in pairs if _has_gradients(p)]) for pairs in self._groups.values()]
+        rescaled = [self._rescale_group([p for p in pairs if p.has_gradients]) for pairs in self._groups]
         self._progress.rescales += 1
         parts = [part for part in rescaled if part is not None]
         self._last = _summary(parts, len(self._pairs))
@@ -253,10 +243,6 @@ class ScaLora:
         }
 
 
-def _has_gradients(pair: LoraPair) -> bool:
-    return pair.lora_A.grad is not None and pair.lora_B.grad is not None
-
-
 def _gradient(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
@@ -311,16 +297,13 @@ def _target_norms(pair: LoraPair, rates: dict[int, float], config: ScaLoraConfig
             raise ValueError(
                 f"the optimizer does not hold {key} of module {pair.name!r}: build it from the parameters of this model"
             )
-    if config.smoothness is None:
-        norm = DEFAULT_TARGET_NORM if config.target_norm is None else config.target_norm
-        return norm, norm
     # α's term of the loss bound, aᵢ(Gᵀaᵢ)ᵀ, comes from the step on B, so it goes with the learning rate of lora_A.
     norms = []
     for rate in (rates[id(pair.lora_A)], rates[id(pair.lora_B)]):
-        if rate <= 0:
+        if config.smoothness is not None and rate <= 0:
             raise ValueError(
                 f"smoothness={config.smoothness} needs the base learning rate, which is {rate} for module "
                 f"{pair.name!r}: attach after setting it, or give target_norm"
             )
-        norms.append(1 / (pair.scaling * math.sqrt(config.smoothness * rate)))
+        norms.append(config.column_norm(pair.scaling, rate))
     return norms[0], norms[1]

@@ -40,37 +40,15 @@ def optimal_start(
             changed then.
     """
     pairs, _ = attach(model, merge, remainder_rank)
-    for pair in pairs:
-        if pair.quantised:
-            raise UnsupportedLayerError(
-                f"module {pair.name!r} has a quantised base weight, which has no gradient to start from: start from "
-                "PEFT's own initialisation"
-            )
-    trained_before = [pair.weight.requires_grad for pair in pairs]
-    try:
-        for pair in pairs:
-            pair.weight.requires_grad_(True)
-        train_step()
-        starts = []
-        for pair in pairs:
-            gradient = pair.weight.grad
-            if gradient is None:
-                raise ValueError(f"module {pair.name!r} got no gradient from train_step: does it call backward()?")
-            try:
-                starts.append(
-                    optimal_adapter(
-                        gradient.mT if pair.transposed else gradient,
-                        pair.lora_A.shape[0],
-                        target_norm=target_norm,
-                    )
-                )
-            except ValueError as error:
-                raise ValueError(f"module {pair.name!r}: {error}") from None
-    finally:
-        for pair, trained in zip(pairs, trained_before, strict=True):
-            pair.weight.requires_grad_(trained)
-        model.zero_grad(set_to_none=True)
-    _replace_factors(pairs, starts)
+    starts = []
+    for pair, G in zip(pairs, weight_gradients(model, pairs, train_step), strict=True):
+        if G is None:
+            raise ValueError(f"module {pair.name!r} got no gradient from train_step: does it call backward()?")
+        try:
+            starts.append(optimal_adapter(G, pair.lora_A.shape[0], target_norm=target_norm))
+        except ValueError as error:
+            raise ValueError(f"module {pair.name!r}: {error}") from None
+    replace_factors(pairs, starts)
 
 
 def random_start(
@@ -101,11 +79,53 @@ def random_start(
         )
         for pair in pairs
     ]
-    _replace_factors(pairs, starts)
+    replace_factors(pairs, starts)
+
+
+def require_weight_gradients(pairs: list[LoraPair]) -> None:
+    """Check that the base weights can have gradients.
+
+    Raises:
+        UnsupportedLayerError: one is quantised.
+    """
+    for pair in pairs:
+        if pair.quantised:
+            raise UnsupportedLayerError(
+                f"module {pair.name!r} has a quantised base weight, which has no gradient to start from: start from "
+                "PEFT's own initialisation"
+            )
+
+
+def weight_gradients(model: nn.Module, pairs: list[LoraPair], train_step: Callable[[], None]) -> list[Tensor | None]:
+    """``∂ℓ/∂W`` (m, n) of every pair's base weight, None where there is none.
+
+    The model is left as frozen as it was, and without gradients.
+
+    Args:
+        model: of the pairs.
+        pairs: whose weights are meant.
+        train_step: computes the loss on a few batches and calls ``backward()``.
+
+    Raises:
+        UnsupportedLayerError: a weight is quantised.
+    """
+    require_weight_gradients(pairs)
+    trained_before = [pair.weight.requires_grad for pair in pairs]
+    try:
+        for pair in pairs:
+            pair.weight.requires_grad_(True)
+        train_step()
+        found = [(pair.transposed, pair.weight.grad) for pair in pairs]
+        return [G.mT if transposed and G is not None else G for transposed, G in found]
+    finally:
+        for pair, trained in zip(pairs, trained_before, strict=True):
+            pair.weight.requires_grad_(trained)
+        model.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
-def _replace_factors(pairs: list[LoraPair], starts: list[tuple[Tensor, Tensor]]) -> None:
+def replace_factors(pairs: list[LoraPair], starts: list[tuple[Tensor, Tensor]]) -> None:
+    """Give attached pairs new factors (A, B); what their product changes by goes to the remainder."""
     for pair, (A, B) in zip(pairs, starts, strict=True):
         scale = A.new_full((A.shape[1],), pair.scaling)
         before = (pair.lora_B.detach(), pair.lora_A.detach().mT)

@@ -133,6 +133,24 @@ def state_degrees(optimizer: Optimizer) -> Mapping[str, int]:
     return _DEGREES[name]
 
 
+def refuse_closure(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Check, in a step pre-hook, that the gradients are there already.
+
+    Args:
+        method: what an error calls the hook's owner.
+        args: of the hook; torch hands it the optimizer itself as the first of them.
+        kwargs: of the hook.
+
+    Raises:
+        ValueError: the step was given a closure.
+    """
+    if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+        raise ValueError(
+            f"optimizer.step(closure) computes the gradients after {method} has to see them: call backward() first "
+            "and optimizer.step() without a closure"
+        )
+
+
 @torch.no_grad()
 def scale_gradient_and_state(
     optimizer: Optimizer, degrees: Mapping[str, int], parameter: Tensor, factor: Tensor

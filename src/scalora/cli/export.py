@@ -19,8 +19,7 @@ from scalora.cli.errors import InputError
 from scalora.cli.evaluate import class_names, loss_score, sequence_scores
 from scalora.cli.models import (
     Source,
-    load_causal_model,
-    load_classifier,
+    load_base,
     load_tokenizer,
     resolve_source,
     save_tokenizer,
@@ -68,9 +67,7 @@ class _Run:
 
     def base(self) -> PreTrainedModel:
         """The base model, loaded anew."""
-        if self.settings.task == "sft":
-            return load_causal_model(self.source, self.settings)
-        return load_classifier(self.source, self.settings, self.tokenizer, self.labels, new_head=True)
+        return load_base(self.source, self.settings, self.tokenizer, self.labels)
 
     def loss(self, model: Any) -> float | None:
         """Evaluation loss on the first examples of ``data.eval``; None if there is none."""
@@ -162,9 +159,7 @@ def _make_checked(run: _Run, to: str, folder: Path, dtype: torch.dtype, options:
 def _reloaded(folder: Path, dtype: torch.dtype, run: _Run) -> PreTrainedModel:
     source = Source(str(folder), None)
     settings = run.settings.model_copy(update={"quantization": None, "dtype": str(dtype).removeprefix("torch.")})
-    if settings.task == "sft":
-        return load_causal_model(source, settings)
-    return load_classifier(source, settings, run.tokenizer, run.labels, new_head=False)
+    return load_base(source, settings, run.tokenizer, run.labels, new_head=False)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 import tempfile
@@ -22,33 +21,26 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from trl import SFTTrainer
 
 from scalora.adapters import REMAINDER, LoraPair, UnsupportedLayerError, find_lora_pairs
-from scalora.cli.data import label_names, load_examples, sft_examples, tokenized_for_classification
+from scalora.cli.data import label_names, load_examples
 from scalora.cli.errors import InputError
 from scalora.cli.evaluate import class_names
-from scalora.cli.models import Source, load_causal_model, load_classifier, load_tokenizer, resolve_source
-from scalora.cli.settings import run_settings
-from scalora.cli.train import training_arguments
+from scalora.cli.measure import SINGULAR_VALUES
+from scalora.cli.models import Source, load_base, load_tokenizer, resolve_source
+from scalora.cli.settings import method_class, run_settings
+from scalora.cli.train import GRADIENT_BATCHES, trainer_maker, training_arguments
 from scalora.config import ScaLoraConfig
 from scalora.diagnostics import StepResiduals, step_residuals, update_figures
-from scalora.engine import DEFAULT_TARGET_NORM
 from scalora.export import load_model
 from scalora.lowrank import factors_of_product
 from scalora.ordinary_adapter import update_factors
 from scalora.remainder import DenseRemainder, FactoredRemainder
-from scalora.rivals import METHODS
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.state import STATE_FILE
-
-# Whose gradients are summed: as many as a start from the gradient is made from; with fewer the noise of a batch shows.
-DEFAULT_BATCHES = 8
-
-_SINGULAR_VALUES = 64  # kept of each spectrum: the rank that a factored remainder keeps by default
 
 _FACTORS = [f"{factor}_p{quantile}" for factor in ("alpha", "beta") for quantile in (10, 50, 90)]
 _LOGGED = ["column_share", "scalar_share", "left_alone_share", *_FACTORS]
@@ -95,7 +87,7 @@ class _Trained(NamedTuple):
 
 
 def inspect_run(
-    path: str | Path, *, layers: str | None = None, batches: int = DEFAULT_BATCHES, rank: int | None = None
+    path: str | Path, *, layers: str | None = None, batches: int = GRADIENT_BATCHES, rank: int | None = None
 ) -> dict[str, Any]:
     """Look at every adapted layer of a run.
 
@@ -198,9 +190,7 @@ class _Run:
         checkpoint = not (path / "config.yaml").is_file() and (path / _PROGRESS_OF_CHECKPOINT).is_file()
         folder = path.resolve().parent.parent if checkpoint else path
         self.settings = run_settings(folder)
-        if self.settings.method not in METHODS:
-            raise InputError(f"run {str(path)!r} is of method {self.settings.method!r}, which this scalora has not")
-        self.method = METHODS[self.settings.method]
+        self.method = method_class(self.settings)
         self.step = _step(path, checkpoint)
         self._metrics = folder / "metrics.jsonl"
 
@@ -264,17 +254,12 @@ class _Run:
         return _Trained(model, layers, self._load(self._source) if merged else None)
 
     def _load(self, source: Source) -> PreTrainedModel:
-        if self.settings.task == "sft":
-            return load_causal_model(source, self.settings)
-        return load_classifier(source, self.settings, self.tokenizer, self.labels, new_head=True)
+        return load_base(source, self.settings, self.tokenizer, self.labels)
 
     def target_norm(self, pair: LoraPair) -> float:
         """``1/(s·√(Lη))`` of the run; the default for a method without it."""
-        config = self.scaling_config()
-        if config.smoothness is None:
-            return DEFAULT_TARGET_NORM if config.target_norm is None else config.target_norm
         rate: Any = self.settings.training.get("learning_rate", self.method.learning_rate)
-        return 1 / (pair.scaling * math.sqrt(config.smoothness * rate))
+        return self.scaling_config().column_norm(pair.scaling, rate)
 
     def scaling_config(self) -> ScaLoraConfig:
         """How the run scaled its adapters; the defaults for a method that did not."""
@@ -341,7 +326,7 @@ def _described(layer: _Layer, base: PreTrainedModel | None) -> dict[str, Any]:
         "shape": list(weight.mT.shape if stored_transposed else weight.shape),
         **figures._asdict(),
         "relative_norm": float(figures.norm / weight.double().norm()),
-        "singular_values": values[:_SINGULAR_VALUES].tolist(),
+        "singular_values": values[:SINGULAR_VALUES].tolist(),
         "residual": None,
     }
 
@@ -431,19 +416,14 @@ def _gradients(layers: list[_Layer], backward: Callable[[], None]) -> dict[str, 
 
 def _backward(run: _Run, model: nn.Module, examples: Dataset, batches: int) -> None:
     """Batches of the run's training data, made as its trainer made them, forward and backward."""
-    settings, name = run.settings, str(run.settings.data.train)
+    settings = run.settings
     with tempfile.TemporaryDirectory() as scratch:
         arguments = training_arguments(
             settings.model_copy(update={"output_dir": scratch, "training": settings.training | _NOT_TRAINING}),
             Method(),
             evaluates=False,
         )
-        common = {"model": model, "args": arguments, "processing_class": run.tokenizer}
-        if settings.task == "sft":
-            trainer = SFTTrainer(**common, train_dataset=sft_examples(examples, name, settings.data))
-        else:
-            data = tokenized_for_classification(examples, name, settings.data, settings.task, run.tokenizer, run.labels)
-            trainer = Trainer(**common, train_dataset=data, data_collator=DataCollatorWithPadding(run.tokenizer))
+        trainer = trainer_maker(settings, run.tokenizer, {"train": examples}, arguments, run.labels)(model)
         loader = trainer.get_train_dataloader()
         count = min(batches, len(loader))
         for batch in track(islice(loader, count), "gradients", total=count, console=_PROGRESS):

@@ -23,7 +23,7 @@ from scalora.lowrank import effective_rank_of_values, rank_of_values
 # Enough to see first, middle and last layers; each costs an SVD whenever it is looked at.
 _LAYERS = 4
 
-_SINGULAR_VALUES = 64  # kept of each spectrum: the rank that a factored remainder keeps by default
+SINGULAR_VALUES = 64  # kept of each spectrum: the rank that a factored remainder keeps by default
 
 
 class StepClock(TrainerCallback):  # type: ignore[misc]
@@ -100,7 +100,7 @@ class UpdateSpectra(TrainerCallback):  # type: ignore[misc]
                     "numerical_rank": rank_of_values(values),
                     "effective_rank": effective_rank_of_values(values),
                     "norm": values.norm().item(),
-                    "singular_values": values[:_SINGULAR_VALUES].tolist(),
+                    "singular_values": values[:SINGULAR_VALUES].tolist(),
                 }
                 file.write(json.dumps(line) + "\n")
 

@@ -153,6 +153,24 @@ def load_classifier(
     return model
 
 
+def load_base(
+    source: Source,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: list[str] | None,
+    *,
+    new_head: bool = True,
+) -> PreTrainedModel:
+    """The model for the task of the settings: `load_causal_model` or `load_classifier`, with their arguments.
+
+    Raises:
+        InputError: as they do.
+    """
+    if settings.task == "sft":
+        return load_causal_model(source, settings)
+    return load_classifier(source, settings, tokenizer, labels, new_head=new_head)
+
+
 def fingerprint(source: Source) -> str:
     """Which weights were scored: the path and a hash over its weight files, or the hub id."""
     folder = Path(source.name)

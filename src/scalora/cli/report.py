@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd  # type: ignore[import-untyped]
 
 from scalora.cli.errors import InputError
+from scalora.cli.run_folder import json_lines
 from scalora.cli.settings import run_settings
 from scalora.cli.study import STUDY_FILE
-from scalora.cli.study_folder import json_lines
 from scalora.cli.table import load_study
 from scalora.cli.table_markdown import markdown
 from scalora.writing import named, whole_file, whole_folder

@@ -73,6 +73,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     _replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, without one that a kill has cut off; none of a file that is not there."""
+    objects = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            objects.append(json.loads(line))
+        except ValueError:
+            continue
+    return objects
+
+
 class MetricsFile(TrainerCallback):  # type: ignore[misc]
     """Appends every log event of a Trainer to ``metrics.jsonl``, one JSON object a line."""
 

@@ -10,12 +10,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scalora.cli.errors import InputError
+
+if TYPE_CHECKING:
+    from scalora.rivals.method import Method
 
 Task = Literal["sft", "classification", "regression"]
 
@@ -88,7 +91,7 @@ class Settings(_Strict):
 _BOOL = "tag:yaml.org,2002:bool"
 
 
-class YamlLoader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as text and no as false; people mean the number, and ``save_strategy: no`` the word."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - the parent's attribute
@@ -97,8 +100,8 @@ class YamlLoader(yaml.SafeLoader):
     }
 
 
-YamlLoader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-YamlLoader.add_implicit_resolver(
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
@@ -109,14 +112,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     Raises:
         InputError: the file is missing or not YAML, or a key or value is wrong; names it.
     """
-    if not path.is_file():
-        raise InputError(f"config file {str(path)!r} does not exist")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader) or {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"config file {str(path)!r} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"config file {str(path)!r} must hold keys and values, not a {type(content).__name__}")
+    content = read_yaml(path, "config")
     for key, value in parsed_overrides(overrides):
         _assign(content, key, value)
     try:
@@ -125,6 +121,27 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         raise InputError(first_problem(error)) from None
     check_nested(settings)
     return settings
+
+
+def read_yaml(path: Path, kind: str) -> dict[str, Any]:
+    """The keys and values of a YAML file; none of an empty one.
+
+    Args:
+        path: of the file.
+        kind: what an error calls it: ``"config"``, ``"study"``.
+
+    Raises:
+        InputError: it is missing or not YAML, or holds something else.
+    """
+    if not path.is_file():
+        raise InputError(f"{kind} file {str(path)!r} does not exist")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{kind} file {str(path)!r} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{kind} file {str(path)!r} must hold keys and values, not a {type(content).__name__}")
+    return content
 
 
 def run_settings(folder: Path) -> Settings:
@@ -142,7 +159,7 @@ def run_settings(folder: Path) -> Settings:
         raise InputError(f"{str(path)!r} is not the config of a run: {first_problem(error)}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{str(path)!r} can't be read: {error}") from None
-    _check_method(settings)
+    method_class(settings)
     return settings
 
 
@@ -180,10 +197,8 @@ def check_nested(settings: Settings) -> None:
     from peft import LoraConfig
 
     from scalora.config import ScaLoraConfig
-    from scalora.rivals import METHODS
 
-    _check_method(settings)
-    options = [f.name for f in fields(METHODS[settings.method]) if f.name != "config"]
+    options = [f.name for f in fields(method_class(settings)) if f.name != "config"]
     check_keys("method_options.", settings.method_options, options)
     for section, cls in (
         ("lora", LoraConfig),
@@ -197,11 +212,17 @@ def check_nested(settings: Settings) -> None:
                 raise InputError(f"{section}.{key}={value!r}: write {wanted}")
 
 
-def _check_method(settings: Settings) -> None:
+def method_class(settings: Settings) -> type[Method]:
+    """The class of a run's method.
+
+    Raises:
+        InputError: there is no such method.
+    """
     from scalora.rivals import METHODS
 
     if settings.method not in METHODS:
         raise InputError(f"method={settings.method!r}: the methods are {', '.join(METHODS)}")
+    return METHODS[settings.method]
 
 
 def _instead_of_text(annotation: str, value: str) -> str | None:
@@ -229,7 +250,7 @@ def parsed_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not remaining:
                 raise InputError(f"--{key} needs a value")
             value = remaining.pop(0)
-        pairs.append((key.replace("-", "_"), yaml.load(value, YamlLoader)))
+        pairs.append((key.replace("-", "_"), yaml.load(value, _Loader)))
     return pairs
 
 

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scalora.cli.errors import InputError
-from scalora.cli.settings import Settings, YamlLoader, check_keys, check_nested, first_problem, parsed_overrides
+from scalora.cli.settings import Settings, check_keys, check_nested, first_problem, parsed_overrides, read_yaml
 
 STUDY_FILE = "study.yaml"
 
@@ -151,7 +150,7 @@ def load_study_file(path: Path, overrides: Sequence[str] = ()) -> Study:
         InputError: the file is missing or not YAML, a key or value is wrong, a data file is missing, or the methods
             would not be compared fairly; names it.
     """
-    content = _read_yaml(path)
+    content = read_yaml(path, "study")
     for key, value in parsed_overrides(overrides):
         _assign(content, key, value)
     study = _study(content)
@@ -168,7 +167,7 @@ def study_of(folder: Path) -> Study:
     """
     if not (folder / STUDY_FILE).is_file():
         raise InputError(f"{str(folder)!r} holds no {STUDY_FILE}: it is not the folder of a study")
-    return _study(_read_yaml(folder / STUDY_FILE) | {"output_dir": str(folder)})
+    return _study(read_yaml(folder / STUDY_FILE, "study") | {"output_dir": str(folder)})
 
 
 def merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -178,18 +177,6 @@ def merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merged(result[key], value) if both else value
     return result
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"study file {str(path)!r} does not exist")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader) or {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"study file {str(path)!r} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"study file {str(path)!r} must hold keys and values, not a {type(content).__name__}")
-    return content
 
 
 def _study(content: dict[str, Any]) -> Study:

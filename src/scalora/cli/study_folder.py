@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd  # type: ignore[import-untyped]
 
+from scalora.cli.run_folder import json_lines
 from scalora.cli.study import Cell, Study
 
 Status = Literal["finished", "failed", "missing"]
@@ -86,17 +86,6 @@ def last_words(cell: Cell) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["its log is empty"])[-1]
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, without one that a kill has cut off; none of a file that is not there."""
-    objects = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            objects.append(json.loads(line))
-        except ValueError:
-            continue
-    return objects
 
 
 def _best_learning_rates(study: Study, cells: pd.DataFrame) -> dict[str, float]:

@@ -16,7 +16,6 @@ from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
 from torch import nn
 from transformers import (
     DataCollatorWithPadding,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
@@ -30,9 +29,7 @@ from scalora.cli.data import label_names, load_examples, sft_examples, tokenized
 from scalora.cli.errors import InputError
 from scalora.cli.measure import StepClock, UpdateSpectra, costs
 from scalora.cli.models import (
-    Source,
-    load_causal_model,
-    load_classifier,
+    load_base,
     load_tokenizer,
     resolve_source,
     save_tokenizer,
@@ -46,12 +43,11 @@ from scalora.cli.run_folder import (
     write_json,
 )
 from scalora.cli.scores import classification_scores, regression_scores
-from scalora.cli.settings import Settings, training_class
+from scalora.cli.settings import Settings, method_class, training_class
 from scalora.config import ScaLoraConfig
 from scalora.integrations.checkpoints import last_checkpoint
 from scalora.ordinary_adapter import write_adapter
 from scalora.remainder import FactoredRemainder
-from scalora.rivals import METHODS
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.state import STATE_FILE, write_state
@@ -64,7 +60,7 @@ _LORA_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "target_modules": "al
 
 # Whose gradients a start that needs them is made from (LoRA-GA's paper samples about as many): with fewer the noise of
 # a batch shows, more take as long as training steps.
-_GRADIENT_BATCHES = 8
+GRADIENT_BATCHES = 8
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -104,8 +100,13 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
     tokenizer = load_tokenizer(source, settings)
     # The Trainer seeds itself only once it has the model, whose new head and adapter are random too.
     set_seed(arguments.seed)
-    make_trainer = _sft_trainer if settings.task == "sft" else _classification_trainer
-    model, make = make_trainer(settings, source, tokenizer, examples, arguments)
+    labels = None
+    if settings.task == "classification":
+        labels = label_names(examples["train"], str(settings.data.train), settings.data)
+    make = trainer_maker(settings, tokenizer, examples, arguments, labels)
+    model = load_base(source, settings, tokenizer, labels)
+    if settings.task != "sft" and settings.quantization is not None:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     spectra = UpdateSpectra(model, peft_config, settings.track_updates) if settings.track_updates else None
     model = method.adapt(model, peft_config, partial(_backward, make))
     trainer = make(model, callbacks=method.callbacks(), optimizers=(method.optimizer(model, arguments), None))
@@ -213,7 +214,7 @@ def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -
 
 
 def _method(settings: Settings) -> Method:
-    cls = METHODS[settings.method]
+    cls = method_class(settings)
     options = dict(settings.method_options)
     if issubclass(cls, ScaLoraMethod):
         options["config"] = ScaLoraConfig.from_dict(settings.scalora)
@@ -238,7 +239,7 @@ def _peft_config(settings: Settings, method: Method) -> PeftConfig | None:
 def _backward(make: MakeTrainer, model: nn.Module) -> None:
     """A few training batches forward and backward, as training itself would see them."""
     trainer = make(model)
-    for batch in islice(trainer.get_train_dataloader(), _GRADIENT_BATCHES):
+    for batch in islice(trainer.get_train_dataloader(), GRADIENT_BATCHES):
         trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()
 
 
@@ -253,53 +254,47 @@ def _require_supported_optimizer(arguments: TrainingArguments) -> None:
     state_degrees(optimizer)
 
 
-def _sft_trainer(
+def trainer_maker(
     settings: Settings,
-    source: Source,
     tokenizer: PreTrainedTokenizerBase,
     examples: dict[str, Dataset],
     arguments: TrainingArguments,
-) -> tuple[PreTrainedModel, MakeTrainer]:
-    """The base model, and what makes a trainer of it once it has been adapted."""
-    data = {
-        split: sft_examples(rows, str(getattr(settings.data, split)), settings.data) for split, rows in examples.items()
-    }
-    make = partial(
-        SFTTrainer,
-        args=arguments,
-        train_dataset=data["train"],
-        eval_dataset=data.get("eval"),
-        processing_class=tokenizer,
-    )
-    return load_causal_model(source, settings), make
+    labels: list[str] | None,
+) -> MakeTrainer:
+    """What makes a trainer of a model, over the data as the task needs it.
 
+    Args:
+        settings: of the run.
+        tokenizer: of the model.
+        examples: by split, ``train`` and perhaps ``eval``.
+        arguments: of the trainer.
+        labels: names of the classes in order; None for other tasks.
 
-def _classification_trainer(
-    settings: Settings,
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: dict[str, Dataset],
-    arguments: TrainingArguments,
-) -> tuple[PreTrainedModel, MakeTrainer]:
-    """The base model, and what makes a trainer of it once it has been adapted."""
-    regression = settings.task == "regression"
-    labels = None if regression else label_names(examples["train"], str(settings.data.train), settings.data)
-    data = {
-        split: tokenized_for_classification(
-            rows, str(getattr(settings.data, split)), settings.data, settings.task, tokenizer, labels
+    Raises:
+        InputError: an example can't be used.
+    """
+    if settings.task == "sft":
+        data = {
+            split: sft_examples(rows, str(getattr(settings.data, split)), settings.data)
+            for split, rows in examples.items()
+        }
+        make: MakeTrainer = SFTTrainer
+    else:
+        data = {
+            split: tokenized_for_classification(
+                rows, str(getattr(settings.data, split)), settings.data, settings.task, tokenizer, labels
+            )
+            for split, rows in examples.items()
+        }
+        make = partial(
+            Trainer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=regression_scores if labels is None else classification_scores,
         )
-        for split, rows in examples.items()
-    }
-    model = load_classifier(source, settings, tokenizer, labels, new_head=True)
-    if settings.quantization is not None:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    make = partial(
-        Trainer,
+    return partial(
+        make,
         args=arguments,
         train_dataset=data["train"],
         eval_dataset=data.get("eval"),
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=regression_scores if regression else classification_scores,
     )
-    return model, make

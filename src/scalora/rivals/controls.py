@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scalora.adapters import LoraPair, UnsupportedLayerError
+from scalora.adapters import LoraPair
 from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
-from scalora.integrations.transformers import ScaLoraCallback
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.scaling import COLUMN, Scaling, choose_scaling, optimal_adapter
+from scalora.start import replace_factors, require_weight_gradients
 
 
 class NormalisingScaLora(ScaLora):
@@ -62,11 +62,7 @@ class RestartingScaLora(ScaLora):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig | None = None) -> None:
         super().__init__(model, optimizer, config)
-        for pair in self._pairs:
-            if pair.quantised:
-                raise UnsupportedLayerError(
-                    f"module {pair.name!r} has a quantised base weight, which has no gradient to restart from"
-                )
+        require_weight_gradients(self._pairs)
         self._watch_weights()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,11 +83,7 @@ class RestartingScaLora(ScaLora):
             if pair.transposed:
                 G = G.mT
             A, B = optimal_adapter(G, pair.lora_A.shape[0], target_norm=self._target_norms[pair.name][0])
-            scale = A.new_full((A.shape[1],), pair.scaling)
-            pair.remainder.add(pair.weight, pair.lora_B, pair.lora_A.mT, scale)
-            pair.remainder.add(pair.weight, A, B, -scale)
-            pair.lora_B.copy_(A)
-            pair.lora_A.copy_(B.mT)
+            replace_factors([pair], [(A, B)])
             pair.lora_B.grad = (pair.scaling * G @ B).to(pair.lora_B.dtype)
             pair.lora_A.grad = (pair.scaling * A.mT @ G).to(pair.lora_A.dtype)
             for parameter in (pair.lora_A, pair.lora_B):
@@ -105,31 +97,19 @@ class RestartingScaLora(ScaLora):
             pair.weight.requires_grad_(False)
 
 
-class _Normalising(ScaLoraCallback):
-    engine_class = NormalisingScaLora
-
-
-class _Forgetting(ScaLoraCallback):
-    engine_class = ForgettingScaLora
-
-
-class _Restarting(ScaLoraCallback):
-    engine_class = RestartingScaLora
-
-
 class NormalisedColumns(ScaLoraMethod):
     """`NormalisingScaLora` as a method."""
 
-    callback: ClassVar[type[ScaLoraCallback]] = _Normalising
+    engine: ClassVar[type[ScaLora]] = NormalisingScaLora
 
 
 class NoTransport(ScaLoraMethod):
     """`ForgettingScaLora` as a method."""
 
-    callback: ClassVar[type[ScaLoraCallback]] = _Forgetting
+    engine: ClassVar[type[ScaLora]] = ForgettingScaLora
 
 
 class LoraGaRestart(ScaLoraMethod):
     """`RestartingScaLora` as a method."""
 
-    callback: ClassVar[type[ScaLoraCallback]] = _Restarting
+    engine: ClassVar[type[ScaLora]] = RestartingScaLora

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import TrainingArguments
 
-from scalora.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
-from scalora.rivals.method import Backward, Method, adamw_arguments
+from scalora.adapters import LoraPair, find_lora_pairs
+from scalora.rivals.method import Backward, Method, adamw_arguments, require_positive
+from scalora.start import weight_gradients
 
 
 @dataclass(frozen=True)
@@ -126,31 +128,21 @@ class LoraGa(Method):
         """
         adapted = super().adapt(model, config, backward)
         pairs = find_lora_pairs(adapted)
-        for pair in pairs:
-            if pair.quantised:
-                raise UnsupportedLayerError(
-                    f"module {pair.name!r} has a quantised base weight, which has no gradient for LoRA-GA to start from"
-                )
-            pair.weight.requires_grad_(True)
-        backward(adapted)
-        starts = [self._start(pair) for pair in pairs]
-        adapted.zero_grad(set_to_none=True)
+        gradients = weight_gradients(adapted, pairs, partial(backward, adapted))
+        starts = [self._start(pair, G) for pair, G in zip(pairs, gradients, strict=True)]
         with torch.no_grad():
             for pair, (lora_B, lora_A) in zip(pairs, starts, strict=True):
-                pair.weight.requires_grad_(False)
                 pair.lora_B.copy_(lora_B)
                 pair.lora_A.copy_(lora_A)
                 product = pair.scaling * pair.lora_B @ pair.lora_A
                 pair.weight.copy_(pair.weight.float() - (product.mT if pair.transposed else product))
         return adapted
 
-    def _start(self, pair: LoraPair) -> tuple[Tensor, Tensor]:
+    def _start(self, pair: LoraPair, G: Tensor | None) -> tuple[Tensor, Tensor]:
         """``lora_B`` (m, r) and ``lora_A`` (r, n)."""
-        if pair.weight.grad is None or not pair.weight.grad.isfinite().all():
+        if G is None or not G.isfinite().all():
             raise ValueError(f"module {pair.name!r} got no finite gradient for LoRA-GA to start from")
-        G = pair.weight.grad.float()
-        if pair.transposed:
-            G = G.mT
+        G = G.float()
         r = pair.lora_A.shape[0]
         if 2 * r > min(G.shape):
             raise ValueError(
@@ -214,20 +206,6 @@ class Riemannian(Method):
         """AdamW over the preconditioned gradients."""
         optimizer: Optimizer = create_riemannian_optimizer(model, AdamW, reg=self.reg, **adamw_arguments(arguments))
         return optimizer
-
-
-def require_positive(method: Method) -> None:
-    """Check that a method's options are positive numbers, whole ones where the default is.
-
-    Raises:
-        ValueError: one is not.
-    """
-    for option in fields(method):
-        value = getattr(method, option.name)
-        whole = isinstance(option.default, int)
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 < value < math.inf:
-            kind = "integer" if whole else "finite number"
-            raise ValueError(f"{option.name} must be a positive {kind}, got {value!r}")
 
 
 def _fixed(settings: dict[str, Any], **fixed: Any) -> dict[str, Any]:

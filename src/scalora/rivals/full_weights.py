@@ -10,8 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
-from scalora.rivals.from_peft import require_positive
-from scalora.rivals.method import Method, adamw_arguments
+from scalora.rivals.method import Method, adamw_arguments, require_positive
 
 # A transformer's blocks are the numbered part of its modules' names; heads, embeddings and poolers are outside them.
 # The authors of both optimizers project the linear layers of the blocks and nothing else.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -67,3 +68,17 @@ def adamw_arguments(arguments: TrainingArguments) -> dict[str, Any]:
         "eps": arguments.adam_epsilon,
         "weight_decay": arguments.weight_decay,
     }
+
+
+def require_positive(method: Method) -> None:
+    """Check that a method's options are positive numbers, whole ones where the default is.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for option in fields(method):
+        value = getattr(method, option.name)
+        whole = isinstance(option.default, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 < value < math.inf:
+            kind = "integer" if whole else "finite number"
+            raise ValueError(f"{option.name} must be a positive {kind}, got {value!r}")

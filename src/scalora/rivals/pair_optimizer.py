@@ -48,9 +48,7 @@ class PairOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         pairs_group, *other_groups = self.param_groups
-        self._step_pairs(
-            [p for p in self._pairs if p.lora_A.grad is not None and p.lora_B.grad is not None], pairs_group
-        )
+        self._step_pairs([pair for pair in self._pairs if pair.has_gradients], pairs_group)
         for group in other_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -25,7 +25,6 @@ is left alone at that step (their code adds an epsilon to the singular values, a
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,10 +35,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scalora.adapters import LoraPair, find_lora_pairs, promote_adapters, stack
+from scalora.adapters import LoraPair, by_shape, find_lora_pairs, promote_adapters, stack
 from scalora.rivals.method import Method
 from scalora.scaling import solver_dtype
-from scalora.transport import scale_gradient_and_state, state_degrees
+from scalora.transport import refuse_closure, scale_gradient_and_state, state_degrees
 
 # A squared pivot or a singular value that is smaller, relative to what it is a part of, than this many roundings has
 # fewer than about three digits left.
@@ -117,9 +116,7 @@ class _Refactorer:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, warmup_steps: int = 0, steps_done: int = 0) -> None:
         self._optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
-        self._groups: dict[tuple[Any, ...], list[LoraPair]] = defaultdict(list)
-        for pair in find_lora_pairs(model):
-            self._groups[pair.group_key].append(pair)
+        self._groups = by_shape(find_lora_pairs(model))
         self._warmup_steps = warmup_steps
         self._steps = steps_done
         self._hook: RemovableHandle
@@ -152,15 +149,10 @@ class GradientRefactorer(_Refactorer):
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # torch hands the hook the optimizer itself as the first of args.
-        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
-            raise ValueError(
-                "optimizer.step(closure) computes the gradients after RefLoRA has to see them: call backward() first "
-                "and optimizer.step() without a closure"
-            )
+        refuse_closure("RefLoRA", args, kwargs)
         if self._steps >= self._warmup_steps:
-            for pairs in self._groups.values():
-                _precondition([pair for pair in pairs if None not in (pair.lora_A.grad, pair.lora_B.grad)])
+            for pairs in self._groups:
+                _precondition([pair for pair in pairs if pair.has_gradients])
         self._steps += 1
 
 
@@ -209,7 +201,7 @@ class ScalarRefactorer(_Refactorer):
 
     @torch.no_grad()
     def _refactor(self) -> None:
-        for pairs in self._groups.values():
+        for pairs in self._groups:
             A, B = stack([pair.lora_B for pair in pairs]), stack([pair.lora_A for pair in pairs]).mT
             for pair, root in zip(pairs, optimal_scalar(A, B).sqrt(), strict=True):
                 pair.lora_B.mul_(root)

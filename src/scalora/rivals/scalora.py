@@ -10,8 +10,8 @@ from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback
 
-from scalora.config import ScaLoraConfig
-from scalora.engine import DEFAULT_TARGET_NORM
+from scalora.config import DEFAULT_TARGET_NORM, ScaLoraConfig
+from scalora.engine import ScaLora
 from scalora.integrations.transformers import ScaLoraCallback
 from scalora.rivals.method import Backward, Method
 from scalora.start import optimal_start, random_start
@@ -29,7 +29,7 @@ class ScaLoraMethod(Method):
         ValueError: an unknown start.
     """
 
-    callback: ClassVar[type[ScaLoraCallback]] = ScaLoraCallback
+    engine: ClassVar[type[ScaLora]] = ScaLora
     ordinary_adapter: ClassVar[bool] = False
 
     config: ScaLoraConfig = field(default_factory=ScaLoraConfig)
@@ -47,7 +47,7 @@ class ScaLoraMethod(Method):
         """Wrap by PEFT, then give the adapter its start."""
         model = super().adapt(model, config, backward)
         merge, rank = self.config.merge, self.config.remainder_rank
-        norm = DEFAULT_TARGET_NORM if self.config.target_norm is None else self.config.target_norm
+        norm = self.config.target_norm or DEFAULT_TARGET_NORM
         if self.start == "oracle":
             optimal_start(model, partial(backward, model), target_norm=norm, merge=merge, remainder_rank=rank)
         elif self.start == "random":
@@ -56,4 +56,6 @@ class ScaLoraMethod(Method):
 
     def callbacks(self) -> list[TrainerCallback]:
         """The engine's."""
-        return [self.callback(self.config)]
+        callback = ScaLoraCallback(self.config)
+        callback.engine_class = self.engine
+        return [callback]
