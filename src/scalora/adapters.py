@@ -6,16 +6,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, Linear, LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from scalora.remainder import DenseRemainder, FactoredRemainder, Merge, Remainder
-
-_HALF = (torch.float16, torch.bfloat16)
+from scalora.remainder import HALF, DenseRemainder, FactoredRemainder, Merge, Remainder
 
 # PEFT's layers over quantised weights whose forward pass goes through a `LoraVariant` if there is one, which is what
 # the factored remainder needs (bitsandbytes, GPTQ, HQQ, torchao); AWQ's, EETQ's and AQLM's do not.
@@ -159,7 +156,7 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> 
     for key, parameter in (("lora_A", lora_A), ("lora_B", lora_B)):
         if not parameter.requires_grad:
             _refuse(name, f"{key} is frozen", "ScaLoRA trains both factors: set requires_grad=True")
-        if parameter.dtype in _HALF:
+        if parameter.dtype in HALF:
             _refuse(
                 name,
                 f"{key} is {parameter.dtype}, whose rounding a rescale would multiply",
@@ -180,7 +177,7 @@ def promote_adapters(model: nn.Module) -> None:
         if isinstance(module, LoraLayer):
             for key in module.adapter_layer_names:
                 for parameter in getattr(module, key).parameters():
-                    if parameter.dtype in _HALF:
+                    if parameter.dtype in HALF:
                         parameter.data = parameter.data.float()
 
 
@@ -236,7 +233,7 @@ def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
         return "factored" if isinstance(present, FactoredRemainder) else "dense"
     if any(pair.quantised for pair in pairs):
         return "factored"
-    half = [pair for pair in pairs if pair.weight.dtype in _HALF]
+    half = [pair for pair in pairs if pair.weight.dtype in HALF]
     factors = sum(4 * 2 * max_rank * (pair.lora_B.shape[0] + pair.lora_A.shape[1]) for pair in half)
     return "factored" if factors < sum(2 * pair.weight.numel() for pair in half) else "dense"
 
@@ -292,8 +289,3 @@ def by_shape(pairs: list[LoraPair]) -> list[list[LoraPair]]:
         m, r = pair.lora_B.shape
         groups[m, r, pair.lora_A.shape[1], pair.lora_B.dtype, pair.lora_B.device].append(pair)
     return list(groups.values())
-
-
-def stack(tensors: list[Tensor]) -> Tensor:
-    """Stack detached tensors of one shape along a new first dimension."""
-    return torch.stack([tensor.detach() for tensor in tensors])

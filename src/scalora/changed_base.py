@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from scalora.adapters import LoraPair, find_lora_pairs, place_remainders
 from scalora.config import ScaLoraConfig
@@ -48,13 +48,28 @@ class Attachment:
         fingerprint: of the base before the first change.
         config: of the engine that was attached last; None before the first.
         step: optimizer steps that this engine has seen.
-        rescales: how often it has rescaled.
     """
 
     fingerprint: str
     config: ScaLoraConfig | None = None
     step: int = 0
-    rescales: int = 0
+    _rescales: int = 0
+    _skipped: Tensor | int = 0
+
+    @property
+    def rescales(self) -> int:
+        """How often it has rescaled. Waits for the device if a GradScaler may have skipped steps."""
+        return self._rescales - int(self._skipped)
+
+    def count_rescale(self, skipped: Tensor | None) -> None:
+        """Count one, without waiting for the device to know whether the optimizer skips the step."""
+        self._rescales += 1
+        if skipped is not None:
+            self._skipped = self._skipped + skipped.bool()
+
+    def restart(self, *, step: int, rescales: int) -> None:
+        """Count from here."""
+        self.step, self._rescales, self._skipped = step, rescales, 0
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 from torch.optim import Optimizer
 
-from scalora.adapters import LoraPair, by_shape, stack
+from scalora.adapters import LoraPair, by_shape
 from scalora.changed_base import attach, state_of
 from scalora.config import ScaLoraConfig
-from scalora.remainder import FactoredRemainder
-from scalora.scaling import COLUMN, SCALAR, Scaling, choose_scaling
+from scalora.remainder import FactoredRemainder, weighted
+from scalora.scaling import COLUMN, SCALAR, Scaling, choose_scaling, solver_dtype
 from scalora.state import (
     STATE_FILE,
     StateError,
@@ -34,7 +35,10 @@ from scalora.state import (
     set_random_state,
     write_state,
 )
-from scalora.transport import refuse_closure, scale_gradient_and_state, state_degrees
+from scalora.transport import refuse_closure, scale_gradients_and_states, state_degrees
+
+PARTS = ("scalora::solve", "scalora::merge", "scalora::transport")
+"""The parts of a rescale, as a profiler's trace names them."""
 
 _QUANTILES = (0.1, 0.5, 0.9)
 
@@ -46,6 +50,13 @@ _LEFT_ALONE_BECAUSE = {
     "rate",
     "exploding": "its optimal factors were beyond a million or below a millionth; look at target_norm or smoothness",
 }
+
+
+class _Constants(NamedTuple):
+    """What the mathematics takes besides tensors of the model, for the layers of one shape."""
+
+    target_norms: Tensor
+    scaling: Tensor
 
 
 class ScaLora:
@@ -77,8 +88,10 @@ class ScaLora:
         rates = _base_learning_rates(self._optimizer)
         self._target_norms = {pair.name: _target_norms(pair, rates, self.config) for pair in self._pairs}
         self._groups = by_shape(self._pairs)
-        self._progress.config, self._progress.step, self._progress.rescales = self.config, 0, 0
-        self._last: dict[str, Tensor] = {}
+        self._progress.config = self.config
+        self._progress.restart(step=0, rescales=0)
+        self._constants: dict[tuple[tuple[str, float], ...], _Constants] = {}
+        self._last: list[tuple[Scaling, Tensor]] | None = None
         self._left_alone = {"nonfinite": torch.zeros(()), "exploding": torch.zeros(())}
         self._said: set[str] = set()
         self._hook = self._optimizer.register_step_pre_hook(self._before_step)
@@ -100,11 +113,12 @@ class ScaLora:
         and ``scalora/discarded`` (what compressions have left out, as a share of the remainder's Frobenius norm).
         """
         self._say_what_was_bad()
-        if not self._last:
+        if self._last is None:
             return {}
         counts = {f"scalora/{kind}": count.item() for kind, count in self._left_alone.items()}
         counts["scalora/rescales"] = float(self._progress.rescales)
-        return {key: value.item() for key, value in self._last.items()} | counts | self._remainder_metrics()
+        last = _summary(self._last, len(self._pairs))
+        return {key: value.item() for key, value in last.items()} | counts | self._remainder_metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs to go on exactly as if it had not stopped, as tensors, numbers and texts.
@@ -145,7 +159,7 @@ class ScaLora:
         restore(self._model, self._pairs, state["tensors"])
         if "random" in state:
             set_random_state(state["random"])
-        self._progress.step, self._progress.rescales = state["step"], state["rescales"]
+        self._progress.restart(step=state["step"], rescales=state["rescales"])
 
     def save(self, folder: str | Path) -> None:
         """Write `state_dict` to ``scalora_state.safetensors`` in a folder, atomically: an older one stays until then.
@@ -167,18 +181,15 @@ class ScaLora:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_closure("ScaLoRA", args, kwargs)
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and found_inf.item():
-            # GradScaler calls a fused optimizer even when it will skip the step.
-            return
         self._progress.step += 1
         if not self._rescales_at(self._progress.step):
             return
-        rescaled = [self._rescale_group([p for p in pairs if p.has_gradients]) for pairs in self._groups]
-        self._progress.rescales += 1
-        parts = [part for part in rescaled if part is not None]
-        self._last = _summary(parts, len(self._pairs))
-        for scaling, _ in parts:
+        # GradScaler calls a fused optimizer even when it will skip the step; whether it will, only the device knows.
+        skipped = getattr(optimizer, "found_inf", None)
+        rescaled = [self._rescale_group([p for p in pairs if p.has_gradients], skipped) for pairs in self._groups]
+        self._last = [part for part in rescaled if part is not None]
+        self._progress.count_rescale(skipped)
+        for scaling, _ in self._last:
             for kind, count in self._left_alone.items():
                 self._left_alone[kind] = count.to(scaling.alpha.device) + getattr(scaling, kind).sum()
 
@@ -186,25 +197,49 @@ class ScaLora:
         since_warmup = step - self.config.warmup_steps
         return since_warmup >= 1 and since_warmup % self.config.interval == 0
 
-    def _rescale_group(self, pairs: list[LoraPair]) -> tuple[Scaling, Tensor] | None:
-        """Solve, merge and carry over for layers of one shape; returns the scaling and the merges' squared norms."""
+    def _rescale_group(self, pairs: list[LoraPair], skipped: Tensor | None) -> tuple[Scaling, Tensor] | None:
+        """Solve, merge and carry over for layers of one shape; returns the scaling and the merges' squared norms.
+
+        Each operation is one for all of the layers, save the merge, which is one for each weight.
+        """
         if not pairs:
             return None
-        A, B = stack([p.lora_B for p in pairs]), stack([p.lora_A for p in pairs]).mT
-        GB, GtA = stack([_gradient(p.lora_B) for p in pairs]), stack([_gradient(p.lora_A) for p in pairs]).mT
-        norms = torch.tensor([self._target_norms[p.name] for p in pairs], dtype=torch.float64).to(A.device)
-        scaling = self._scaling(A, B, GB, GtA, norms)
-        alpha, beta = scaling.alpha.to(A.dtype), scaling.beta.to(A.dtype)
-        # 1 − αβ of the factors as they are applied, in the solver's precision: the function is kept to rounding.
-        scale = torch.tensor([p.scaling for p in pairs], dtype=scaling.alpha.dtype).to(A.device)
-        coefficients = scale[:, None] * (1 - alpha.to(scaling.alpha.dtype) * beta.to(scaling.beta.dtype))
-        for i, pair in enumerate(pairs):
-            pair.remainder.add(pair.weight, pair.lora_B, pair.lora_A.mT, coefficients[i])
-            pair.lora_B.mul_(alpha[i])
-            pair.lora_A.mul_(beta[i][:, None])
-            self._carry_over(pair.lora_B, beta[i])
-            self._carry_over(pair.lora_A, alpha[i][:, None])
-        return scaling, _merge_energy(A, B, coefficients)
+        with record_function(PARTS[0]):
+            A, B = torch.stack([p.lora_B for p in pairs]), torch.stack([p.lora_A for p in pairs]).mT
+            GB, GtA = (
+                torch.stack([_gradient(p.lora_B) for p in pairs]),
+                torch.stack([_gradient(p.lora_A) for p in pairs]).mT,
+            )
+            constants = self._constants_of(pairs, A)
+            scaling = self._scaling(A, B, GB, GtA, constants.target_norms)
+            if skipped is not None:
+                scaling = scaling.unless(skipped.to(A.device) > 0)
+        with record_function(PARTS[1]):
+            alpha, beta = scaling.alpha.to(A.dtype), scaling.beta.to(A.dtype)
+            # 1 − αβ of the factors as they are applied, in the solver's precision: the function is kept to rounding.
+            exact = scaling.alpha.dtype
+            left, right = weighted(A, B, constants.scaling * (1 - alpha.to(exact) * beta.to(exact)))
+            for pair, moved_left, moved_right in zip(pairs, left.unbind(), right.unbind(), strict=True):
+                pair.remainder.add(pair.weight, moved_left, moved_right)
+        with record_function(PARTS[2]):
+            lora_A: list[Tensor] = [p.lora_A for p in pairs]
+            lora_B: list[Tensor] = [p.lora_B for p in pairs]
+            torch._foreach_mul_(lora_B, _in_full(alpha[:, None, :], A.shape))
+            torch._foreach_mul_(lora_A, _in_full(beta[:, :, None], B.mT.shape))
+            self._carry_over(lora_B, _in_full(beta[:, None, :], A.shape))
+            self._carry_over(lora_A, _in_full(alpha[:, :, None], B.mT.shape))
+        # ‖left·rightᵀ‖² of each layer from r × r Grams.
+        return scaling, ((left.mT @ left) * (right.mT @ right)).sum((-2, -1))
+
+    def _constants_of(self, pairs: list[LoraPair], like: Tensor) -> _Constants:
+        """Target norms and scalings on the device, sent there again only when the layers or PEFT's scaling change."""
+        key = tuple((pair.name, pair.scaling) for pair in pairs)
+        if key not in self._constants:
+            dtype = solver_dtype(like.device)
+            norms = torch.tensor([self._target_norms[pair.name] for pair in pairs], dtype=dtype)
+            scaling = torch.tensor([[pair.scaling] for pair in pairs], dtype=dtype)
+            self._constants[key] = _Constants(norms.to(like.device), scaling.to(like.device))
+        return self._constants[key]
 
     # The two decisions of a rescale, each a method so that a comparison can replace it (`scalora.rivals.controls`).
 
@@ -212,9 +247,9 @@ class ScaLora:
         """α and β of a stack of layers: the analytic optimum."""
         return choose_scaling(A, B, GB, GtA, target_norm=target_norms, mode=self.config.mode)
 
-    def _carry_over(self, parameter: nn.Parameter, factors: Tensor) -> None:
-        """Take a parameter's gradient and optimizer state along: exactly."""
-        scale_gradient_and_state(self._optimizer, self._degrees, parameter, factors)
+    def _carry_over(self, parameters: list[Tensor], factors: list[Tensor]) -> None:
+        """Take the gradients and the optimizer's state of parameters along: exactly."""
+        scale_gradients_and_states(self._optimizer, self._degrees, parameters, factors)
 
     def _say_what_was_bad(self) -> None:
         """Warn once of each kind. Here and not in the step, which must not wait for the device."""
@@ -248,16 +283,13 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def _merge_energy(A: Tensor, B: Tensor, coefficients: Tensor) -> Tensor:
-    """``‖A·diag(c)·Bᵀ‖²`` of each layer from r × r Grams; 0 where c = 0 even if A or B is not finite."""
-    moved = (coefficients != 0)[:, None, :]
-    left = torch.where(moved, A, 0).to(coefficients.dtype) * coefficients[:, None, :]
-    right = torch.where(moved, B, 0).to(coefficients.dtype)
-    return ((left.mT @ left) * (right.mT @ right)).sum((-2, -1))
+def _in_full(factors: Tensor, shape: torch.Size) -> list[Tensor]:
+    """Factors in the shape of the stacked parameters, a tensor for each of them: so that one kernel takes all."""
+    return list(factors.expand(shape).contiguous().unbind())
 
 
 def _summary(parts: list[tuple[Scaling, Tensor]], total: int) -> dict[str, Tensor]:
-    """Metrics of one rescale as tensors, so that nothing waits for the device until someone reads them."""
+    """Metrics of one rescale. Not made in the step, which must not wait for the device."""
     if not parts:
         return {"scalora/left_alone_share": torch.tensor(1.0)}
     device = parts[0][1].device

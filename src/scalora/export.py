@@ -177,7 +177,8 @@ def _wrap(base: PreTrainedModel, state: dict[str, Any], *, check: bool = True) -
     if check:
         check_base(state, attachment.fingerprint)
     check_fit(model, pairs, state["tensors"])
-    attachment.config, attachment.step, attachment.rescales = config, state["step"], state["rescales"]
+    attachment.config = config
+    attachment.restart(step=state["step"], rescales=state["rescales"])
     return model, pairs
 
 

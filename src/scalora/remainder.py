@@ -17,8 +17,11 @@ from scalora.lowrank import factors_of_product, rank_for_tolerance
 
 Merge = Literal["auto", "dense", "factored"]
 
-# Bits of a half-precision format's significand, the implicit one included.
-_SIGNIFICAND = {torch.bfloat16: 8, torch.float16: 11}
+HALF = (torch.bfloat16, torch.float16)
+"""The dtypes that a merge would wear down without the bits that `DenseRemainder` keeps beside them."""
+
+# Bits of float16's significand, the implicit one included.
+_SIGNIFICAND = 11
 
 # Rows of a half-precision weight are merged in blocks of about this many entries, so that the float32 copy that the
 # sum is rounded from stays at 4 MiB however large the weight is.
@@ -32,9 +35,10 @@ class DenseRemainder(nn.Module):
     """Adds to the base weight in place. In float32 and float64 that is all.
 
     In bfloat16 and float16 a weight that is rounded at every merge random-walks away from what was learned. So the
-    rounding error of each entry is kept as a 16-bit fraction of its rounding interval (`low`, 2 bytes an entry), added
-    back before the next merge, and rounded off again after it: the pair carries float32's 24 bits, and the weight
-    itself is never more than one rounding away from that.
+    rounding error of each entry is kept in 16 bits (`low`, 2 bytes an entry), added back before the next merge, and
+    rounded off again after it: the pair carries float32's 24 bits, and the weight itself is never more than one
+    rounding away from that. For bfloat16 they are the lower half of the float32 itself ("Split SGD" of Intel's
+    extension for PyTorch); for float16, whose exponent is shorter, they are a fraction of the rounding interval.
 
     Args:
         weight: the base weight, (m, n), or (n, m) when `transposed`.
@@ -46,26 +50,18 @@ class DenseRemainder(nn.Module):
     def __init__(self, weight: Tensor, *, transposed: bool) -> None:
         super().__init__()
         self.transposed = transposed
-        low = torch.zeros_like(weight, dtype=torch.int16) if weight.dtype in _SIGNIFICAND else None
+        low = torch.zeros_like(weight, dtype=torch.int16) if weight.dtype in HALF else None
         self.register_buffer("low", low)
 
     @torch.no_grad()
-    def add(
-        self,
-        weight: Tensor,
-        A: Float[Tensor, "m r"],
-        B: Float[Tensor, "n r"],
-        coefficients: Float[Tensor, " r"],
-    ) -> None:
-        """Add ``A·diag(coefficients)·Bᵀ`` to `weight` in place, without a temporary of its size.
+    def add(self, weight: Tensor, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
+        """Add ``left @ right.T`` to `weight` in place, without a temporary of its size.
 
         Args:
             weight: the base weight, always the same one.
-            A: (m, r), in the adapter's dtype.
-            B: (n, r).
-            coefficients: columns with exactly 0 contribute exactly nothing, whatever A and B hold.
+            left: (m, r), in the adapter's dtype; see `weighted`.
+            right: (n, r).
         """
-        left, right = _weighted(A, B, coefficients)
         if self.transposed:
             left, right = right, left
         if self.low is None:
@@ -75,30 +71,39 @@ class DenseRemainder(nn.Module):
         for start in range(0, len(weight), rows):
             block = slice(start, start + rows)
             exact = _join(weight[block], self.low[block]).addmm_(left[block].float(), right.float().mT)
-            weight[block] = exact
-            self.low[block] = _fraction(exact, weight[block])
+            _split(exact, weight[block], self.low[block])
 
     def exact(self, weight: Tensor) -> Tensor:
         """The weight with all the bits that are kept: float32 for half precision, else the weight itself."""
         return weight if self.low is None else _join(weight, self.low)
 
 
-def _interval(rounded: Tensor) -> Tensor:
-    """Half the spacing of the format at each entry, as float32: the largest error that rounding to it can make."""
-    finfo = torch.finfo(rounded.dtype)
-    smallest = torch.frexp(torch.tensor(finfo.tiny)).exponent.to(rounded.device)
-    exponent = torch.maximum(torch.frexp(rounded.float()).exponent, smallest)
-    return torch.ldexp(torch.ones((), device=rounded.device), exponent - _SIGNIFICAND[rounded.dtype] - 1)
-
-
-def _fraction(exact: Tensor, rounded: Tensor) -> Tensor:
-    """The rounding error as a fraction of the interval, in 1/32767; 0 where the weight is not finite."""
-    fraction = ((exact - rounded.float()) / _interval(rounded) * 32767).round()
-    return fraction.nan_to_num(0, 0, 0).clamp(-32767, 32767).to(torch.int16)
-
-
 def _join(rounded: Tensor, low: Tensor) -> Tensor:
+    """The float32 numbers that `_split` was given: exactly for bfloat16, to 2⁻²⁶ relative for float16."""
+    if rounded.dtype == torch.bfloat16:
+        # bfloat16 is the upper half of a float32: its bits and those of `low` are one number's.
+        return rounded.view(torch.int16).int().bitwise_left_shift_(16).add_(low).view(torch.float32)
     return rounded.float() + low.float() / 32767 * _interval(rounded)
+
+
+def _split(exact: Tensor, rounded: Tensor, low: Tensor) -> None:
+    """Write float32 numbers, which are used up, as half-precision ones and what their rounding leaves out."""
+    if rounded.dtype == torch.bfloat16:
+        # The lower half as a signed number is what the number is over or short of the nearest bfloat16.
+        low.copy_(exact.view(torch.int16)[:, ::2])
+        exact.view(torch.int32).sub_(low)
+        rounded.view(torch.int16).copy_(exact.view(torch.int16)[:, 1::2])
+        return
+    rounded.copy_(exact)
+    fraction = ((exact - rounded.float()) / _interval(rounded) * 32767).round()
+    low.copy_(fraction.nan_to_num(0, 0, 0).clamp(-32767, 32767))
+
+
+def _interval(rounded: Tensor) -> Tensor:
+    """Half the spacing of float16 at each entry, as float32: the largest error that rounding to it can make."""
+    smallest = torch.frexp(torch.tensor(torch.finfo(torch.float16).tiny)).exponent.to(rounded.device)
+    exponent = torch.maximum(torch.frexp(rounded.float()).exponent, smallest)
+    return torch.ldexp(torch.ones((), device=rounded.device), exponent - _SIGNIFICAND - 1)
 
 
 class FactoredRemainder(nn.Module):
@@ -128,15 +133,8 @@ class FactoredRemainder(nn.Module):
         self.register_buffer("discarded", torch.zeros((), dtype=dtype, device=device))
 
     @torch.no_grad()
-    def add(
-        self,
-        weight: Tensor,
-        A: Float[Tensor, "m r"],
-        B: Float[Tensor, "n r"],
-        coefficients: Float[Tensor, " r"],
-    ) -> None:
-        """Add ``A·diag(coefficients)·Bᵀ`` to the product; arguments as for `DenseRemainder.add`, `weight` unused."""
-        left, right = _weighted(A, B, coefficients)
+    def add(self, weight: Tensor, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
+        """Add ``left @ right.T`` to the product; arguments as for `DenseRemainder.add`, `weight` unused."""
         self.left = torch.cat([self.left, left], dim=1)
         self.right = torch.cat([self.right, right], dim=1)
         if self.left.shape[1] > 2 * self.max_rank:
@@ -170,6 +168,16 @@ class FactoredRemainder(nn.Module):
 Remainder = DenseRemainder | FactoredRemainder
 
 
-def _weighted(A: Tensor, B: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+def weighted(
+    A: Float[Tensor, "*layers m r"], B: Float[Tensor, "*layers n r"], coefficients: Float[Tensor, "*layers r"]
+) -> tuple[Float[Tensor, "*layers m r"], Float[Tensor, "*layers n r"]]:
+    """``A·diag(coefficients)`` and B: the factors of what a rescale moves into the remainder.
+
+    Args:
+        A: (…, m, r).
+        B: (…, n, r).
+        coefficients: (…, r); columns with exactly 0 become exactly 0 in both, whatever A and B hold.
+    """
+    coefficients = coefficients[..., None, :]
     left = torch.where(coefficients == 0, 0, A * coefficients.to(A.dtype))
     return left, torch.where(coefficients == 0, 0, B)

@@ -72,6 +72,17 @@ class Scaling(NamedTuple):
     nonfinite: Bool[Tensor, "*layers"]
     exploding: Bool[Tensor, "*layers"]
 
+    def unless(self, skipped: Bool[Tensor, ""]) -> Scaling:
+        """The same, or a scaling that leaves every layer alone where `skipped`; nothing waits for the device."""
+        return Scaling(
+            torch.where(skipped, 1.0, self.alpha),
+            torch.where(skipped, 1.0, self.beta),
+            torch.where(skipped, LEFT_ALONE, self.choice),
+            degenerate=self.degenerate & ~skipped,
+            nonfinite=self.nonfinite & ~skipped,
+            exploding=self.exploding & ~skipped,
+        )
+
 
 def solver_dtype(device: torch.device) -> torch.dtype:
     """Float64 wherever the device has it: the normal equations square the adapter's condition number."""
@@ -96,12 +107,10 @@ def normal_equations(
     dtype = solver_dtype(A.device)
     S_A = torch.cat([A, GB], dim=-1).to(dtype)
     S_B = torch.cat([GtA, B], dim=-1).to(dtype)
-    finite = S_A.isfinite().all(-1).all(-1) & S_B.isfinite().all(-1).all(-1)
-    S_A = torch.where(finite[..., None, None], S_A, 0)
-    S_B = torch.where(finite[..., None, None], S_B, 0)
-
     r = A.shape[-1]
     gram_A, gram_B = S_A.mT @ S_A, S_B.mT @ S_B
+    # A NaN or infinity anywhere makes its column's square one: no need to look through S_A and S_B themselves.
+    finite = (gram_A.isfinite() & gram_B.isfinite()).all(-1).all(-1)
     matrix = gram_A * gram_B
     # λᵢ = ⟨G, aᵢ(Gᵀaᵢ)ᵀ⟩ = ‖Gᵀaᵢ‖² and ⟨G, (G bⱼ)bⱼᵀ⟩ = ‖G bⱼ‖².
     rhs = torch.cat([gram_B.diagonal(dim1=-2, dim2=-1)[..., :r], gram_A.diagonal(dim1=-2, dim2=-1)[..., r:]], dim=-1)
@@ -290,7 +299,9 @@ def _solve(
     rhs = (rhs * scale)[..., None]
     factor, info = torch.linalg.cholesky_ex(unit)
     definite = info == 0
-    factor = torch.where(definite[..., None, None], factor, torch.eye(unit.shape[-1]).to(unit))
+    factor = torch.where(
+        definite[..., None, None], factor, torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
+    )
     x = torch.cholesky_solve(rhs, factor)
     x = x + torch.cholesky_solve(rhs - unit @ x, factor)
     v = x[..., 0] * scale

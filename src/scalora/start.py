@@ -127,9 +127,7 @@ def weight_gradients(model: nn.Module, pairs: list[LoraPair], train_step: Callab
 def replace_factors(pairs: list[LoraPair], starts: list[tuple[Tensor, Tensor]]) -> None:
     """Give attached pairs new factors (A, B); what their product changes by goes to the remainder."""
     for pair, (A, B) in zip(pairs, starts, strict=True):
-        scale = A.new_full((A.shape[1],), pair.scaling)
-        before = (pair.lora_B.detach(), pair.lora_A.detach().mT)
-        pair.remainder.add(pair.weight, *before, scale)
+        pair.remainder.add(pair.weight, pair.scaling * pair.lora_B, pair.lora_A.mT)
         pair.lora_B.copy_(A)
         pair.lora_A.copy_(B.mT)
-        pair.remainder.add(pair.weight, pair.lora_B, pair.lora_A.mT, -scale)
+        pair.remainder.add(pair.weight, -pair.scaling * pair.lora_B, pair.lora_A.mT)

@@ -25,7 +25,7 @@ from scalora.config import ScaLoraConfig
 from scalora.remainder import DenseRemainder
 from scalora.writing import whole_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATE_FILE = "scalora_state.safetensors"
 
 _METADATA = "scalora"

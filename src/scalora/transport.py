@@ -9,7 +9,8 @@ So an optimizer is described by one small table, state key → degree; it is ref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -152,47 +153,66 @@ def refuse_closure(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 @torch.no_grad()
-def scale_gradient_and_state(
-    optimizer: Optimizer, degrees: Mapping[str, int], parameter: Tensor, factor: Tensor
+def scale_gradients_and_states(
+    optimizer: Optimizer, degrees: Mapping[str, int], parameters: Sequence[Tensor], factors: Sequence[Tensor]
 ) -> None:
-    """Multiply one parameter's gradient and state in place by powers of a factor.
+    """Multiply the gradients and the state of some parameters in place by powers of their factors.
 
-    Exact for floating-point state; 8-bit codes are coded again where they have to be (see `quantised_state`).
+    Exact for floating-point state; 8-bit codes are coded again where they have to be (see `quantised_state`). One
+    operation for each entry of the state, whatever the number of parameters, save for 8-bit codes.
 
     Args:
         optimizer: that holds the state.
         degrees: from `state_degrees`.
-        parameter: an adapter matrix.
-        factor: broadcastable against it, positive: 1 on the columns that are left alone.
+        parameters: adapter matrices.
+        factors: one of each parameter's shape, positive: 1 on the columns that are left alone.
 
     Raises:
         UnsupportedOptimizerError: the state has an entry of the parameter's shape that the table does not name, or one
-            of integers that are not the block-wise codes of bitsandbytes.
+            of integers that are not the block-wise codes of bitsandbytes; nothing has been changed then.
     """
-    if parameter.grad is not None:
-        parameter.grad.mul_(factor)
-    state = optimizer.state.get(parameter, {})
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.shape != parameter.shape:
-            continue
-        if key not in degrees:
-            raise UnsupportedOptimizerError(
-                f"{type(optimizer).__name__} keeps a state {key!r} of the parameter's shape that its entry does not "
-                f"name (it names {sorted(degrees)}): register it with scalora.register_optimizer"
-            )
-        if degrees[key] == 0:
-            continue
-        if value.is_floating_point():
-            # To the entry's device too: a paged one counts as the host's.
-            value.mul_(factor.to(value) ** degrees[key])
-        elif key in COMPANIONS and all(name in state for name in COMPANIONS[key]):
-            absmax, qmap = (state[name] for name in COMPANIONS[key])
-            scale_block_quantised(value, absmax, qmap, factor.to(qmap) ** degrees[key])
-        else:
-            raise UnsupportedOptimizerError(
-                f"{type(optimizer).__name__} keeps its state {key!r} as {value.dtype}, without the maxima and the code "
-                f"book that bitsandbytes keeps beside such codes; {_USE_INSTEAD}"
-            )
+    gradients = [(p.grad, factor) for p, factor in zip(parameters, factors, strict=True) if p.grad is not None]
+    entries: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    codes: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for parameter, factor in zip(parameters, factors, strict=True):
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                continue
+            if key not in degrees:
+                raise UnsupportedOptimizerError(
+                    f"{type(optimizer).__name__} keeps a state {key!r} of the parameter's shape that its entry does "
+                    f"not name (it names {sorted(degrees)}): register it with scalora.register_optimizer"
+                )
+            if degrees[key] == 0:
+                continue
+            if value.is_floating_point():
+                # To the entry's device too: a paged one counts as the host's.
+                entries[key].append((value, factor.to(value)))
+            elif key in COMPANIONS and all(name in state for name in COMPANIONS[key]):
+                absmax, qmap = (state[name] for name in COMPANIONS[key])
+                codes.append((value, absmax, qmap, factor.to(qmap) ** degrees[key]))
+            else:
+                raise UnsupportedOptimizerError(
+                    f"{type(optimizer).__name__} keeps its state {key!r} as {value.dtype}, without the maxima and the "
+                    f"code book that bitsandbytes keeps beside such codes; {_USE_INSTEAD}"
+                )
+    if gradients:
+        torch._foreach_mul_(*map(list, zip(*gradients, strict=True)))
+    for key, pairs in entries.items():
+        values, scales = map(list, zip(*pairs, strict=True))
+        # The power is applied as so many products: no copy of the factors, and exact where the power is.
+        for _ in range(degrees[key]):
+            torch._foreach_mul_(values, scales)
+    for code in codes:
+        scale_block_quantised(*code)
+
+
+def scale_gradient_and_state(
+    optimizer: Optimizer, degrees: Mapping[str, int], parameter: Tensor, factor: Tensor
+) -> None:
+    """`scale_gradients_and_states` of one parameter, by a factor that is broadcastable against it."""
+    scale_gradients_and_states(optimizer, degrees, [parameter], [factor.expand(parameter.shape)])
 
 
 def _qualified_name(cls: type) -> str:

@@ -45,9 +45,10 @@ class NormalisingScaLora(ScaLora):
 class ForgettingScaLora(ScaLora):
     """Scales the gradient by the chain rule but leaves the optimizer's state as it was: no transport."""
 
-    def _carry_over(self, parameter: nn.Parameter, factors: Tensor) -> None:
-        assert parameter.grad is not None
-        parameter.grad.mul_(factors)
+    def _carry_over(self, parameters: list[Tensor], factors: list[Tensor]) -> None:
+        for parameter, factor in zip(parameters, factors, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.mul_(factor)
 
 
 class RestartingScaLora(ScaLora):
@@ -75,7 +76,7 @@ class RestartingScaLora(ScaLora):
             pair.weight.grad = None
             pair.weight.requires_grad_(self._rescales_at(self._progress.step + 1))
 
-    def _rescale_group(self, pairs: list[LoraPair]) -> None:
+    def _rescale_group(self, pairs: list[LoraPair], skipped: Tensor | None) -> None:
         for pair in pairs:
             G = pair.weight.grad
             if G is None:

@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scalora.adapters import LoraPair, by_shape, find_lora_pairs, promote_adapters, stack
+from scalora.adapters import LoraPair, by_shape, find_lora_pairs, promote_adapters
 from scalora.rivals.method import Method
 from scalora.scaling import solver_dtype
 from scalora.transport import refuse_closure, scale_gradient_and_state, state_degrees
@@ -159,7 +159,7 @@ class GradientRefactorer(_Refactorer):
 def _precondition(pairs: list[LoraPair]) -> None:
     if not pairs:
         return
-    A, B = stack([pair.lora_B for pair in pairs]), stack([pair.lora_A for pair in pairs]).mT
+    A, B = torch.stack([pair.lora_B for pair in pairs]), torch.stack([pair.lora_A for pair in pairs]).mT
     P, Q, _ = optimal_refactoring(A, B)
     S, S_inverse = (P @ P.mT).to(A.dtype), (Q @ Q.mT).to(A.dtype)
     for i, pair in enumerate(pairs):
@@ -202,7 +202,7 @@ class ScalarRefactorer(_Refactorer):
     @torch.no_grad()
     def _refactor(self) -> None:
         for pairs in self._groups:
-            A, B = stack([pair.lora_B for pair in pairs]), stack([pair.lora_A for pair in pairs]).mT
+            A, B = torch.stack([pair.lora_B for pair in pairs]), torch.stack([pair.lora_A for pair in pairs]).mT
             for pair, root in zip(pairs, optimal_scalar(A, B).sqrt(), strict=True):
                 pair.lora_B.mul_(root)
                 pair.lora_A.div_(root)

@@ -138,8 +138,7 @@ class ReLoraRestarts:
     def restart(self) -> None:
         """Merge ``s·B·A`` into the base weights, begin the adapter as PEFT does, and reset its optimizer state."""
         for pair, place in zip(self._pairs, self._places, strict=True):
-            scale = pair.lora_B.new_full((pair.lora_B.shape[1],), pair.scaling)
-            place.add(pair.weight, pair.lora_B, pair.lora_A.mT, scale)
+            place.add(pair.weight, pair.scaling * pair.lora_B, pair.lora_A.mT)
             pair.layer.reset_lora_parameters(pair.adapter, True)
         for parameter in self._parameters():
             if self._settings.reset == "zero":

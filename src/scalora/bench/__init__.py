@@ -1,0 +1,1 @@
+"""Measures what methods cost: whole steps in pairs, peak memory, and a rescale by its parts beside its floor."""

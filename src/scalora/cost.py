@@ -1,0 +1,100 @@
+"""The floor of a rescale: bytes that must move and arithmetic that must be done, from the shapes of the layers alone.
+
+Everything is read and written once: the factors, their gradients and the optimizer's moments, and the weights where the
+remainder is merged into them. What a real rescale takes can be set beside it (`scalora bench`), and what a model too
+large for the machine at hand would take can be read off it (`scalora estimate`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Work(NamedTuple):
+    """What a piece of computation takes at the least.
+
+    Attributes:
+        bytes: read and written.
+        flops: additions and multiplications.
+    """
+
+    bytes: float
+    flops: float
+
+    def seconds(self, bandwidth: float, rate: float) -> float:
+        """The least time on a machine: whichever of the two it waits for longer.
+
+        Args:
+            bandwidth: bytes per second.
+            rate: floating-point operations per second.
+        """
+        return max(self.bytes / bandwidth, self.flops / rate)
+
+    def __mul__(self, count: float) -> Work:  # type: ignore[override]
+        """The same, so many times."""
+        return Work(self.bytes * count, self.flops * count)
+
+
+class RescaleWork(NamedTuple):
+    """A rescale of one layer, by its parts.
+
+    Attributes:
+        grams: the normal equations, from A, B, G·B and Gᵀ·A.
+        solve: the factors, from the normal equations.
+        merge: the remainder, into the weight or beside it.
+        transport: the factors onto A, B, their gradients and moments.
+    """
+
+    grams: Work
+    solve: Work
+    merge: Work
+    transport: Work
+
+    def __mul__(self, count: float) -> RescaleWork:  # type: ignore[override]
+        """The same, so many times."""
+        return RescaleWork(*(part * count for part in self))
+
+    def seconds(self, bandwidth: float, rate: float) -> float:
+        """The least time on a machine, one part after the other; see `Work.seconds`."""
+        return sum(part.seconds(bandwidth, rate) for part in self)
+
+
+def rescale_work(
+    m: int,
+    n: int,
+    rank: int,
+    *,
+    weight_bytes: float,
+    adapter_bytes: float = 4,
+    moments: int = 2,
+    remainder_rank: int | None = None,
+) -> RescaleWork:
+    """What one rescale of a layer takes.
+
+    Args:
+        m: out_features.
+        n: in_features.
+        rank: r.
+        weight_bytes: of one entry of the weight, with what is kept beside it for a merge (4 for float32 and for
+            bfloat16 with its lower half); of no matter with a factored remainder.
+        adapter_bytes: of one entry of the adapter.
+        moments: entries of optimizer state for each entry of the adapter: 2 for Adam.
+        remainder_rank: of a factored remainder, whose compressions are spread over the rescales between them; None for
+            a dense one.
+    """
+    adapter = (m + n) * rank
+    grams = Work(2 * adapter * adapter_bytes, 2 * (m + n) * (2 * rank) ** 2)
+    # A Cholesky factorisation and two solutions of 2r equations in float64.
+    solve = Work(8 * (2 * rank) ** 2, (2 * rank) ** 3 / 3 + 4 * (2 * rank) ** 2)
+    transport = Work(2 * (2 + moments) * adapter * adapter_bytes, (2 + moments) * adapter)
+    if remainder_rank is None:
+        merge = Work(2 * m * n * weight_bytes + adapter * adapter_bytes, 2 * m * n * rank)
+    else:
+        # Columns are appended; twice the rank of them are compressed to the rank by two thin QRs with their Q (4·m·k²),
+        # the SVD of a k × k matrix (about 20·k³) and two products.
+        k = 2 * remainder_rank
+        compression = Work(2 * (m + n) * k * adapter_bytes, 4 * (m + n) * k**2 + 20 * k**3 + 2 * (m + n) * k**2)
+        appended = Work(2 * adapter * adapter_bytes, adapter)
+        share = rank / remainder_rank
+        merge = Work(appended.bytes + share * compression.bytes, appended.flops + share * compression.flops)
+    return RescaleWork(grams, solve, merge, transport)
