@@ -30,9 +30,9 @@ class Work(NamedTuple):
         """
         return max(self.bytes / bandwidth, self.flops / rate)
 
-    def __mul__(self, count: float) -> Work:  # type: ignore[override]
-        """The same, so many times."""
-        return Work(self.bytes * count, self.flops * count)
+    def __add__(self, other: Work) -> Work:  # type: ignore[override]
+        """Both, one after the other."""
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
 
 
 class RescaleWork(NamedTuple):
@@ -50,9 +50,9 @@ class RescaleWork(NamedTuple):
     merge: Work
     transport: Work
 
-    def __mul__(self, count: float) -> RescaleWork:  # type: ignore[override]
-        """The same, so many times."""
-        return RescaleWork(*(part * count for part in self))
+    def __add__(self, other: RescaleWork) -> RescaleWork:  # type: ignore[override]
+        """Both layers' together."""
+        return RescaleWork(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
     def seconds(self, bandwidth: float, rate: float) -> float:
         """The least time on a machine, one part after the other; see `Work.seconds`."""
@@ -96,5 +96,5 @@ def rescale_work(
         compression = Work(2 * (m + n) * k * adapter_bytes, 4 * (m + n) * k**2 + 20 * k**3 + 2 * (m + n) * k**2)
         appended = Work(2 * adapter * adapter_bytes, adapter)
         share = rank / remainder_rank
-        merge = Work(appended.bytes + share * compression.bytes, appended.flops + share * compression.flops)
+        merge = appended + Work(share * compression.bytes, share * compression.flops)
     return RescaleWork(grams, solve, merge, transport)

@@ -82,17 +82,17 @@ def _join(rounded: Tensor, low: Tensor) -> Tensor:
     """The float32 numbers that `_split` was given: exactly for bfloat16, to 2⁻²⁶ relative for float16."""
     if rounded.dtype == torch.bfloat16:
         # bfloat16 is the upper half of a float32: its bits and those of `low` are one number's.
-        return rounded.view(torch.int16).int().bitwise_left_shift_(16).add_(low).view(torch.float32)
+        return rounded.view(torch.int16).int().bitwise_left_shift_(16).add_(low.int()).view(torch.float32)
     return rounded.float() + low.float() / 32767 * _interval(rounded)
 
 
 def _split(exact: Tensor, rounded: Tensor, low: Tensor) -> None:
     """Write float32 numbers, which are used up, as half-precision ones and what their rounding leaves out."""
     if rounded.dtype == torch.bfloat16:
-        # The lower half as a signed number is what the number is over or short of the nearest bfloat16.
-        low.copy_(exact.view(torch.int16)[:, ::2])
-        exact.view(torch.int32).sub_(low)
-        rounded.view(torch.int16).copy_(exact.view(torch.int16)[:, 1::2])
+        # The lower half, taken for a signed number, is what the float32 is over or short of the nearest bfloat16.
+        bits = exact.view(torch.int32)
+        low.copy_(bits)
+        rounded.view(torch.int16).copy_(bits.add_(1 << 15).bitwise_right_shift_(16))
         return
     rounded.copy_(exact)
     fraction = ((exact - rounded.float()) / _interval(rounded) * 32767).round()

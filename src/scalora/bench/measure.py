@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
-import sys
 from collections.abc import Iterator
 from math import lcm
 from typing import Any, NamedTuple
@@ -14,11 +12,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from scalora.bench.case import Case, Contender, interval_of, now
 from scalora.engine import PARTS
+from scalora.peak_memory import peak_memory_bytes
 
 # More than any cache: the largest of server processors hold a few hundred MB.
 _STREAM_BYTES = 1 << 29
 _GEMM_SIZE = 2048
 _REPEATS = 7
+
+# They allocate what the later ones use again.
+_FIRST_STEPS = 2
 
 # A rescale at every step passes through two compressions of a factored remainder in so many.
 _MEMORY_STEPS = 20
@@ -52,24 +54,24 @@ def _timed(work: Any, device: str) -> float:
     return now(device) - start
 
 
-def interleaved_steps(contenders: list[Contender], rounds: int) -> Iterator[dict[str, float]]:
-    """Time the contenders' steps in turn; yields the mean seconds per step of each, for each round.
+def interleaved_steps(contenders: list[Contender], rounds: int) -> Iterator[dict[str, list[float]]]:
+    """Time the contenders' steps in turn; yields the seconds of each of their steps, for each round.
 
-    A round is as many steps as make whole intervals of all of them, so that every rescale counts with the steps that
-    it is for. The contenders take turns at each step, and who is first moves on: what else the machine does disturbs
-    them alike.
+    A round is as many steps as make whole intervals of all of them, so that the same place in another round rescales or
+    does not alike, and every rescale counts with the steps that it is for. The contenders take turns at each step, and
+    who is first moves on: what else the machine does disturbs them alike.
     """
     steps = lcm(*(interval_of(contender.name) for contender in contenders))
-    for contender in contenders:  # the first steps allocate
-        for _ in range(steps):
+    for contender in contenders:
+        for _ in range(_FIRST_STEPS):
             contender.step()
     for _ in range(rounds):
-        seconds = dict.fromkeys((contender.name for contender in contenders), 0.0)
+        seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
         for step in range(steps):
             first = step % len(contenders)
             for contender in contenders[first:] + contenders[:first]:
-                seconds[contender.name] += contender.step()
-        yield {name: total / steps for name, total in seconds.items()}
+                seconds[contender.name].append(contender.step())
+        yield seconds
 
 
 def peak_memory(name: str, case: Case, threads: int) -> int:
@@ -86,9 +88,7 @@ def _peak_memory(name: str, case: Case, threads: int) -> int:
     contender = Contender(name, case.base(), case)
     for _ in range(max(_MEMORY_STEPS, interval_of(name))):
         contender.step()
-    if torch.device(case.device).type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory_bytes(cuda=torch.device(case.device).type == "cuda")
 
 
 def rescale_parts(contender: Contender, repeats: int = _REPEATS) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from enum import Enum
@@ -241,6 +242,116 @@ def inspect(
         typer.echo(f"written to {target}")
 
     _in_one_line(run_inspect, debug)
+
+
+@app.command()
+def estimate(
+    config: Annotated[Path, typer.Argument(help="A model's config.json, or the folder that holds it.")],
+    r: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter; 8.")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Modules to adapt, with commas between; all-linear.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the base: float32, bfloat16 or float16; bfloat16.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Of the base's linear layers: none, nf4 or int8; none.")
+    ] = None,
+    merge: Annotated[str | None, typer.Option(help="Where the remainder goes: auto, dense or factored; auto.")] = None,
+    remainder_rank: Annotated[int | None, typer.Option(min=1, help="Of a factored remainder; 64.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Per step; 4096, one sequence of Llama 2's length.")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Of the machine's memory, GB/s; 3350, by NVIDIA's H100 SXM datasheet.")
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="That the machine reaches; 0.4 of what the same datasheet says for the dtype (989, dense)."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the estimate here as JSON.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Say what training a model would take with LoRA and with ScaLoRA, from its config alone."""
+
+    def run() -> None:
+        from scalora.cli.estimate import EstimateSettings, as_json, markdown
+        from scalora.cli.estimate import estimate as make
+        from scalora.cli.run_folder import write_json
+
+        options = {
+            "r": r,
+            "target_modules": target_modules,
+            "dtype": dtype,
+            "quantization": quantization,
+            "merge": merge,
+            "remainder_rank": remainder_rank,
+            "tokens": tokens,
+            "bandwidth": bandwidth,
+            "tflops": tflops,
+        }
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        settings = EstimateSettings(config, **given)
+        found = make(settings)
+        typer.echo(markdown(settings, found))
+        if json is not None:
+            write_json(json, as_json(settings, found))
+
+    _in_one_line(run, debug)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or hub id of a causal language model; random weights when not given.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="To measure against LoRA; scalora:10 rescales at every tenth step. scalora and scalora:10."),
+    ] = None,
+    width: Annotated[list[int] | None, typer.Option(min=64, help="Hidden size of the random model; 512.")] = None,
+    layers: Annotated[list[int] | None, typer.Option(min=1, help="Layers of the random model; 4.")] = None,
+    rank: Annotated[list[int] | None, typer.Option(min=1, help="r of the adapter; 8.")] = None,
+    sequence: Annotated[list[int] | None, typer.Option(min=2, help="Tokens of a sequence; 256.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Of the base weights; float32.")] = None,
+    merge: Annotated[list[str] | None, typer.Option(help="Where ScaLoRA's remainder goes; auto.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 4,
+    device: Annotated[str | None, typer.Option(help="cuda where there is one, else cpu.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of interleaved steps; ratios are taken round by round.")] = 5,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too, a process for each method.")] = True,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of torch on the CPU; its own choice when not given.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the table, the figures and the data.")] = Path("runs/bench"),
+    debug: Debug = False,
+) -> None:
+    """Measure what methods cost against LoRA, and a rescale against its floor.
+
+    Of an option given more than once the first value is the base case; each other one is tried in its place alone.
+    """
+    # What torch's profiler says of itself on standard error; read when torch is loaded.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+    def run() -> None:
+        import torch
+
+        from scalora.cli.bench import BenchSettings
+        from scalora.cli.bench import bench as run_bench
+
+        settings = BenchSettings(
+            model=model,
+            methods=method or ["scalora", "scalora:10"],
+            width=width or [512],
+            layers=layers or [4],
+            rank=rank or [8],
+            sequence=sequence or [256],
+            dtype=dtype or ["float32"],
+            merge=merge or ["auto"],  # type: ignore[arg-type]
+            batch=batch,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            rounds=rounds,
+            memory=memory,
+            threads=threads or torch.get_num_threads(),
+        )
+        typer.echo(run_bench(settings, output))
+
+    _in_one_line(run, debug)
 
 
 def _in_one_line(command: Callable[[], Any], debug: bool) -> None:

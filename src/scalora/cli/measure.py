@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.pytorch_utils import Conv1D
 
 from scalora.lowrank import effective_rank_of_values, rank_of_values
+from scalora.peak_memory import peak_memory_bytes
 
 # Enough to see first, middle and last layers; each costs an SVD whenever it is looked at.
 _LAYERS = 4
@@ -110,13 +109,9 @@ def costs(model: nn.Module, clock: StepClock) -> dict[str, Any]:
 
     The memory is what torch took on a CUDA device, else the peak of the whole process.
     """
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "seconds_per_step": clock.per_step,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": peak_memory_bytes(cuda=torch.cuda.is_available()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 

@@ -67,7 +67,7 @@ def _reached(study: Study, rows: list[dict[str, Any]]) -> list[str]:
         note += "\n\n\\* at the edge of its grid of learning rates: a better one may lie outside."
     return [
         "## What each method reaches at its best learning rate",
-        _grid(["method", "learning rate", "seeds", *names.values()], map(line, rows)),
+        grid(["method", "learning rate", "seeds", *names.values()], map(line, rows)),
         note,
     ]
 
@@ -99,7 +99,7 @@ def _against_baseline(study: Study, rows: list[dict[str, Any]]) -> list[str]:
     )
     return [
         f"## Against {baseline}",
-        _grid(["method", *columns, f"steps to {baseline}'s best loss", "seconds"], map(line, rows)),
+        grid(["method", *columns, f"steps to {baseline}'s best loss", "seconds"], map(line, rows)),
         note,
     ]
 
@@ -118,7 +118,7 @@ def _costs(rows: list[dict[str, Any]]) -> list[str]:
     columns = ["seconds per step", "peak memory, MiB", "trainable parameters", "numerical rank", "effective rank"]
     return [
         "## Cost, and rank of the update",
-        _grid(["method", *columns], map(line, rows)),
+        grid(["method", *columns], map(line, rows)),
         "Ranks: of the total update at the end, mean over the measured layers and the seeds (`track_updates`).",
     ]
 
@@ -134,7 +134,7 @@ def _learning_rates(study: Study, rows: list[dict[str, Any]]) -> list[str]:
     seeds = _listed(study.tuning_seeds or study.seeds)
     return [
         "## Every learning rate",
-        _grid(["method", "learning rate", *names.values(), "runs finished"], map(line, rows)),
+        grid(["method", "learning rate", *names.values(), "runs finished"], map(line, rows)),
         f"Mean over the seeds {seeds}; the best (bold) is the one with the smallest evaluation loss.",
     ]
 
@@ -160,7 +160,7 @@ def _header(result: StudyResult) -> str:
     return f"# {result.folder.name}\n\n" + "; ".join(part for part in parts if part) + "."
 
 
-def _grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -418,6 +418,50 @@ def _loss(study: StudyData, name: str, by: Literal["step", "seconds"], label: st
     return figure
 
 
+@_STYLE
+def step_ratios(rows: Iterable[tuple[str, float, tuple[float, float]]]) -> Figure:
+    """Seconds of a step over LoRA's, a line a method, with the middle half of the single steps.
+
+    Args:
+        rows: what each is, its ratio, and where the middle half begins and ends.
+    """
+    rows = list(rows)
+    figure, (axes,) = _figure(0.9 + 0.3 * len(rows))
+    names = [name for name, _, _ in rows]
+    for name, _, ends in rows:
+        axes.plot(ends, [name, name], color=_COLOURS[0], linewidth=2.5, alpha=0.45, solid_capstyle="butt")
+    axes.plot([ratio for _, ratio, _ in rows], names, linestyle="none", marker="o", color=_COLOURS[0])
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set(xlabel="time of a step, over LoRA's")
+    axes.margins(y=0.5 / max(1, len(rows)))
+    axes.invert_yaxis()
+    return figure
+
+
+@_STYLE
+def rescale_parts(rows: Iterable[tuple[str, dict[str, float], float]]) -> Figure:
+    """A rescale by its parts, a bar a case, with a stroke at its floor.
+
+    Args:
+        rows: the case, the seconds of the parts, the seconds of the floor.
+    """
+    rows = list(rows)
+    figure, (axes,) = _figure(1.1 + 0.34 * len(rows))
+    names = [name for name, _, _ in rows]
+    left = np.zeros(len(rows))
+    for part, colour in zip(rows[0][1], _COLOURS, strict=False):
+        seconds = np.array([1000 * parts[part] for _, parts, _ in rows])
+        axes.barh(names, seconds, left=left, height=0.6, color=colour, label=part.removeprefix("scalora::"))
+        left += seconds
+    floors = [1000 * floor for _, _, floor in rows]
+    axes.plot(floors, names, linestyle="none", marker="|", markersize=16, markeredgewidth=2, color=INK, label="floor")
+    axes.set(xlabel="a rescale (ms)")
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+    return figure
+
+
 def _figure(
     height: float, rows: int = 1, columns: int = 1, *, sharex: bool = False, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:

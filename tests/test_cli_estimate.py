@@ -1,0 +1,351 @@
+"""`scalora estimate`, through the command: against models that are really made, real optimizer state, and by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+from models import tiny_gpt2, tiny_llama, trainable
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    MixtralConfig,
+    T5Config,
+    ViTConfig,
+)
+from typer.testing import CliRunner
+
+from scalora.adapters import find_lora_pairs, place_remainders, resolve_merge
+from scalora.cli import app
+from scalora.cli.estimate import Estimate, EstimateSettings, estimate
+from scalora.peak_memory import peak_memory_bytes
+
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+# Of its adapted layers: entries, and m + n, summed over layers.
+ADAPTED = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+WIDTH = 32 * (4 * 8192 + 3 * (4096 + 11008))
+
+# (m, n) of the tiny Llama's adapted layers, of which it has two each.
+TINY = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
+
+
+def command(*words):
+    return CliRunner().invoke(app, ["estimate", *map(str, words)])
+
+
+def estimated(tmp_path, folder, *words):
+    result = command(folder, *words, "--json", tmp_path / "estimate.json")
+    assert result.exit_code == 0, result.output
+    return json.loads((tmp_path / "estimate.json").read_text())
+
+
+@pytest.fixture
+def large(tmp_path):
+    path = tmp_path / "large" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(LLAMA_2_7B))
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    tiny_llama().config.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def adapted(model, r=4, target_modules="all-linear"):
+    return get_peft_model(model, LoraConfig(r=r, target_modules=target_modules))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj", "embed_tokens, down_proj"])
+def test_lora_takes_what_a_real_model_and_a_real_optimizer_take(tiny, tmp_path, targets):
+    base = tiny_llama().to(torch.bfloat16)
+    parameters, taken = sum(p.numel() for p in base.parameters()), sum(p.nbytes for p in base.parameters())
+    names = targets if targets == "all-linear" else targets.replace(" ", "").split(",")
+    model = adapted(base, target_modules=names)
+    optimizer = torch.optim.AdamW(trainable(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    found = estimated(tmp_path, tiny, "--r", 4, "--target-modules", targets)
+    count, total = model.get_nb_trainable_parameters()
+    assert (found["trainable"], found["parameters"]) == (count, parameters)
+    assert found["share"] == count / total
+    assert found["layers"] == len(find_lora_pairs(model))
+    assert found["memory"]["base"] == taken
+    assert found["memory"]["adapter"] == sum(p.nbytes for p in trainable(model))
+    assert found["memory"]["gradients"] == sum(p.grad.nbytes for p in trainable(model))
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert found["memory"]["optimizer"] == sum(moment.nbytes for moment in moments)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("merge", ["dense", "factored"])
+def test_the_remainder_takes_what_a_real_one_takes_at_its_largest(tiny, tmp_path, dtype, merge):
+    pairs = find_lora_pairs(adapted(tiny_llama().to(getattr(torch, dtype))))
+    place_remainders(pairs, merge, 8)
+    # Sixteen columns are twice the rank, four more are compressed: the largest is while they are.
+    real = 0
+    for pair in pairs:
+        remainder = pair.remainder
+        if merge == "dense":
+            real += 0 if remainder.low is None else remainder.low.nbytes
+            continue
+        for _ in range(4):
+            remainder.add(pair.weight, torch.randn(len(pair.lora_B), 4), torch.randn(pair.lora_A.shape[1], 4))
+        assert remainder.left.shape[1] == 16
+        real += (remainder.left.nbytes + remainder.right.nbytes) * 20 // 16
+    found = estimated(tmp_path, tiny, "--r", 4, "--dtype", dtype, "--merge", merge, "--remainder-rank", 8)
+    assert found["merge"] == merge
+    assert found["memory"]["remainder"] == real
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("columns", [1, 4, 64])
+def test_auto_is_what_training_would_do(tiny, tmp_path, dtype, columns):
+    pairs = find_lora_pairs(adapted(tiny_llama().to(getattr(torch, dtype))))
+    found = estimated(tmp_path, tiny, "--r", 4, "--dtype", dtype, "--remainder-rank", columns)
+    assert found["merge"] == resolve_merge(pairs, "auto", columns)
+    for kind in ("nf4", "int8"):
+        quantised = estimated(tmp_path, tiny, "--remainder-rank", columns, "--quantization", kind)
+        assert quantised["merge"] == "factored"
+
+
+def test_the_scratch_is_that_of_the_largest_stack(tiny, tmp_path):
+    found = estimated(tmp_path, tiny, "--r", 4)
+    # Stacks: q and o, k and v, gate and up, down; A, G·B of (m, 4) and Gᵀ·A, B of (n, 4), in float32 and in float64.
+    stacks = [4 * (32 + 32), 4 * (16 + 32), 4 * (48 + 32), 2 * (32 + 48)]
+    assert found["memory"]["scratch"] == max(stacks) * 2 * 4 * (4 + 8)
+
+
+def test_quantised_linear_layers_by_hand(tiny, tmp_path):
+    entries = [2 * m * n for m, n in TINY]
+    others = tiny_llama()
+    rest = 2 * (sum(p.numel() for p in others.parameters()) - sum(entries))
+    nf4 = estimated(tmp_path, tiny, "--quantization", "nf4")
+    assert nf4["memory"]["base"] == rest + sum(entries) // 2 + 4 * sum(entries) // 64
+    int8 = estimated(tmp_path, tiny, "--quantization", "int8")
+    assert int8["memory"]["base"] == rest + sum(entries)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_nf4_takes_what_bitsandbytes_takes(make, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    make().save_pretrained(tmp_path / "model")
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.bfloat16, quantization_config=quantisation
+    )
+    scales = [p.quant_state.absmax.nbytes for p in model.parameters() if hasattr(p, "quant_state")]
+    found = estimated(tmp_path, tmp_path / "model", "--quantization", "nf4")
+    assert scales
+    assert found["memory"]["base"] == sum(p.nbytes for p in model.parameters()) + sum(scales)
+
+
+def test_a_large_model_by_hand_and_without_its_memory(large, tmp_path):
+    before = peak_memory_bytes(cuda=False)
+    found = estimated(tmp_path, large)
+    assert peak_memory_bytes(cuda=False) - before < 2**30
+    assert found["parameters"] == 6_738_415_616
+    assert found["trainable"] == 19_988_480
+    assert found["memory"] == {
+        "base": 2 * 6_738_415_616,
+        "adapter": 4 * 19_988_480,
+        "gradients": 4 * 19_988_480,
+        "optimizer": 8 * 19_988_480,
+        "remainder": 4 * WIDTH * (2 * 64 + 8),
+        "scratch": 128 * 2 * 8192 * 8 * 12,  # q, k, v and o of 32 layers
+    }
+    assert found["merge"] == "factored"
+    rate, tokens = 0.4 * 989e12, 4096
+    lora = (4 * (ADAPTED + 32000 * 4096) + 6 * WIDTH * 8) * tokens / rate
+    columns = 4 * WIDTH * 1.5 * 64 * tokens / rate
+    assert found["seconds"]["lora"] == pytest.approx(lora)
+    assert found["seconds"]["columns"] == pytest.approx(columns)
+    rescale = sum(found["seconds"]["rescale"].values())
+    assert found["overhead"] == {
+        "1": pytest.approx((columns + rescale) / lora),
+        "10": pytest.approx((columns + rescale / 10) / lora),
+    }
+
+
+def test_the_floor_of_a_dense_rescale_by_hand(large, tmp_path):
+    # With arithmetic for nothing there is what must move: factors and gradients read; weights read and written; and
+    # factors, gradients and moments too.
+    rescale = estimated(tmp_path, large, "--merge", "dense", "--bandwidth", 2000, "--tflops", 1e9)["seconds"]["rescale"]
+    adapter = 4 * 8 * WIDTH
+    assert rescale["grams"] == pytest.approx(2 * adapter / 2e12)
+    assert rescale["merge"] == pytest.approx((2 * 4 * ADAPTED + adapter) / 2e12)  # bfloat16 and 2 bytes beside it
+    assert rescale["transport"] == pytest.approx(8 * adapter / 2e12)
+    # With memory for nothing there is what must be computed.
+    rescale = estimated(tmp_path, large, "--merge", "dense", "--bandwidth", 1e12, "--tflops", 5)["seconds"]["rescale"]
+    assert rescale["merge"] == pytest.approx(2 * 8 * ADAPTED / 5e12)
+
+
+def test_tokens_and_the_machine_scale_the_step(large, tmp_path):
+    base = estimated(tmp_path, large, "--merge", "dense")
+    longer = estimated(tmp_path, large, "--merge", "dense", "--tokens", 8192)
+    slower = estimated(tmp_path, large, "--merge", "dense", "--tflops", 0.4 * 989 / 2)
+    for other in (longer, slower):
+        assert other["seconds"]["lora"] == pytest.approx(2 * base["seconds"]["lora"])
+    assert longer["overhead"]["1"] == pytest.approx(base["overhead"]["1"] / 2)
+    single = estimated(tmp_path, large, "--dtype", "float32")
+    assert single["settings"]["tflops"] == pytest.approx(0.4 * 67)
+
+
+def test_what_is_printed_is_what_is_written(large, tmp_path):
+    result = command(large.parent, "--json", tmp_path / "estimate.json")
+    found = json.loads((tmp_path / "estimate.json").read_text())
+    assert "6,738,415,616 parameters, bfloat16" in result.stdout
+    assert "r = 8 on 224 layers, 19,988,480 trainable parameters (0.296% of all)" in result.stdout
+    assert "Without activations" in result.stdout
+    assert "4,096 tokens per step, 3350 GB/s, 395.6 TFLOP/s reached" in result.stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines() if "|" in line]
+    table = {row[0]: row[1:] for row in rows}
+    memory, both = found["memory"], ("base", "adapter", "gradients", "optimizer")
+    lora = sum(memory[part] for part in both)
+    assert table["base weights"] == [f"{memory['base'] / 2**30:.3f}"] * 2
+    assert table["remainder"] == ["0.000", f"{memory['remainder'] / 2**30:.3f}"]
+    assert table["in all"] == [f"{lora / 2**30:.3f}", f"{sum(memory.values()) / 2**30:.3f}"]
+    for interval in ("1", "10"):
+        step, over = table[f"ScaLoRA, I = {interval}"]
+        assert over == f"+{found['overhead'][interval]:.2%}"
+        assert float(step) == pytest.approx(1000 * found["seconds"]["lora"] * (1 + found["overhead"][interval]), 1e-3)
+
+
+MIXTRAL = MixtralConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=4,
+    vocab_size=64,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "uncounted"),
+    [
+        (T5Config(d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4, vocab_size=64), AutoModel, 0),
+        (
+            ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32),
+            AutoModel,
+            32 * 3 * 16 * 16 + (1 + 4 + 1) * 32,  # patches; positions of four patches and the class, and the class
+        ),
+        (GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=64), AutoModelForCausalLM, 0),
+        (MIXTRAL, AutoModelForCausalLM, 2 * (4 * 3 * 32 * 64 + 4 * 32)),  # experts and routers
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_other_kinds_of_models(config, kind, uncounted, tmp_path):
+    config.save_pretrained(tmp_path / "model")
+    real = kind.from_config(config)
+    # PEFT counts a mixture's experts among "all-linear" layers, and ScaLoRA refuses them.
+    targets = "q_proj,v_proj" if config is MIXTRAL else "all-linear"
+    result = command(tmp_path / "model", "--target-modules", targets, "--json", tmp_path / "estimate.json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads((tmp_path / "estimate.json").read_text())
+    assert (found["model"], found["parameters"]) == (type(real).__name__, sum(p.numel() for p in real.parameters()))
+    names = targets.split(",") if config is MIXTRAL else targets
+    assert found["trainable"] == adapted(real, r=8, target_modules=names).get_nb_trainable_parameters()[0]
+    assert found["uncounted"] == uncounted
+    assert (f"Not in the step: {uncounted:,} parameters" in result.stdout) == (uncounted > 0)
+
+
+def test_a_layer_that_training_would_refuse_is_refused(tmp_path):
+    MIXTRAL.save_pretrained(tmp_path)
+    refused(command(tmp_path), "can't treat module")
+
+
+def test_nothing_of_it_is_made(large, monkeypatch):
+    made = []
+    original = torch.nn.Module.register_parameter
+
+    def watch(self, name, parameter):
+        made.append(parameter)
+        original(self, name, parameter)
+
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", watch)
+    found = estimate(EstimateSettings(large))
+    assert isinstance(found, Estimate)
+    devices = {parameter.device.type for parameter in made if parameter is not None}
+    assert devices == {"meta"}
+    assert torch.zeros(1).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--r", "0"], "'--r'"),
+        (["--r", "two"], "'--r'"),
+        (["--tokens", "0"], "'--tokens'"),
+        (["--remainder-rank", "0"], "'--remainder-rank'"),
+        (["--bandwidth", "-1"], "--bandwidth must be a positive finite number, got -1.0"),
+        (["--bandwidth", "nan"], "--bandwidth must be a positive finite number, got nan"),
+        (["--tflops", "inf"], "--tflops must be a positive finite number, got inf"),
+        (["--dtype", "float8"], "--dtype 'float8': the dtypes are float32, bfloat16, float16"),
+        (["--quantization", "gguf"], "--quantization 'gguf': the kinds are none, nf4, int8"),
+        (["--merge", "sparse"], "merge must be one of auto, dense, factored, got 'sparse'"),
+        (["--merge", "dense", "--quantization", "nf4"], "--merge dense: can't merge into nf4 weights"),
+        (["--target-modules", "q_proj,qq"], "--target-modules 'qq': no layer has that name; there are embed_tokens,"),
+        (["--target-modules", ""], "--target-modules '': no layer has that name"),
+    ],
+)
+def test_a_wrong_option_is_one_line(tiny, options, message):
+    refused(command(tiny, *options), message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist: give a config.json or the folder that holds it"),
+        (b"{not json", "can't be read as a model's config"),
+        (b"\xff\xfe\x00", "can't be read as a model's config"),
+        (b"{}", "can't be read as a model's config"),
+        (b"[1, 2]", "can't be read as a model's config"),
+        (b'{"model_type": "abacus"}', "can't be read as a model's config"),
+        (b'{"model_type": "llama", "hidden_size": "wide"}', "config"),
+        (b'{"model_type": "llama", "hidden_size": -64}', "no model can be built from config"),
+        (b'{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', "quantised already"),
+    ],
+)
+def test_what_is_no_config_of_a_model_is_said_in_one_line(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    for path in (tmp_path, tmp_path / "config.json"):
+        refused(command(path), message)
+
+
+def test_a_tied_head_is_refused_by_name(tmp_path):
+    tiny_llama(tie_word_embeddings=True).config.save_pretrained(tmp_path)
+    refused(command(tmp_path, "--target-modules", "lm_head"), "its base weight is tied")
+
+
+def refused(result, message):
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not result.stdout
+
+
+def test_a_share_of_a_block_counts_as_one(tmp_path):
+    # 20 × 30 entries are nine blocks of 64 and a bit.
+    settings = {"hidden_size": 20, "intermediate_size": 30, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = tiny_llama(**settings)
+    model.config.save_pretrained(tmp_path / "odd")
+    linear = [p.numel() for name, p in model.named_parameters() if "proj" in name]
+    rest = 2 * (sum(p.numel() for p in model.parameters()) - sum(linear))
+    found = estimated(tmp_path, tmp_path / "odd", "--quantization", "nf4")
+    assert found["memory"]["base"] == rest + sum(n // 2 + 4 * math.ceil(n / 64) for n in linear)

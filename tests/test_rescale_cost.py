@@ -1,0 +1,125 @@
+"""What a rescale asks of the machine: operations, device-to-host copies, temporaries."""
+
+from collections import Counter
+
+import pytest
+import torch
+from models import tiny_llama, trainable, with_lora
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scalora import ScaLora, ScaLoraConfig
+from scalora.remainder import DenseRemainder
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches the device: views are bookkeeping of the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and func is not torch.ops.aten.detach.default:
+            self.count[func.overloadpacket.__name__] += 1
+            if isinstance(out, torch.Tensor) and not any(out is arg for arg in args):
+                self.largest = max(self.largest, out.numel())
+        return out
+
+
+def rescale(layers, **settings):
+    """The operations of one rescale of a Llama with so many layers, after the moments are there."""
+    model = with_lora(tiny_llama(num_hidden_layers=layers, **settings), r=4, target_modules="all-linear")
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
+    operations, step = Operations(), 0
+
+    def begin(*_):
+        nonlocal step
+        step += 1
+        if step == 2:
+            operations.__enter__()
+
+    def end(*_):
+        if step == 2:
+            operations.__exit__(None, None, None)
+
+    # Around the engine's hook, and before the optimizer's own step.
+    optimizer.register_step_pre_hook(begin)
+    engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0))
+    optimizer.register_step_pre_hook(end)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(2):
+        for parameter in trainable(model):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    assert engine.metrics()["scalora/rescales"] == 2
+    assert engine.metrics()["scalora/left_alone_share"] < 1
+    return operations
+
+
+def test_the_number_of_operations_does_not_grow_with_the_layers_save_one_merge_for_each_weight():
+    few, many = rescale(2).count, rescale(6).count
+    linear_layers = 7
+    assert (few.pop("addmm_"), many.pop("addmm_")) == (2 * linear_layers, 6 * linear_layers)
+    assert sum(few.values()) > 0
+    assert few == many
+
+
+def test_a_merge_makes_no_temporary_of_a_weights_size():
+    width = 512
+    operations = rescale(1, hidden_size=width, intermediate_size=width, num_attention_heads=4)
+    assert operations.largest < width * width / 2
+
+
+@pytest.fixture
+def meta_model(monkeypatch):
+    """A model whose tensors have no values: whatever wants one on the host fails."""
+    monkeypatch.setattr("scalora.changed_base.base_fingerprint", lambda model: "none: there are no weights")
+    return with_lora(tiny_llama().to("meta"), r=4, target_modules="all-linear", random_B=False).to("meta")
+
+
+@pytest.mark.parametrize("merge", ["dense", "factored"])
+@pytest.mark.parametrize("skipping", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_takes_no_value_from_the_device(meta_model, merge, skipping, dtype):
+    for name, parameter in meta_model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+    optimizer = torch.optim.AdamW(trainable(meta_model), lr=1e-3, foreach=True)
+    engine = ScaLora(meta_model, optimizer, ScaLoraConfig(warmup_steps=0, merge=merge))
+    # GradScaler tells fused optimizers, and there are none without a device.
+    optimizer.register_step_pre_hook(lambda *_: setattr(optimizer, "found_inf", None))
+    for _ in range(3):
+        for parameter in trainable(meta_model):
+            parameter.grad = torch.randn_like(parameter)
+        if skipping:
+            optimizer.found_inf = torch.zeros((), device="meta")
+        optimizer.step()
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        engine.metrics()  # what is logged is what has to be fetched
+
+
+def test_bfloat16_and_what_is_kept_beside_it_are_the_float32_weight_bit_for_bit():
+    generator = torch.Generator().manual_seed(0)
+    magnitudes = 10.0 ** torch.randint(-30, 30, (64, 96), generator=generator)
+    weight = nn.Parameter((torch.randn(64, 96, generator=generator) * magnitudes).bfloat16(), requires_grad=False)
+    replay, remainder = weight.float(), DenseRemainder(weight, transposed=False)
+    for _ in range(20):
+        left, right = torch.randn(64, 4, generator=generator), torch.randn(96, 4, generator=generator)
+        remainder.add(weight, left, right)
+        replay.addmm_(left, right.mT)
+        assert torch.equal(remainder.exact(weight), replay)
+        error, nearest = (weight.float() - replay).abs(), (replay.bfloat16().float() - replay).abs()
+        assert torch.equal(error, nearest)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nothing_to_merge_leaves_any_half_precision_weight_as_it_is(dtype):
+    # Every number that the format has, infinities included.
+    weight = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(dtype).view(256, 256)
+    weight = torch.where(weight.isnan(), 0, weight)
+    before, remainder = weight.clone(), DenseRemainder(weight, transposed=False)
+    remainder.add(weight, torch.zeros(256, 2), torch.zeros(256, 2))
+    assert torch.equal(weight, before)
