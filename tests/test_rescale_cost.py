@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalora import ScaLora, ScaLoraConfig
+from scalora.cli.measure import StepClock
 from scalora.remainder import DenseRemainder
 
 
@@ -123,3 +124,37 @@ def test_nothing_to_merge_leaves_any_half_precision_weight_as_it_is(dtype):
     before, remainder = weight.clone(), DenseRemainder(weight, transposed=False)
     remainder.add(weight, torch.zeros(256, 2), torch.zeros(256, 2))
     assert torch.equal(weight, before)
+
+
+class FakeEvent:
+    """A CUDA event whose times are known, and that says when something waits for it."""
+
+    clock, waited = 0, 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        FakeEvent.clock += 1500
+        self.at = FakeEvent.clock
+
+    def synchronize(self):
+        FakeEvent.waited += 1
+
+    def elapsed_time(self, stop):
+        return stop.at - self.at
+
+
+def test_the_clock_of_a_run_waits_for_a_device_only_when_it_is_read(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    clock = StepClock()
+    for _ in range(3):
+        clock.on_step_begin(None, None, None)
+        clock.on_step_end(None, None, None)
+    assert FakeEvent.waited == 0
+    logs = {}
+    clock.on_log(None, None, None, logs=logs)
+    assert FakeEvent.waited == 3
+    assert (logs["seconds"], clock.per_step) == (4.5, 1.5)
+    assert FakeEvent.waited == 3

@@ -224,8 +224,8 @@ def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
 
     What the model already has, if it has been attached to before. Quantised weights can't take a merge: factored.
     Float32 and float64 ones can, at no cost in memory or time: dense, the paper's way. Half-precision ones can with 2
-    more bytes an entry, the factors take 4 bytes an entry of theirs and some time in the forward pass: whichever takes
-    less memory, since that is why people train in half precision.
+    more bytes an entry; the factors take 4 bytes an entry of theirs, and time in every forward and backward pass:
+    factored where that saves half the memory or more, which also bounds the time (docs/cost.md).
     """
     if merge != "auto":
         return merge
@@ -235,7 +235,7 @@ def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
         return "factored"
     half = [pair for pair in pairs if pair.weight.dtype in HALF]
     factors = sum(4 * 2 * max_rank * (pair.lora_B.shape[0] + pair.lora_A.shape[1]) for pair in half)
-    return "factored" if factors < sum(2 * pair.weight.numel() for pair in half) else "dense"
+    return "factored" if 0 < 2 * factors <= sum(2 * pair.weight.numel() for pair in half) else "dense"
 
 
 class _WithRemainder(LoraVariant):  # type: ignore[misc]

@@ -52,8 +52,8 @@ class ScaLoraConfig:
         default="auto",
         metadata={
             "help": "Where the remainder goes: 'dense' into the base weights (the paper's way), 'factored' beside the "
-            "untouched base. 'auto': dense for a float32 base, factored for a quantised one, whichever takes less "
-            "memory for a half-precision one."
+            "untouched base. 'auto': dense for a float32 base, factored for a quantised one, and for a half-precision "
+            "one where that saves half the memory of the other."
         },
     )
     remainder_rank: int = field(

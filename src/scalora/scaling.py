@@ -106,9 +106,10 @@ def normal_equations(
     _check_shapes(A, B, GB, GtA)
     dtype = solver_dtype(A.device)
     S_A = torch.cat([A, GB], dim=-1).to(dtype)
-    S_B = torch.cat([GtA, B], dim=-1).to(dtype)
+    # Its columns as rows, as PEFT stores lora_A: so that nothing is transposed in memory.
+    S_Bt = torch.cat([GtA.mT, B.mT], dim=-2).to(dtype)
     r = A.shape[-1]
-    gram_A, gram_B = S_A.mT @ S_A, S_B.mT @ S_B
+    gram_A, gram_B = S_A.mT @ S_A, S_Bt @ S_Bt.mT
     # A NaN or infinity anywhere makes its column's square one: no need to look through S_A and S_B themselves.
     finite = (gram_A.isfinite() & gram_B.isfinite()).all(-1).all(-1)
     matrix = gram_A * gram_B
