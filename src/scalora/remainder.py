@@ -35,8 +35,8 @@ class DenseRemainder(nn.Module):
     """Adds to the base weight in place. In float32 and float64 that is all.
 
     In bfloat16 and float16 a weight that is rounded at every merge random-walks away from what was learned. So the
-    rounding error of each entry is kept in 16 bits (`low`, 2 bytes an entry), added back before the next merge, and
-    rounded off again after it: the pair carries float32's 24 bits, and the weight itself is never more than one
+    rounding error of each entry is kept in 16 bits (`rounded_off`, 2 bytes an entry), added back before the next merge,
+    and rounded off again after it: the pair carries float32's 24 bits, and the weight itself is never more than one
     rounding away from that. For bfloat16 they are the lower half of the float32 itself ("Split SGD" of Intel's
     extension for PyTorch); for float16, whose exponent is shorter, they are a fraction of the rounding interval.
 
@@ -45,13 +45,13 @@ class DenseRemainder(nn.Module):
         transposed: whether it is stored transposed (Conv1D, embeddings).
     """
 
-    low: Int[Tensor, "rows columns"] | None
+    rounded_off: Int[Tensor, "rows columns"] | None
 
     def __init__(self, weight: Tensor, *, transposed: bool) -> None:
         super().__init__()
         self.transposed = transposed
-        low = torch.zeros_like(weight, dtype=torch.int16) if weight.dtype in HALF else None
-        self.register_buffer("low", low)
+        rounded_off = torch.zeros_like(weight, dtype=torch.int16) if weight.dtype in HALF else None
+        self.register_buffer("rounded_off", rounded_off)
 
     @torch.no_grad()
     def add(self, weight: Tensor, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
@@ -64,24 +64,24 @@ class DenseRemainder(nn.Module):
         """
         if self.transposed:
             left, right = right, left
-        if self.low is None:
+        if self.rounded_off is None:
             weight.addmm_(left.to(weight.dtype), right.to(weight.dtype).mT)
             return
         rows = max(1, _BLOCK // weight.shape[1])
         for start in range(0, len(weight), rows):
             block = slice(start, start + rows)
-            exact = _join(weight[block], self.low[block]).addmm_(left[block].float(), right.float().mT)
-            _split(exact, weight[block], self.low[block])
+            exact = _join(weight[block], self.rounded_off[block]).addmm_(left[block].float(), right.float().mT)
+            _split(exact, weight[block], self.rounded_off[block])
 
     def exact(self, weight: Tensor) -> Tensor:
         """The weight with all the bits that are kept: float32 for half precision, else the weight itself."""
-        return weight if self.low is None else _join(weight, self.low)
+        return weight if self.rounded_off is None else _join(weight, self.rounded_off)
 
 
 def _join(rounded: Tensor, low: Tensor) -> Tensor:
     """The float32 numbers that `_split` was given: exactly for bfloat16, to 2⁻²⁶ relative for float16."""
     if rounded.dtype == torch.bfloat16:
-        # bfloat16 is the upper half of a float32: its bits and those of `low` are one number's.
+        # bfloat16 is the upper half of a float32: its bits and those that were rounded off are one number's.
         return rounded.view(torch.int16).int().bitwise_left_shift_(16).add_(low.int()).view(torch.float32)
     return rounded.float() + low.float() / 32767 * _interval(rounded)
 

@@ -25,7 +25,7 @@ from scalora.config import ScaLoraConfig
 from scalora.remainder import DenseRemainder
 from scalora.writing import whole_file
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 STATE_FILE = "scalora_state.safetensors"
 
 _METADATA = "scalora"
@@ -75,8 +75,8 @@ def gather(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Tensor]:
     """All tensors that training changes, by name, not copied.
 
     ``trained.NAME`` for every trained parameter (both factors, and heads or biases trained beside them), and for each
-    layer its remainder: ``weight.NAME`` (and ``low.NAME``) where it is dense, ``left.NAME`` and ``right.NAME`` where it
-    is factored.
+    layer its remainder: ``weight.NAME`` (and ``rounded_off.NAME``) where it is dense, ``left.NAME`` and ``right.NAME``
+    where it is factored.
     """
     tensors = {f"trained.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for pair in pairs:

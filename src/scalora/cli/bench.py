@@ -242,7 +242,7 @@ def _floor(contender: Contender, machine: Machine) -> dict[str, float]:
     works = []
     for pair in find_lora_pairs(contender.model):
         remainder = pair.remainder
-        beside = isinstance(remainder, DenseRemainder) and remainder.low is not None
+        beside = isinstance(remainder, DenseRemainder) and remainder.rounded_off is not None
         work = rescale_work(
             pair.lora_B.shape[0],
             pair.lora_A.shape[1],

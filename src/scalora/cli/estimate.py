@@ -314,9 +314,12 @@ def _bytes_of_remainder(pair: LoraPair, merge: Merge, settings: EstimateSettings
 
 
 def _bytes_of_scratch(stack: list[LoraPair]) -> int:
-    """[A, G·B] and [GᵀA, B] of layers that are solved together, stacked in float32 and copied to float64."""
+    """[A, G·B] and [GᵀA, B] of layers that are solved together, stacked in float32 and copied to float64.
+
+    One of the two, in the mean a half of them, is there joined in float32 too while it is copied.
+    """
     m, n, r = _shape(stack[0])
-    return len(stack) * 2 * (m + n) * r * (_SINGLE + _DOUBLE)
+    return len(stack) * 2 * (m + n) * r * (_SINGLE + _SINGLE // 2 + _DOUBLE)
 
 
 def _seconds(pairs: list[LoraPair], matrices: int, merge: Merge, settings: EstimateSettings) -> Seconds:
