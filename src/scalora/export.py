@@ -210,7 +210,8 @@ def _dense_update(pair: LoraPair, tensors: dict[str, Tensor]) -> Tensor:
     device = pair.weight.device
     weight = tensors[f"weight.{pair.name}"].to(device)
     trained = DenseRemainder(weight, transposed=pair.transposed)
-    trained.low = tensors[f"low.{pair.name}"].to(device) if trained.low is not None else None
+    if trained.rounded_off is not None:
+        trained.rounded_off = tensors[f"rounded_off.{pair.name}"].to(device)
     update = trained.exact(weight).double() - pair.weight.detach().double()
     key_A, key_B = pair.keys
     A, B = tensors[f"trained.{key_B}"].to(device).double(), tensors[f"trained.{key_A}"].to(device).double()
