@@ -84,6 +84,23 @@ def test_without_transport_the_moments_are_those_of_before_the_rescale():
     assert not torch.allclose(moments[ScaLora], moments[ForgettingScaLora])
 
 
+def test_a_step_that_the_grad_scaler_skips_does_not_restart():
+    model = with_lora(TwoLayers(), **TARGETS)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
+    engine = RestartingScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0))
+    before = factors(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    x, y = data()
+    scaler.scale((model(x) - y).square().mean()).backward()
+    for pair in find_lora_pairs(model):
+        pair.weight.grad.fill_(float("inf"))
+        pair.lora_A.grad.fill_(float("inf"))
+    scaler.step(optimizer)
+    assert engine.state_dict()["rescales"] == 0
+    for name, now in factors(model).items():
+        assert all(torch.equal(a, b) for a, b in zip(now, before[name], strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_restart_takes_the_gradients_singular_vectors_and_forgets_the_moments(dtype):
     model = with_lora(TwoLayers(), **TARGETS).to(dtype)

@@ -77,6 +77,8 @@ class RestartingScaLora(ScaLora):
             pair.weight.requires_grad_(self._rescales_at(self._progress.step + 1))
 
     def _rescale_group(self, pairs: list[LoraPair], skipped: Tensor | None) -> None:
+        if skipped is not None and skipped.item():  # a restart waits for the device anyway, and can't be undone by it
+            return
         for pair in pairs:
             G = pair.weight.grad
             if G is None:
