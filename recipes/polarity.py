@@ -12,24 +12,18 @@ import argparse
 import io
 import json
 import random
-import subprocess
-import sys
 import tarfile
-import tempfile
-import zipfile
 from pathlib import Path
+
+from pypi import package_archive
 
 _TRAIN, _EVAL = 3200, 1600
 
 
 def rated_sentences() -> list[tuple[float, str]]:
     """Ratings and sentences, downloaded with pip."""
-    with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-        subprocess.run([*pip, "--dest", folder, "vaderSentiment==0.5"], check=True)
-        (package,) = Path(folder).glob("vaderSentiment-0.5.*")
-        with zipfile.ZipFile(package) as archive:
-            resources = archive.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
+    with package_archive("vaderSentiment==0.5", source=True) as archive:
+        resources = archive.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(resources)) as archive:
         file = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
         assert file is not None

@@ -55,6 +55,7 @@ _LEFT_ALONE_BECAUSE = {
 class _Constants(NamedTuple):
     """What the mathematics takes besides tensors of the model, for the layers of one shape."""
 
+    scalings: list[float]
     target_norms: Tensor
     scaling: Tensor
 
@@ -90,7 +91,7 @@ class ScaLora:
         self._groups = by_shape(self._pairs)
         self._progress.config = self.config
         self._progress.restart(step=0, rescales=0)
-        self._constants: dict[tuple[tuple[str, float], ...], _Constants] = {}
+        self._constants: dict[tuple[str, ...], _Constants] = {}
         self._last: list[tuple[Scaling, Tensor]] | None = None
         self._left_alone = {"nonfinite": torch.zeros(()), "exploding": torch.zeros(())}
         self._said: set[str] = set()
@@ -233,13 +234,15 @@ class ScaLora:
 
     def _constants_of(self, pairs: list[LoraPair], like: Tensor) -> _Constants:
         """Target norms and scalings on the device, sent there again only when the layers or PEFT's scaling change."""
-        key = tuple((pair.name, pair.scaling) for pair in pairs)
-        if key not in self._constants:
+        names, scalings = tuple(pair.name for pair in pairs), [pair.scaling for pair in pairs]
+        # Under the names alone, so that a scaling on a schedule does not leave one set behind at every step.
+        known = self._constants.get(names)
+        if known is None or known.scalings != scalings:
             dtype = solver_dtype(like.device)
-            norms = torch.tensor([self._target_norms[pair.name] for pair in pairs], dtype=dtype)
-            scaling = torch.tensor([[pair.scaling] for pair in pairs], dtype=dtype)
-            self._constants[key] = _Constants(norms.to(like.device), scaling.to(like.device))
-        return self._constants[key]
+            norms = torch.tensor([self._target_norms[name] for name in names], dtype=dtype)
+            scaling = torch.tensor(scalings, dtype=dtype)[:, None]
+            known = self._constants[names] = _Constants(scalings, norms.to(like.device), scaling.to(like.device))
+        return known
 
     # The two decisions of a rescale, each a method so that a comparison can replace it (`scalora.rivals.controls`).
 

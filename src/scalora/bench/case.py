@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerControl, TrainerState, TrainingArguments
 
-from scalora.adapters import REMAINDER
 from scalora.config import ScaLoraConfig
 from scalora.remainder import FactoredRemainder, Merge
 from scalora.rivals import METHODS
@@ -141,18 +138,15 @@ def now(device: str) -> float:
 
 
 def _method(name: str, case: Case) -> Method:
-    method, _, interval = name.partition(":")
-    kind = METHODS[method]
+    kind = METHODS[name.partition(":")[0]]
     if not issubclass(kind, ScaLoraMethod):
         return kind()
-    return kind(config=ScaLoraConfig(interval=int(interval or 1), merge=case.merge, warmup_steps=0))
+    return kind(config=ScaLoraConfig(interval=interval_of(name), merge=case.merge, warmup_steps=0))
 
 
 def _fill_remainders(model: nn.Module) -> None:
     """Give factored remainders the columns that they have in a long run, as after a compression."""
     for module in model.modules():
-        remainder: Any = getattr(module, REMAINDER, None) if isinstance(module, LoraLayer) else None
-        if isinstance(remainder, FactoredRemainder):
-            for side in ("left", "right"):
-                rows = len(getattr(remainder, side))
-                setattr(remainder, side, 1e-4 * getattr(remainder, side).new_empty(rows, remainder.max_rank).normal_())
+        if isinstance(module, FactoredRemainder):
+            module.left = 1e-4 * module.left.new_empty(len(module.left), module.max_rank).normal_()
+            module.right = 1e-4 * module.right.new_empty(len(module.right), module.max_rank).normal_()

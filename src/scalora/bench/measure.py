@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from math import lcm
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -109,4 +110,4 @@ def rescale_parts(contender: Contender, repeats: int = _REPEATS) -> dict[str, fl
         for event in profiler.key_averages():
             if event.key in found:
                 found[event.key].append((event.device_time_total if on_cuda else event.cpu_time_total) / 1e6)
-    return {part: sorted(seconds)[len(seconds) // 2] for part, seconds in found.items()}
+    return {part: median(seconds) for part, seconds in found.items()}

@@ -7,7 +7,6 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -20,13 +19,13 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from scalora.adapters import find_lora_pairs
 from scalora.bench.case import Case, Contender
+from scalora.bench.floor import rescale_work_of
 from scalora.bench.measure import Machine, interleaved_steps, measure_machine, peak_memory, rescale_parts
 from scalora.cli.errors import InputError
 from scalora.cli.run_folder import write_json
 from scalora.cli.table_markdown import grid
-from scalora.cost import RescaleWork, rescale_work
 from scalora.engine import PARTS
-from scalora.remainder import DenseRemainder, FactoredRemainder, Merge
+from scalora.remainder import FactoredRemainder, Merge
 from scalora.rivals import METHODS
 from scalora.writing import whole_file
 
@@ -239,19 +238,9 @@ def _measure(
 
 def _floor(contender: Contender, machine: Machine) -> dict[str, float]:
     """Seconds of each part at the least; the Grams count with the solution, as the profiler sees them."""
-    works = []
-    for pair in find_lora_pairs(contender.model):
-        remainder = pair.remainder
-        beside = isinstance(remainder, DenseRemainder) and remainder.rounded_off is not None
-        work = rescale_work(
-            pair.lora_B.shape[0],
-            pair.lora_A.shape[1],
-            pair.lora_A.shape[0],
-            weight_bytes=pair.weight.element_size() + (2 if beside else 0),
-            remainder_rank=remainder.max_rank if isinstance(remainder, FactoredRemainder) else None,
-        )
-        works.append(work)
-    total = reduce(RescaleWork.__add__, works)
+    pairs = find_lora_pairs(contender.model)
+    remainder = pairs[0].remainder
+    total = rescale_work_of(pairs, remainder.max_rank if isinstance(remainder, FactoredRemainder) else None)
     solve = total.grams.seconds(*machine) + total.solve.seconds(*machine)
     return dict(zip(PARTS, (solve, total.merge.seconds(*machine), total.transport.seconds(*machine)), strict=True))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,10 +22,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from scalora.adapters import LoraPair, by_shape, find_lora_pairs, resolve_merge
+from scalora.bench.floor import rescale_work_of
 from scalora.cli.errors import InputError
 from scalora.cli.table_markdown import grid
 from scalora.config import ScaLoraConfig
-from scalora.cost import RescaleWork, rescale_work
 from scalora.remainder import HALF, Merge
 
 Quantization = Literal["none", "nf4", "int8"]
@@ -330,16 +329,7 @@ def _seconds(pairs: list[LoraPair], matrices: int, merge: Merge, settings: Estim
     # adapter's have 2 more.
     lora = (4 * matrices + 6 * width * settings.r) * settings.tokens
     columns = 4 * width * _MEAN_COLUMNS * settings.remainder_rank * settings.tokens if factored else 0
-    works = [
-        rescale_work(
-            *_shape(pair),
-            weight_bytes=pair.weight.element_size() + (2 if pair.weight.dtype in HALF else 0),
-            moments=_MOMENTS,
-            remainder_rank=settings.remainder_rank if factored else None,
-        )
-        for pair in pairs
-    ]
-    rescale = reduce(RescaleWork.__add__, works)._asdict()
+    rescale = rescale_work_of(pairs, settings.remainder_rank if factored else None)._asdict()
     machine = 1e9 * settings.bandwidth, settings.rate
     return Seconds(
         lora=lora / settings.rate,
