@@ -8,8 +8,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from scalora import ScaLora, ScaLoraConfig, UnsupportedLayerError
-from scalora.lowrank import factors_of_dense, factors_of_product, rank_for_tolerance
-from scalora.remainder import DenseRemainder, FactoredRemainder
+from scalora.lowrank import compressed_products, factors_of_dense, factors_of_product, rank_for_tolerance
+from scalora.remainder import DenseRemainder, FactoredRemainder, add_to_all
 
 WIDTH = 96
 
@@ -141,3 +141,69 @@ def test_factors_are_the_truncated_svd(shape):
         torch.testing.assert_close(kept.discarded().sqrt(), error, rtol=1e-3, atol=0)
     assert len(factors_of_dense(matrix, 1e-9, 7).values) == 7
     assert rank_for_tolerance(factors_of_product(0 * U, V), 1e-3) == 0
+
+
+def products_of_all_kinds(dtype):
+    """Factors with 20 columns: of slowly and of fast decaying spectra, of low rank, zero, and badly scaled."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(rows, columns):
+        return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+
+    slow, fast = 0.9 ** torch.arange(20), 0.2 ** torch.arange(20)
+    low_rank = torch.where(torch.arange(20) % 4 == 0, 1.0, 0.0)
+    products = [
+        (random(60, 20) * slow, random(90, 20)),
+        (random(90, 20) * fast, random(60, 20)),
+        (random(60, 20) * low_rank, random(60, 20) * low_rank),
+        (random(60, 3) @ random(3, 20), random(80, 20)),
+        (0 * random(60, 20), random(90, 20)),
+        (1e-15 * random(60, 20), 1e8 * random(90, 20)),
+        (random(12, 20), random(60, 20)),
+    ]
+    return [(left.to(dtype), right.to(dtype)) for left, right in products]
+
+
+@pytest.mark.parametrize("max_rank", [5, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_compressed_together_are_each_its_truncated_svd(dtype, max_rank):
+    products = products_of_all_kinds(dtype)
+    for (left, right), (new_left, new_right, discarded) in zip(
+        products, compressed_products(products, rtol=1e-6, max_rank=max_rank), strict=True
+    ):
+        matrix = left.double() @ right.double().T
+        U, values, Vh = torch.linalg.svd(matrix)
+        rank = new_left.shape[1]
+        assert rank == new_right.shape[1] <= max_rank
+        left_out = values[rank:].norm()
+        assert rank == max_rank or left_out <= 1e-6 * values.norm()
+        best = (U[:, :rank] * values[:rank]) @ Vh[:rank]
+        # What float32 rounds, of factors or of the Grams' singular values, is the size of everything's largest.
+        close = {"rtol": 0, "atol": 3e-7 * float(values[0])}
+        torch.testing.assert_close(new_left.double() @ new_right.double().T, best, **close)
+        torch.testing.assert_close(discarded.sqrt(), left_out, rtol=1e-3, atol=3e-7 * float(values[0]))
+        for factor in (new_left, new_right):
+            torch.testing.assert_close(factor.double().T @ factor.double(), values[:rank].diag(), **close)
+        assert (new_left.dtype, new_right.dtype) == (dtype, dtype)
+
+
+def test_layers_that_are_full_are_compressed_together_and_the_others_left_alone():
+    shapes, products = [(30, 40), (50, 20), (30, 40)], []
+    generator = torch.Generator().manual_seed(0)
+    remainders = [FactoredRemainder(m, n, 4, dtype=torch.float32, device=torch.device("cpu")) for m, n in shapes]
+    replay = [torch.zeros(m, n) for m, n in shapes]
+    for columns in (3, 3, 3):
+        # The last layer comes one round later.
+        n_layers = 2 if not products else 3
+        products = [
+            (torch.randn(m, columns, generator=generator), torch.randn(n, columns, generator=generator))
+            for m, n in shapes[:n_layers]
+        ]
+        lefts, rights = zip(*products, strict=True)
+        add_to_all(remainders[:n_layers], [torch.empty(0)] * n_layers, lefts, rights)
+        for total, (left, right) in zip(replay, products, strict=False):
+            total += left @ right.T
+    assert [remainder.left.shape[1] for remainder in remainders] == [4, 4, 6]
+    for remainder, total in zip(remainders, replay, strict=True):
+        missing = (total - remainder.dense()).double()
+        torch.testing.assert_close(remainder.discarded.double(), missing.square().sum(), rtol=1e-4, atol=1e-6)

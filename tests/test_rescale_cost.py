@@ -30,7 +30,7 @@ class Operations(TorchDispatchMode):
         return out
 
 
-def rescale(layers, **settings):
+def rescale(layers, config=None, **settings):
     """The operations of one rescale of a Llama with so many layers, after the moments are there."""
     model = with_lora(tiny_llama(num_hidden_layers=layers, **settings), r=4, target_modules="all-linear")
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
@@ -48,7 +48,7 @@ def rescale(layers, **settings):
 
     # Around the engine's hook, and before the optimizer's own step.
     optimizer.register_step_pre_hook(begin)
-    engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0))
+    engine = ScaLora(model, optimizer, config or ScaLoraConfig(warmup_steps=0))
     optimizer.register_step_pre_hook(end)
     generator = torch.Generator().manual_seed(1)
     for _ in range(2):
@@ -66,6 +66,13 @@ def test_the_number_of_operations_does_not_grow_with_the_layers_save_one_merge_f
     assert (few.pop("addmm_"), many.pop("addmm_")) == (2 * linear_layers, 6 * linear_layers)
     assert sum(few.values()) > 0
     assert few == many
+
+
+def test_factored_remainders_of_all_layers_of_a_shape_are_compressed_by_one_decomposition():
+    # The second rescale's columns are too many.
+    config = ScaLoraConfig(warmup_steps=0, merge="factored", remainder_rank=3)
+    few, many = rescale(2, config).count, rescale(6, config).count
+    assert 0 < few["_linalg_eigh"] == many["_linalg_eigh"]
 
 
 def test_a_merge_makes_no_temporary_of_a_weights_size():

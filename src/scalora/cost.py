@@ -90,10 +90,10 @@ def rescale_work(
     if remainder_rank is None:
         merge = Work(2 * m * n * weight_bytes + adapter * adapter_bytes, 2 * m * n * rank)
     else:
-        # Columns are appended; twice the rank of them are compressed to the rank by two thin QRs with their Q (4·m·k²),
-        # the SVD of a k × k matrix (about 20·k³) and two products.
+        # Columns are appended; twice the rank of them are compressed to the rank by two Grams (2·m·k²), the
+        # eigenvectors of two k × k matrices (about 9·k³ each), three products of such, and two of m × k with k × k/2.
         k = 2 * remainder_rank
-        compression = Work(2 * (m + n) * k * adapter_bytes, 4 * (m + n) * k**2 + 20 * k**3 + 2 * (m + n) * k**2)
+        compression = Work(2 * (m + n) * k * adapter_bytes, 3 * (m + n) * k**2 + (2 * 9 + 3 * 2) * k**3)
         appended = Work(2 * adapter * adapter_bytes, adapter)
         share = rank / remainder_rank
         merge = appended + Work(share * compression.bytes, share * compression.flops)

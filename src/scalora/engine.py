@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from scalora.adapters import LoraPair, by_shape
 from scalora.changed_base import attach, state_of
 from scalora.config import ScaLoraConfig
-from scalora.remainder import FactoredRemainder, weighted
+from scalora.remainder import FactoredRemainder, add_to_all, weighted
 from scalora.scaling import COLUMN, SCALAR, Scaling, choose_scaling, solver_dtype
 from scalora.state import (
     STATE_FILE,
@@ -220,8 +220,7 @@ class ScaLora:
             # 1 − αβ of the factors as they are applied, in the solver's precision: the function is kept to rounding.
             exact = scaling.alpha.dtype
             left, right = weighted(A, B, constants.scaling * (1 - alpha.to(exact) * beta.to(exact)))
-            for pair, moved_left, moved_right in zip(pairs, left.unbind(), right.unbind(), strict=True):
-                pair.remainder.add(pair.weight, moved_left, moved_right)
+            add_to_all([p.remainder for p in pairs], [p.weight for p in pairs], left.unbind(), right.unbind())
         with record_function(PARTS[2]):
             lora_A: list[Tensor] = [p.lora_A for p in pairs]
             lora_B: list[Tensor] = [p.lora_B for p in pairs]

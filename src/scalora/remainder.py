@@ -7,13 +7,15 @@ a frozen low-rank product that the forward pass adds.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from scalora.lowrank import factors_of_product, rank_for_tolerance
+from scalora.lowrank import compressed_products
 
 Merge = Literal["auto", "dense", "factored"]
 
@@ -23,9 +25,9 @@ HALF = (torch.bfloat16, torch.float16)
 # Bits of float16's significand, the implicit one included.
 _SIGNIFICAND = 11
 
-# Rows of a half-precision weight are merged in blocks of about this many entries, so that the float32 copy that the
-# sum is rounded from stays at 4 MiB however large the weight is.
-_BLOCK = 1 << 20
+# Rows of a half-precision weight are merged in blocks of about this many entries: the float32 copy that the sum is
+# rounded from stays at 64 MiB however large the weight is, and at 4 on a CPU, whose caches it should fit.
+_BLOCK, _BLOCK_ON_CPU = 1 << 24, 1 << 20
 
 # Singular values that together carry less than this share of the product are float32 noise: twice its rounding.
 _NEGLIGIBLE = 1e-7
@@ -67,11 +69,10 @@ class DenseRemainder(nn.Module):
         if self.rounded_off is None:
             weight.addmm_(left.to(weight.dtype), right.to(weight.dtype).mT)
             return
-        rows = max(1, _BLOCK // weight.shape[1])
-        for start in range(0, len(weight), rows):
-            block = slice(start, start + rows)
-            exact = _join(weight[block], self.rounded_off[block]).addmm_(left[block].float(), right.float().mT)
-            _split(exact, weight[block], self.rounded_off[block])
+        left, right = left.float(), right.float().mT
+        rows = max(1, (_BLOCK_ON_CPU if weight.is_cpu else _BLOCK) // weight.shape[1])
+        for block, low, part in zip(weight.split(rows), self.rounded_off.split(rows), left.split(rows), strict=True):
+            _split(_join(block, low).addmm_(part, right), block, low)
 
     def exact(self, weight: Tensor) -> Tensor:
         """The weight with all the bits that are kept: float32 for half precision, else the weight itself."""
@@ -80,10 +81,12 @@ class DenseRemainder(nn.Module):
 
 def _join(rounded: Tensor, low: Tensor) -> Tensor:
     """The float32 numbers that `_split` was given: exactly for bfloat16, to 2⁻²⁶ relative for float16."""
+    exact = rounded.float()
     if rounded.dtype == torch.bfloat16:
         # bfloat16 is the upper half of a float32: its bits and those that were rounded off are one number's.
-        return rounded.view(torch.int16).int().bitwise_left_shift_(16).add_(low.int()).view(torch.float32)
-    return rounded.float() + low.float() / 32767 * _interval(rounded)
+        exact.view(torch.int32).add_(low)
+        return exact
+    return exact + low.float() / 32767 * _interval(rounded)
 
 
 def _split(exact: Tensor, rounded: Tensor, low: Tensor) -> None:
@@ -103,15 +106,15 @@ def _interval(rounded: Tensor) -> Tensor:
     """Half the spacing of float16 at each entry, as float32: the largest error that rounding to it can make."""
     smallest = torch.frexp(torch.tensor(torch.finfo(torch.float16).tiny)).exponent.to(rounded.device)
     exponent = torch.maximum(torch.frexp(rounded.float()).exponent, smallest)
-    return torch.ldexp(torch.ones((), device=rounded.device), exponent - _SIGNIFICAND - 1)
+    return torch.ldexp(torch.ones((), device=rounded.device).expand(exponent.shape), exponent - _SIGNIFICAND - 1)
 
 
 class FactoredRemainder(nn.Module):
     """Keeps the sum as ``left @ right.T`` in the adapter's dtype and never touches the base weight.
 
     Columns are appended at every rescale. When there are more than twice `max_rank` of them, the product is compressed
-    to its `max_rank` largest singular values (thin QR and a small SVD, never m × n); what that leaves out is counted
-    in `discarded`. A product that needs fewer columns keeps fewer, and then nothing is lost.
+    to its `max_rank` largest singular values (from Gram matrices of its columns, never m × n); what that leaves out is
+    counted in `discarded`. A product that needs fewer columns keeps fewer, and then nothing is lost.
 
     Args:
         m: rows of the weight (out_features).
@@ -135,19 +138,19 @@ class FactoredRemainder(nn.Module):
     @torch.no_grad()
     def add(self, weight: Tensor, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
         """Add ``left @ right.T`` to the product; arguments as for `DenseRemainder.add`, `weight` unused."""
+        self.append(left, right)
+        if self.is_full:
+            compress([self])
+
+    def append(self, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
+        """As `add`, with as many columns more."""
         self.left = torch.cat([self.left, left], dim=1)
         self.right = torch.cat([self.right, right], dim=1)
-        if self.left.shape[1] > 2 * self.max_rank:
-            self.compress()
 
-    @torch.no_grad()
-    def compress(self) -> None:
-        """Reduce the product to at most `max_rank` columns, balanced between the two factors."""
-        factors = factors_of_product(self.left, self.right)
-        kept = factors.truncated(min(rank_for_tolerance(factors, _NEGLIGIBLE), self.max_rank))
-        self.discarded += kept.discarded()
-        root = kept.values.sqrt()
-        self.left, self.right = (kept.left * root).to(self.left.dtype), (kept.right * root).to(self.right.dtype)
+    @property
+    def is_full(self) -> bool:
+        """Whether it has more columns than it should."""
+        return self.left.shape[1] > 2 * self.max_rank
 
     def energy(self) -> Float[Tensor, ""]:
         """Squared Frobenius norm of the product, from k × k Grams."""
@@ -166,6 +169,39 @@ class FactoredRemainder(nn.Module):
 
 
 Remainder = DenseRemainder | FactoredRemainder
+
+
+@torch.no_grad()
+def add_to_all(
+    remainders: Sequence[Remainder], weights: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]
+) -> None:
+    """`DenseRemainder.add` and `FactoredRemainder.add` for some layers of one device, with what they can share.
+
+    Args:
+        remainders: of the layers.
+        weights: their base weights.
+        lefts: (m, r) each.
+        rights: (n, r) each.
+    """
+    for remainder, weight, left, right in zip(remainders, weights, lefts, rights, strict=True):
+        if isinstance(remainder, FactoredRemainder):
+            remainder.append(left, right)
+        else:
+            remainder.add(weight, left, right)
+    compress([r for r in remainders if isinstance(r, FactoredRemainder) and r.is_full])
+
+
+@torch.no_grad()
+def compress(remainders: Sequence[FactoredRemainder]) -> None:
+    """Reduce products to at most `max_rank` columns each, balanced between the two factors."""
+    alike = defaultdict(list)
+    for remainder in remainders:
+        alike[remainder.left.shape[1], remainder.max_rank].append(remainder)
+    for (_, max_rank), group in alike.items():
+        smaller = compressed_products([(r.left, r.right) for r in group], rtol=_NEGLIGIBLE, max_rank=max_rank)
+        for remainder, (left, right, discarded) in zip(group, smaller, strict=True):
+            remainder.left, remainder.right = left, right
+            remainder.discarded += discarded
 
 
 def weighted(
