@@ -71,8 +71,9 @@ class DenseRemainder(nn.Module):
             return
         left, right = left.float(), right.float().mT
         rows = max(1, (_BLOCK_ON_CPU if weight.is_cpu else _BLOCK) // weight.shape[1])
-        for block, low, part in zip(weight.split(rows), self.rounded_off.split(rows), left.split(rows), strict=True):
-            _split(_join(block, low).addmm_(part, right), block, low)
+        for start in range(0, len(weight), rows):
+            block, low = weight[start : start + rows], self.rounded_off[start : start + rows]
+            _split(_join(block, low).addmm_(left[start : start + rows], right), block, low)
 
     def exact(self, weight: Tensor) -> Tensor:
         """The weight with all the bits that are kept: float32 for half precision, else the weight itself."""
