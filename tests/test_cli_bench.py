@@ -108,11 +108,10 @@ def test_the_parts_of_a_rescale_are_those_of_the_clock():
 
 def test_a_contender_trains_as_its_method_does():
     setting = case(rank=2)
-    torch.manual_seed(0)
-    base = setting.base()
     states = {}
     for name in ("lora", "scalora", "scalora:3"):
-        contender = Contender(name, base, setting)
+        torch.manual_seed(0)
+        contender = Contender(name, setting.base(), setting)
         weight = next(p for n, p in contender.model.named_parameters() if n.endswith("base_layer.weight"))
         before = weight.clone()
         changed = []

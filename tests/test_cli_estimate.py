@@ -10,6 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
     BitsAndBytesConfig,
     GPT2Config,
     MixtralConfig,
@@ -183,13 +186,20 @@ def test_a_large_model_by_hand_and_without_its_memory(large, tmp_path):
 def test_the_floor_of_a_dense_rescale_by_hand(large, tmp_path):
     # With arithmetic for nothing there is what must move: factors and gradients read; weights read and written; and
     # factors, gradients and moments too.
-    rescale = estimated(tmp_path, large, "--merge", "dense", "--bandwidth", 2000, "--tflops", 1e9)["seconds"]["rescale"]
+    dense = "--merge", "dense"
+    rescale = estimated(tmp_path, large, *dense, "--bandwidth", 2000, "--float32-tflops", 1e9)["seconds"]["rescale"]
     adapter = 4 * 8 * WIDTH
     assert rescale["grams"] == pytest.approx(2 * adapter / 2e12)
     assert rescale["merge"] == pytest.approx((2 * 4 * ADAPTED + adapter) / 2e12)  # bfloat16 and 2 bytes beside it
     assert rescale["transport"] == pytest.approx(8 * adapter / 2e12)
     # With memory for nothing there is what must be computed.
-    rescale = estimated(tmp_path, large, "--merge", "dense", "--bandwidth", 1e12, "--tflops", 5)["seconds"]["rescale"]
+    rescale = estimated(tmp_path, large, *dense, "--bandwidth", 1e12, "--float32-tflops", 5)["seconds"]["rescale"]
+    assert rescale["merge"] == pytest.approx(2 * 8 * ADAPTED / 5e12)
+    # In float32 whatever the base is.
+    rescale = estimated(tmp_path, large, *dense, "--bandwidth", 1e12, "--tflops", 5)["seconds"]["rescale"]
+    assert rescale["merge"] == pytest.approx(2 * 8 * ADAPTED / (0.4 * 67e12))
+    single = "--dtype", "float32", "--tflops", 5
+    rescale = estimated(tmp_path, large, *dense, "--bandwidth", 1e12, *single)["seconds"]["rescale"]
     assert rescale["merge"] == pytest.approx(2 * 8 * ADAPTED / 5e12)
 
 
@@ -204,13 +214,38 @@ def test_tokens_and_the_machine_scale_the_step(large, tmp_path):
     assert single["settings"]["tflops"] == pytest.approx(0.4 * 67)
 
 
+def test_a_step_of_few_tokens_waits_for_the_weights(large, tmp_path):
+    few = estimated(tmp_path, large, "--merge", "dense", "--tokens", 8)
+    assert few["seconds"]["lora"] == pytest.approx(2 * few["memory"]["base"] / 3350e9)
+
+
+def test_the_overhead_is_given_at_the_intervals_that_are_asked_for(large, tmp_path):
+    result = command(large, "--interval", 5, "--interval", 50, "--json", tmp_path / "estimate.json")
+    found = json.loads((tmp_path / "estimate.json").read_text())
+    rescale, lora = sum(found["seconds"]["rescale"].values()), found["seconds"]["lora"]
+    for interval in (5, 50):
+        over = (found["seconds"]["columns"] + rescale / interval) / lora
+        assert found["overhead"][str(interval)] == pytest.approx(over)
+        assert f"ScaLoRA, I = {interval} " in result.stdout
+    assert len(found["overhead"]) == 2
+
+
+def test_an_encoder_is_estimated_as_what_it_was_saved_as(tmp_path):
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=64)
+    for kind in (BertModel, BertForSequenceClassification):
+        kind(config).save_pretrained(tmp_path / kind.__name__)
+        found = estimated(tmp_path, tmp_path / kind.__name__)
+        real = sum(p.numel() for p in kind(config).parameters())
+        assert (found["model"], found["parameters"]) == (kind.__name__, real)
+
+
 def test_what_is_printed_is_what_is_written(large, tmp_path):
     result = command(large.parent, "--json", tmp_path / "estimate.json")
     found = json.loads((tmp_path / "estimate.json").read_text())
     assert "6,738,415,616 parameters, bfloat16" in result.stdout
     assert "r = 8 on 224 layers, 19,988,480 trainable parameters (0.296% of all)" in result.stdout
     assert "Without activations" in result.stdout
-    assert "4,096 tokens per step, 3350 GB/s, 395.6 TFLOP/s reached" in result.stdout
+    assert "4,096 tokens per step, 3350 GB/s, 395.6 TFLOP/s reached, 26.8 by a rescale" in result.stdout
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines() if "|" in line]
     table = {row[0]: row[1:] for row in rows}
     memory, both = found["memory"], ("base", "adapter", "gradients", "optimizer")
@@ -294,6 +329,8 @@ def test_nothing_of_it_is_made(large, monkeypatch):
         (["--remainder-rank", "0"], "'--remainder-rank'"),
         (["--bandwidth", "-1"], "--bandwidth must be a positive finite number, got -1.0"),
         (["--bandwidth", "nan"], "--bandwidth must be a positive finite number, got nan"),
+        (["--float32-tflops", "0"], "--float32-tflops must be a positive finite number, got 0.0"),
+        (["--interval", "0"], "'--interval'"),
         (["--tflops", "inf"], "--tflops must be a positive finite number, got inf"),
         (["--dtype", "float8"], "--dtype 'float8': the dtypes are float32, bfloat16, float16"),
         (["--quantization", "gguf"], "--quantization 'gguf': the kinds are none, nf4, int8"),

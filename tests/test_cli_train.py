@@ -236,6 +236,21 @@ def test_a_run_is_not_overwritten_unless_asked_and_not_by_a_bad_one(causal_folde
     assert json.loads((run / "summary.json").read_text())["steps"] == 4
 
 
+@pytest.mark.parametrize("method", ["relora", "galore", "apollo", "lora_ga_restart"])
+def test_a_run_that_cant_go_on_from_a_checkpoint_is_left_alone(method, causal_folder, write_jsonl, tmp_path):
+    train = write_jsonl("train.jsonl", pairs(24))
+    training = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    config = write_config(
+        tmp_path, model=str(causal_folder), data={"train": str(train)}, method=method, training=training
+    )
+    run = run_folder(scalora("train", config), tmp_path)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    result = scalora("train", config, "--resume", "--max_steps", 4)
+    assert result.exit_code == 2
+    assert f"error: method '{method}' can't resume: " in result.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_the_installed_command_exits_with_one_line(tmp_path):
     version = subprocess.run([sys.executable, "-m", "scalora", "--version"], capture_output=True, text=True, check=True)
     assert version.stdout.startswith("scalora ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass
 
@@ -81,7 +80,7 @@ class Contender:
 
     Args:
         name: of a method in `scalora.rivals.METHODS`; ``scalora:10`` rescales at every tenth step.
-        base: to start from; it is copied.
+        base: to start from; it is changed.
         case: the setting.
 
     Raises:
@@ -94,10 +93,11 @@ class Contender:
         self._case = case
         method = _method(name, case)
         settings = {"r": case.rank, "lora_alpha": case.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        model = copy.deepcopy(base).to(case.device)
-        self.model = method.adapt(model, method.peft_config(settings), lambda model: self._backward(model))
-        self.model.train()
         self._tokens = case.tokens(base.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        self.model = method.adapt(
+            base.to(case.device), method.peft_config(settings), lambda model: self._backward(model)
+        )
+        self.model.train()
         self.optimizer: Optimizer = AdamW([p for p in self.model.parameters() if p.requires_grad], lr=_LEARNING_RATE)
         arguments = TrainingArguments(output_dir="unused", max_steps=1_000_000, report_to="none")
         for callback in method.callbacks():

@@ -265,6 +265,13 @@ def estimate(
         float | None,
         typer.Option(help="That the machine reaches; 0.4 of what the same datasheet says for the dtype (989, dense)."),
     ] = None,
+    float32_tflops: Annotated[
+        float | None,
+        typer.Option(help="That it reaches in float32, as a rescale computes; 0.4 of the datasheet's 67, or --tflops."),
+    ] = None,
+    interval: Annotated[
+        list[int] | None, typer.Option(min=1, help="Steps between rescales, may be given more than once; 1 and 10.")
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the estimate here as JSON.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -285,6 +292,8 @@ def estimate(
             "tokens": tokens,
             "bandwidth": bandwidth,
             "tflops": tflops,
+            "float32_tflops": float32_tflops,
+            "interval": tuple(interval) if interval else None,
         }
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         settings = EstimateSettings(config, **given)

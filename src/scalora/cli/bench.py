@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 from collections.abc import Iterator
@@ -211,7 +212,7 @@ def _measure(
     yield "loading"
     try:
         base = case.base()
-        contenders = [Contender(method, base, case) for method in methods]
+        contenders = [Contender(method, copy.deepcopy(base), case) for method in methods]
     except Exception as error:
         raise InputError(f"{name}: {type(error).__name__}: {error}") from None
     seconds: dict[str, list[list[float]]] = {method: [] for method in methods}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -29,9 +30,6 @@ from scalora.config import ScaLoraConfig
 from scalora.remainder import HALF, Merge
 
 Quantization = Literal["none", "nf4", "int8"]
-
-INTERVALS = (1, 10)
-"""At which the overhead is given: every step, the default, and rarely enough that a rescale is next to free."""
 
 ALL_LINEAR = "all-linear"
 
@@ -70,8 +68,11 @@ class EstimateSettings:
         remainder_rank: of a factored remainder; its own default.
         tokens: per step; 4096, one sequence of Llama 2's length. The more they are, the smaller a share is a rescale.
         bandwidth: of the machine's memory, GB/s; the H100 SXM's.
-        tflops: that the machine reaches, TFLOP/s; None takes the H100 SXM's for the dtype, times the share of it that
-            training reaches.
+        tflops: that the machine reaches in the base's dtype, TFLOP/s; None takes the H100 SXM's, times the share of it
+            that training reaches.
+        float32_tflops: that it reaches in float32, which a rescale computes in whatever the base is; None likewise, or
+            `tflops` for a float32 base.
+        interval: between rescales; every step, the default, and ten, rarely enough that a rescale is next to free.
 
     Raises:
         ValueError: a value is out of range.
@@ -87,14 +88,18 @@ class EstimateSettings:
     tokens: int = 4096
     bandwidth: float = _H100_BANDWIDTH
     tflops: float | None = None
+    float32_tflops: float | None = None
+    interval: tuple[int, ...] = (1, 10)
 
     def __post_init__(self) -> None:
         for name in ("r", "tokens"):
             if (value := getattr(self, name)) < 1:
                 raise InputError(f"--{name} must be at least 1, got {value}")
-        for name in ("bandwidth", "tflops"):
+        for name in ("bandwidth", "tflops", "float32_tflops"):
             if (rate := getattr(self, name)) is not None and not 0 < rate < math.inf:
-                raise InputError(f"--{name} must be a positive finite number, got {rate}")
+                raise InputError(f"--{name.replace('_', '-')} must be a positive finite number, got {rate}")
+        if wrong := [interval for interval in self.interval if interval < 1]:
+            raise InputError(f"--interval must be at least 1, got {wrong[0]}")
         if self.dtype not in _H100_TFLOPS:
             raise InputError(f"--dtype {self.dtype!r}: the dtypes are {', '.join(_H100_TFLOPS)}")
         if self.quantization not in (known := get_args(Quantization)):
@@ -104,7 +109,18 @@ class EstimateSettings:
     @property
     def rate(self) -> float:
         """Floating-point operations per second that the machine reaches."""
-        return 1e12 * (_H100_TFLOPS[self.dtype] * _ACHIEVED if self.tflops is None else self.tflops)
+        return _operations_per_second(self.tflops, self.dtype)
+
+    @property
+    def rescale_rate(self) -> float:
+        """The same in float32."""
+        if self.dtype == "float32" and self.float32_tflops is None:
+            return self.rate
+        return _operations_per_second(self.float32_tflops, "float32")
+
+
+def _operations_per_second(tflops: float | None, dtype: str) -> float:
+    return 1e12 * (_H100_TFLOPS[dtype] * _ACHIEVED if tflops is None else tflops)
 
 
 @dataclass(frozen=True)
@@ -226,7 +242,7 @@ def estimate(settings: EstimateSettings) -> Estimate:
             remainder=sum(_bytes_of_remainder(pair, merge, settings) for pair in pairs),
             scratch=max(map(_bytes_of_scratch, by_shape(pairs))),
         ),
-        seconds=_seconds(pairs, matrices, merge, settings),
+        seconds=_seconds(pairs, matrices, bytes_of_base, merge, settings),
     )
 
 
@@ -247,9 +263,13 @@ def _config(path: Path) -> PreTrainedConfig:
 
 
 def _model(config: PreTrainedConfig, settings: EstimateSettings) -> PreTrainedModel:
-    kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+    dtype = getattr(torch, settings.dtype)
+    # The class that its weights were saved from, if it says so: a BERT config could be a decoder's as well.
+    named = (getattr(transformers, name, None) for name in config.architectures or ())
+    saved_as = next((kind for kind in named if isinstance(kind, type) and issubclass(kind, PreTrainedModel)), None)
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
     try:
-        return kind.from_config(config, dtype=getattr(torch, settings.dtype))
+        return saved_as._from_config(config, dtype=dtype) if saved_as else auto.from_config(config, dtype=dtype)
     except Exception as error:  # whatever a wrong value runs into
         raise InputError(
             f"no model can be built from config {str(settings.config)!r}: {type(error).__name__}: {error}"
@@ -321,7 +341,9 @@ def _bytes_of_scratch(stack: list[LoraPair]) -> int:
     return len(stack) * 2 * (m + n) * r * (_SINGLE + _SINGLE // 2 + _DOUBLE)
 
 
-def _seconds(pairs: list[LoraPair], matrices: int, merge: Merge, settings: EstimateSettings) -> Seconds:
+def _seconds(
+    pairs: list[LoraPair], matrices: int, bytes_of_base: int, merge: Merge, settings: EstimateSettings
+) -> Seconds:
     """Expected times; `matrices` is the number of entries of all linear layers."""
     factored = merge == "factored"
     width = sum(m + n for m, n, _ in map(_shape, pairs))
@@ -330,9 +352,11 @@ def _seconds(pairs: list[LoraPair], matrices: int, merge: Merge, settings: Estim
     lora = (4 * matrices + 6 * width * settings.r) * settings.tokens
     columns = 4 * width * _MEAN_COLUMNS * settings.remainder_rank * settings.tokens if factored else 0
     rescale = rescale_work_of(pairs, settings.remainder_rank if factored else None)._asdict()
-    machine = 1e9 * settings.bandwidth, settings.rate
+    bandwidth = 1e9 * settings.bandwidth
+    machine = bandwidth, settings.rescale_rate
     return Seconds(
-        lora=lora / settings.rate,
+        # With few tokens a step waits for the weights, which pass once forward and once backward.
+        lora=max(lora / settings.rate, 2 * bytes_of_base / bandwidth),
         columns=columns / settings.rate,
         rescale={part: work.seconds(*machine) for part, work in rescale.items()},
     )
@@ -340,8 +364,12 @@ def _seconds(pairs: list[LoraPair], matrices: int, merge: Merge, settings: Estim
 
 def as_json(settings: EstimateSettings, found: Estimate) -> dict[str, Any]:
     """The same as `markdown`, for programs: bytes and seconds, the settings, and the overhead by interval."""
-    machine = {"config": str(settings.config), "tflops": settings.rate / 1e12}
-    overhead = {str(interval): found.seconds.overhead(interval) for interval in INTERVALS}
+    machine = {
+        "config": str(settings.config),
+        "tflops": settings.rate / 1e12,
+        "float32_tflops": settings.rescale_rate / 1e12,
+    }
+    overhead = {str(interval): found.seconds.overhead(interval) for interval in settings.interval}
     return {"settings": asdict(settings) | machine, **asdict(found), "overhead": overhead}
 
 
@@ -356,9 +384,11 @@ def markdown(settings: EstimateSettings, found: Estimate) -> str:
         grid(["memory, GiB", "LoRA", "ScaLoRA"], _memory_rows(found.memory)),
         "Without activations, which are the same for both, and grow with the batch. Optimizer: Adam. The scratch is "
         "taken at the optimizer's step, when the activations are gone.",
-        grid(["time", "ms per step", "over LoRA"], _time_rows(found.seconds)),
-        f"{settings.tokens:,} tokens per step, {settings.bandwidth:g} GB/s, {settings.rate / 1e12:g} TFLOP/s reached. "
-        "A step: the matrix products of the linear layers, without attention's own and without recomputation. A "
+        grid(["time", "ms per step", "over LoRA"], _time_rows(found.seconds, settings.interval)),
+        f"{settings.tokens:,} tokens per step, {settings.bandwidth:g} GB/s, {settings.rate / 1e12:g} TFLOP/s reached, "
+        f"{settings.rescale_rate / 1e12:g} by a rescale, in float32. "
+        "A step: the matrix products of the linear layers, without attention's own and without recomputation, or the "
+        "weights read twice if that takes longer. A "
         f"rescale: its floor, {1000 * sum(found.seconds.rescale.values()):.3g} ms; a real one takes longer.",
     ]
     if found.uncounted:
@@ -388,9 +418,9 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:.3f}"
 
 
-def _time_rows(seconds: Seconds) -> list[list[str]]:
+def _time_rows(seconds: Seconds, intervals: tuple[int, ...]) -> list[list[str]]:
     rows = [
         [f"ScaLoRA, I = {interval}", f"{1000 * seconds.step(interval):.4g}", f"+{seconds.overhead(interval):.2%}"]
-        for interval in INTERVALS
+        for interval in intervals
     ]
     return [["LoRA", f"{1000 * seconds.lora:.4g}", ""], *rows]

@@ -80,6 +80,8 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
     peft_config = _peft_config(settings, method)
     checkpoint = None
     if resume:
+        if method.cannot_resume is not None:
+            raise InputError(f"method {settings.method!r} can't resume: {method.cannot_resume}; train with --overwrite")
         check_resumable(settings)
         checkpoint = last_checkpoint(trainer_folder(settings))
         if checkpoint is None:

@@ -115,4 +115,8 @@ class NoTransport(ScaLoraMethod):
 class LoraGaRestart(ScaLoraMethod):
     """`RestartingScaLora` as a method."""
 
+    cannot_resume: ClassVar[str | None] = (
+        "the gradient that its next restart needs is computed a step ahead, and a checkpoint does not hold it"
+    )
+
     engine: ClassVar[type[ScaLora]] = RestartingScaLora

@@ -33,9 +33,12 @@ class Full(Method):
 class _LowRankMoments(Full):
     """Full fine-tuning with an optimizer of Transformers whose moments of the blocks' linear layers are low-rank.
 
-    Everything else, the head included, is stepped by its plain AdamW. A run can't be resumed: the projections are
-    objects in the optimizer's state, which a Trainer's checkpoint doesn't load.
+    Everything else, the head included, is stepped by its plain AdamW.
     """
+
+    cannot_resume: ClassVar[str | None] = (
+        "its projections are objects in the optimizer's state, which a Trainer's checkpoint does not load"
+    )
 
     optim: ClassVar[str]
     package: ClassVar[str]

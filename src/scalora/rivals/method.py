@@ -31,6 +31,9 @@ class Method:
     ordinary_adapter: ClassVar[bool] = True
     """Whether what `save_pretrained` writes is right on the original base, so that it may be shipped."""
 
+    cannot_resume: ClassVar[str | None] = None
+    """Why a run can't go on from a checkpoint; None where it can."""
+
     def training_defaults(self) -> dict[str, Any]:
         """Training arguments that the method needs; the user's own win."""
         return {}

@@ -54,6 +54,8 @@ class ReLora(Method):
         ValueError: a value that makes no sense.
     """
 
+    cannot_resume: ClassVar[str | None] = "a checkpoint does not hold the base that it has merged into"
+
     interval: int = 50
     reset: Reset = "magnitude"
     prune: float = 0.99
