@@ -266,7 +266,9 @@ def _model(config: PreTrainedConfig, settings: EstimateSettings) -> PreTrainedMo
     dtype = getattr(torch, settings.dtype)
     # The class that its weights were saved from, if it says so: a BERT config could be a decoder's as well.
     named = (getattr(transformers, name, None) for name in config.architectures or ())
-    saved_as = next((kind for kind in named if isinstance(kind, type) and issubclass(kind, PreTrainedModel)), None)
+    saved_as: type[PreTrainedModel] | None = next(
+        (kind for kind in named if isinstance(kind, type) and issubclass(kind, PreTrainedModel)), None
+    )
     auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
     try:
         return saved_as._from_config(config, dtype=dtype) if saved_as else auto.from_config(config, dtype=dtype)
