@@ -106,6 +106,12 @@ def test_the_parts_of_a_rescale_are_those_of_the_clock():
     assert all(part > 0 for part in parts.values())
 
 
+@pytest.mark.parametrize("width", [64, 256, 512, 1024])
+def test_a_model_of_any_width_runs(width):
+    model = case(width=width, layers=1).base()
+    assert model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()
+
+
 def test_a_contender_trains_as_its_method_does():
     setting = case(rank=2)
     states = {}

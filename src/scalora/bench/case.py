@@ -58,13 +58,15 @@ class Case:
         dtype = getattr(torch, self.dtype)
         if self.model is not None:
             return AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)  # type: ignore[no-any-return]
+        heads = max(1, self.width // _HEAD_SIZE)
         config = LlamaConfig(
             vocab_size=_VOCABULARY,
             hidden_size=self.width,
             intermediate_size=8 * self.width // 3,
             num_hidden_layers=self.layers,
-            num_attention_heads=max(1, self.width // _HEAD_SIZE),
-            num_key_value_heads=max(1, self.width // _HEAD_SIZE // 3),
+            num_attention_heads=heads,
+            # A third of the heads as SmolLM2 has, or the next fewer that divides them.
+            num_key_value_heads=next(few for few in range(max(1, heads // 3), 0, -1) if heads % few == 0),
             max_position_embeddings=max(2048, self.sequence),
         )
         return AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-any-return]
