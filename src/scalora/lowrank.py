@@ -74,8 +74,8 @@ def compressed_products(
         for each product the new left and right in its dtype, balanced (``left.T @ left = right.T @ right``, diagonal,
         descending), and the squared Frobenius norm of what is left out, in float64.
     """
-    gram_left = torch.stack([(left := left_.double()).mT @ left for left_, _ in products])
-    gram_right = torch.stack([(right := right_.double()).mT @ right for _, right_ in products])
+    gram_left = torch.stack([_gram(left) for left, _ in products])
+    gram_right = torch.stack([_gram(right) for _, right in products])
     # With right = Q·rootᵀ, Q orthonormal, the product's singular values are those of left·root.
     spectrum, basis = torch.linalg.eigh(gram_right)
     root = basis * spectrum.clamp_min(0).sqrt()[..., None, :]
@@ -99,6 +99,11 @@ def compressed_products(
         )
         for i, ((left, right), rank) in enumerate(zip(products, ranks, strict=True))
     ]
+
+
+def _gram(factor: Float[Tensor, "m k"]) -> Float[Tensor, "k k"]:
+    factor = factor.double()
+    return factor.mT @ factor
 
 
 def factors_of_dense(matrix: Float[Tensor, "m n"], rtol: float, max_rank: int) -> Factors:

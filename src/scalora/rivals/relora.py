@@ -227,10 +227,7 @@ class ReLoraCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Attach to the model and optimizer that the Trainer has built."""
         if state.global_step:
-            raise ValueError(
-                f"ReLoRA can't resume at step {state.global_step}: a checkpoint does not hold the merged base; start "
-                "anew"
-            )
+            raise ValueError(f"ReLoRA can't resume at step {state.global_step}: {ReLora.cannot_resume}; start anew")
         if args.load_best_model_at_end:
             raise ValueError(
                 "ReLoRA can't go back to its best checkpoint, which does not hold the merged base; set "
