@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from scalora import ScaLora, ScaLoraConfig, effective_rank, numerical_rank, optimal_start
 from scalora.rivals.controls import ForgettingScaLora, NormalisingScaLora
-from scalora.scaling import COLUMN, SCALAR, Scaling
+from scalora.scaling import COLUMN, SCALAR, Grams, Scaling
 
 Problem = LinearProblem | TwoLayerProblem
 
@@ -121,25 +121,27 @@ def _finite(value: Any) -> Any:
 class _Chosen:
     """Counts, copy by copy, which scaling an engine took, and how long it made the columns."""
 
-    def __init__(self, engine: ScaLora) -> None:
-        self.counts: dict[tuple[int, ...], Tensor] = {}
+    def __init__(self, engine: ScaLora, copies: int) -> None:
+        self.counts = torch.zeros(4, copies)
         self._scaling = engine._scaling
         engine._scaling = self._count  # type: ignore[method-assign]
 
-    def _count(self, A: Tensor, B: Tensor, *rest: Tensor) -> Scaling:
-        scaling = self._scaling(A, B, *rest)
-        norms = A.norm(dim=-2) * scaling.alpha + B.norm(dim=-2) * scaling.beta
+    def _count(self, grams: Grams, target_norms: Tensor) -> Scaling:
+        scaling = self._scaling(grams, target_norms)
+        r = scaling.alpha.shape[-1]
+        # The columns' squared norms, of A and of B.
+        A, B = (gram.diagonal(dim1=-2, dim2=-1) for gram in grams)
+        norms = A[:, :r].sqrt() * scaling.alpha + B[:, r:].sqrt() * scaling.beta
         counts = torch.stack(
             [scaling.choice == COLUMN, scaling.choice == SCALAR, norms.mean(-1) / 2, scaling.choice >= 0]
         )
-        key = (A.shape[-2], B.shape[-2])
-        self.counts[key] = self.counts.get(key, 0) + counts
+        # The layers come shape by shape, of each shape all copies.
+        self.counts += counts.unflatten(-1, (-1, self.counts.shape[-1])).sum(-2)
         return scaling
 
     def means(self) -> Tensor:
         """Share of column scalings, of scalar ones, and norm of the columns, (3, copies)."""
-        counts = sum(self.counts.values())
-        return counts[:3] / counts[3]
+        return self.counts[:3] / self.counts[3]
 
 
 def train(
@@ -181,7 +183,7 @@ def train(
     chosen = None
     if setting.method in ENGINES:
         engine = ENGINES[setting.method](model, optimizer, setting.config())
-        chosen = _Chosen(engine)
+        chosen = _Chosen(engine, len(runs))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of copies that diverge: their risks say so
         for step in range(1, steps + 1):
@@ -196,7 +198,7 @@ def train(
                     run.risks.append(risk if risk < 1e3 else math.inf)
             if step == steps or not (only_the_end or step % max(1, steps // _RANK_CHECKS)):
                 _measure_ranks(runs, modules, begun, step)
-    if chosen is not None and chosen.counts:
+    if chosen is not None and chosen.counts.any():
         for run, (column, scalar, norm) in zip(runs, chosen.means().T.tolist(), strict=True):
             run.column_share, run.scalar_share, run.column_norm = column, scalar, norm
     return runs

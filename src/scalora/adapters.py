@@ -282,8 +282,16 @@ def _whole_update(module: LoraLayer, adapter: str) -> Tensor:
     return update
 
 
+def by_rank(pairs: list[LoraPair]) -> list[list[LoraPair]]:
+    """Groups of pairs whose scalings can be solved for together: of one rank, dtype and device."""
+    groups = defaultdict(list)
+    for pair in pairs:
+        groups[len(pair.lora_A), pair.lora_A.dtype, pair.lora_A.device].append(pair)
+    return list(groups.values())
+
+
 def by_shape(pairs: list[LoraPair]) -> list[list[LoraPair]]:
-    """Groups of pairs that can be stacked and solved together: of one shape, dtype and device."""
+    """Groups of pairs that can be stacked: of one shape, dtype and device."""
     groups = defaultdict(list)
     for pair in pairs:
         m, r = pair.lora_B.shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.optim import Optimizer
 
-from scalora.adapters import LoraPair, by_shape
+from scalora import kernels, native
+from scalora.adapters import LoraPair, by_rank, by_shape
 from scalora.changed_base import attach, state_of
 from scalora.config import ScaLoraConfig
-from scalora.remainder import FactoredRemainder, add_to_all, weighted
-from scalora.scaling import COLUMN, SCALAR, Scaling, choose_scaling, solver_dtype
+from scalora.kernels import Kernels
+from scalora.remainder import FactoredRemainder
+from scalora.scaling import COLUMN, SCALAR, Grams, Scaling, scaling_of_grams, solver_dtype
 from scalora.state import (
     STATE_FILE,
     StateError,
@@ -53,7 +56,7 @@ _LEFT_ALONE_BECAUSE = {
 
 
 class _Constants(NamedTuple):
-    """What the mathematics takes besides tensors of the model, for the layers of one shape."""
+    """What the mathematics takes besides tensors of the model, for the layers of one rank."""
 
     scalings: list[float]
     target_norms: Tensor
@@ -88,7 +91,8 @@ class ScaLora:
         self._pairs, self._progress = attach(model, self.config.merge, self.config.remainder_rank)
         rates = _base_learning_rates(self._optimizer)
         self._target_norms = {pair.name: _target_norms(pair, rates, self.config) for pair in self._pairs}
-        self._groups = by_shape(self._pairs)
+        self._groups = [by_shape(pairs) for pairs in by_rank(self._pairs)]
+        self._kernels = self._chosen_kernels()
         self._progress.config = self.config
         self._progress.restart(step=0, rescales=0)
         self._constants: dict[tuple[str, ...], _Constants] = {}
@@ -187,7 +191,7 @@ class ScaLora:
             return
         # GradScaler calls a fused optimizer even when it will skip the step; whether it will, only the device knows.
         skipped = getattr(optimizer, "found_inf", None)
-        rescaled = [self._rescale_group([p for p in pairs if p.has_gradients], skipped) for pairs in self._groups]
+        rescaled = [self._rescale_group(shapes, skipped) for shapes in self._groups]
         self._last = [part for part in rescaled if part is not None]
         self._progress.count_rescale(skipped)
         for scaling, _ in self._last:
@@ -198,60 +202,73 @@ class ScaLora:
         since_warmup = step - self.config.warmup_steps
         return since_warmup >= 1 and since_warmup % self.config.interval == 0
 
-    def _rescale_group(self, pairs: list[LoraPair], skipped: Tensor | None) -> tuple[Scaling, Tensor] | None:
-        """Solve, merge and carry over for layers of one shape; returns the scaling and the merges' squared norms.
+    def _rescale_group(self, shapes: list[list[LoraPair]], skipped: Tensor | None) -> tuple[Scaling, Tensor] | None:
+        """Solve, merge and carry over for layers of one rank; returns the scaling and the merges' squared norms.
 
-        Each operation is one for all of the layers, save the merge, which is one for each weight.
+        Each operation is one for all of the layers of a shape, and of all shapes in the solution, save the merge, which
+        is one for each weight.
         """
-        if not pairs:
+        shapes = [pairs for pairs in ([p for p in pairs if p.has_gradients] for pairs in shapes) if pairs]
+        if not shapes:
             return None
+        sizes = [len(pairs) for pairs in shapes]
         with record_function(PARTS[0]):
-            A, B = torch.stack([p.lora_B for p in pairs]), torch.stack([p.lora_A for p in pairs]).mT
-            GB, GtA = (
-                torch.stack([_gradient(p.lora_B) for p in pairs]),
-                torch.stack([_gradient(p.lora_A) for p in pairs]).mT,
-            )
-            constants = self._constants_of(pairs, A)
-            scaling = self._scaling(A, B, GB, GtA, constants.target_norms)
+            constants = self._constants_of([pair for pairs in shapes for pair in pairs])
+            parts = [self._kernels.grams(*_factors_and_gradients(pairs)) for pairs in shapes]
+            grams = Grams(*map(torch.cat, zip(*parts, strict=True)))
+            scaling = self._scaling(grams, constants.target_norms)
             if skipped is not None:
-                scaling = scaling.unless(skipped.to(A.device) > 0)
-        with record_function(PARTS[1]):
-            alpha, beta = scaling.alpha.to(A.dtype), scaling.beta.to(A.dtype)
+                scaling = scaling.unless(skipped.to(scaling.alpha.device) > 0)
+            dtype, exact = shapes[0][0].lora_A.dtype, scaling.alpha.dtype
+            alpha, beta = scaling.alpha.to(dtype), scaling.beta.to(dtype)
             # 1 − αβ of the factors as they are applied, in the solver's precision: the function is kept to rounding.
-            exact = scaling.alpha.dtype
-            left, right = weighted(A, B, constants.scaling * (1 - alpha.to(exact) * beta.to(exact)))
-            add_to_all([p.remainder for p in pairs], [p.weight for p in pairs], left.unbind(), right.unbind())
-        with record_function(PARTS[2]):
-            lora_A: list[Tensor] = [p.lora_A for p in pairs]
-            lora_B: list[Tensor] = [p.lora_B for p in pairs]
-            torch._foreach_mul_(lora_B, _in_full(alpha[:, None, :], A.shape))
-            torch._foreach_mul_(lora_A, _in_full(beta[:, :, None], B.mT.shape))
-            self._carry_over(lora_B, _in_full(beta[:, None, :], A.shape))
-            self._carry_over(lora_A, _in_full(alpha[:, :, None], B.mT.shape))
-        # ‖left·rightᵀ‖² of each layer from r × r Grams.
-        return scaling, ((left.mT @ left) * (right.mT @ right)).sum((-2, -1))
+            coefficients = constants.scaling * (1 - alpha.to(exact) * beta.to(exact))
+        of_shapes = (torch.split(factors, sizes) for factors in (alpha, beta, coefficients))
+        for pairs, *of_shape in zip(shapes, *of_shapes, strict=True):
+            self._apply(pairs, *of_shape)
+        return scaling, _energy(grams, coefficients)
 
-    def _constants_of(self, pairs: list[LoraPair], like: Tensor) -> _Constants:
+    def _apply(self, pairs: list[LoraPair], alpha: Tensor, beta: Tensor, coefficients: Tensor) -> None:
+        """Merge what a scaling of layers of one shape leaves, and scale their factors and all that goes along."""
+        lora_A: list[Tensor] = [p.lora_A for p in pairs]
+        lora_B: list[Tensor] = [p.lora_B for p in pairs]
+        with record_function(PARTS[1]):
+            self._kernels.merge([p.remainder for p in pairs], [p.weight for p in pairs], lora_B, lora_A, coefficients)
+        with record_function(PARTS[2]):
+            spread = self._kernels.spread
+            self._kernels.multiply(lora_B, spread(alpha[:, None, :], lora_B))
+            self._kernels.multiply(lora_A, spread(beta[:, :, None], lora_A))
+            self._carry_over(lora_B, spread(beta[:, None, :], lora_B))
+            self._carry_over(lora_A, spread(alpha[:, :, None], lora_A))
+
+    def _chosen_kernels(self) -> Kernels:
+        if not (self.config.native and any(pair.lora_A.is_cpu for pair in self._pairs)):
+            return kernels
+        native.build()
+        return native
+
+    def _constants_of(self, pairs: list[LoraPair]) -> _Constants:
         """Target norms and scalings on the device, sent there again only when the layers or PEFT's scaling change."""
         names, scalings = tuple(pair.name for pair in pairs), [pair.scaling for pair in pairs]
         # Under the names alone, so that a scaling on a schedule does not leave one set behind at every step.
         known = self._constants.get(names)
         if known is None or known.scalings != scalings:
-            dtype = solver_dtype(like.device)
+            device = pairs[0].lora_A.device
+            dtype = solver_dtype(device)
             norms = torch.tensor([self._target_norms[name] for name in names], dtype=dtype)
             scaling = torch.tensor(scalings, dtype=dtype)[:, None]
-            known = self._constants[names] = _Constants(scalings, norms.to(like.device), scaling.to(like.device))
+            known = self._constants[names] = _Constants(scalings, norms.to(device), scaling.to(device))
         return known
 
     # The two decisions of a rescale, each a method so that a comparison can replace it (`scalora.rivals.controls`).
 
-    def _scaling(self, A: Tensor, B: Tensor, GB: Tensor, GtA: Tensor, target_norms: Tensor) -> Scaling:
-        """α and β of a stack of layers: the analytic optimum."""
-        return choose_scaling(A, B, GB, GtA, target_norm=target_norms, mode=self.config.mode)
+    def _scaling(self, grams: Grams, target_norms: Tensor) -> Scaling:
+        """α and β of layers: the analytic optimum."""
+        return scaling_of_grams(grams, target_norm=target_norms, mode=self.config.mode)
 
     def _carry_over(self, parameters: list[Tensor], factors: list[Tensor]) -> None:
         """Take the gradients and the optimizer's state of parameters along: exactly."""
-        scale_gradients_and_states(self._optimizer, self._degrees, parameters, factors)
+        scale_gradients_and_states(self._optimizer, self._degrees, parameters, factors, self._kernels.multiply)
 
     def _say_what_was_bad(self) -> None:
         """Warn once of each kind. Here and not in the step, which must not wait for the device."""
@@ -280,14 +297,20 @@ class ScaLora:
         }
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
+def _factors_and_gradients(pairs: list[LoraPair]) -> Iterator[list[Tensor]]:
+    """lora_B, its gradients, lora_A, its gradients."""
+    for parameters in ([pair.lora_B for pair in pairs], [pair.lora_A for pair in pairs]):
+        yield list(parameters)
+        yield [p.grad for p in parameters if p.grad is not None]
 
 
-def _in_full(factors: Tensor, shape: torch.Size) -> list[Tensor]:
-    """Factors in the shape of the stacked parameters, a tensor for each of them: so that one kernel takes all."""
-    return list(factors.expand(shape).contiguous().unbind())
+def _energy(grams: Grams, coefficients: Tensor) -> Tensor:
+    """``‖A·diag(coefficients)·Bᵀ‖²`` of each layer."""
+    r = coefficients.shape[-1]
+    products = coefficients[:, :, None] * coefficients[:, None, :]
+    of_all = products * grams.left[:, :r, :r] * grams.right[:, r:, r:]
+    # A layer that is left alone because it is not finite has moved nothing.
+    return torch.where(products == 0, 0, of_all).sum((-2, -1))
 
 
 def _summary(parts: list[tuple[Scaling, Tensor]], total: int) -> dict[str, Tensor]:

@@ -35,6 +35,18 @@ _SMALLEST_PIVOT = 1e-12
 _FACTOR_RANGE = (1e-6, 1e6)
 
 
+class Grams(NamedTuple):
+    """Inner products of the columns of ``S_A = [A, GB]`` and of ``S_B = [GtA, B]``: all that the optimum depends on.
+
+    Attributes:
+        left: S_AᵀS_A, (…, 2r, 2r), in the solver's dtype.
+        right: S_BᵀS_B, (…, 2r, 2r).
+    """
+
+    left: Float[Tensor, "*layers 2r 2r"]
+    right: Float[Tensor, "*layers 2r 2r"]
+
+
 class NormalEquations(NamedTuple):
     """The system ``M v = λ`` of the column scaling.
 
@@ -89,34 +101,50 @@ def solver_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def grams(
+    A: Float[Tensor, "*layers m r"],
+    B: Float[Tensor, "*layers n r"],
+    GB: Float[Tensor, "*layers m r"],
+    GtA: Float[Tensor, "*layers n r"],
+) -> Grams:
+    """The inner products of the columns; cost O((m+n)r²), nothing of size m × n.
+
+    Raises:
+        ValueError: the four shapes do not belong together.
+    """
+    _check_shapes(A, B, GB, GtA)
+    return Grams(_gram_of_both(A, GB), _gram_of_both(GtA, B))
+
+
 def normal_equations(
     A: Float[Tensor, "*layers m r"],
     B: Float[Tensor, "*layers n r"],
     GB: Float[Tensor, "*layers m r"],
     GtA: Float[Tensor, "*layers n r"],
 ) -> NormalEquations:
-    """Build ``M = (S_AᵀS_A) ⊙ (S_BᵀS_B)`` and λ with ``S_A = [A, GB]``, ``S_B = [GtA, B]``.
-
-    Cost O((m+n)r²); nothing of size m × n. Layers that are not `usable` get the identity and λ = 0, so that they pass
-    through any solver without a NaN.
+    """Build ``M = (S_AᵀS_A) ⊙ (S_BᵀS_B)`` and λ; see `equations_of_grams`.
 
     Raises:
         ValueError: the four shapes do not belong together.
     """
-    _check_shapes(A, B, GB, GtA)
-    dtype = solver_dtype(A.device)
-    S_A = torch.cat([A, GB], dim=-1).to(dtype)
-    # Its columns as rows, as PEFT stores lora_A: so that nothing is transposed in memory.
-    S_Bt = torch.cat([GtA.mT, B.mT], dim=-2).to(dtype)
-    r = A.shape[-1]
-    gram_A, gram_B = S_A.mT @ S_A, S_Bt @ S_Bt.mT
-    # A NaN or infinity anywhere makes its column's square one: no need to look through S_A and S_B themselves.
-    finite = (gram_A.isfinite() & gram_B.isfinite()).all(-1).all(-1)
-    matrix = gram_A * gram_B
+    return equations_of_grams(grams(A, B, GB, GtA))
+
+
+def equations_of_grams(grams: Grams) -> NormalEquations:
+    """Build M and λ. Layers that are not `usable` get the identity and λ = 0, which pass any solver without a NaN.
+
+    Args:
+        grams: of the layers.
+    """
+    left, right = grams
+    r = left.shape[-1] // 2
+    # A NaN or infinity in a column makes its square one: no need to look through the columns themselves.
+    finite = (left.isfinite() & right.isfinite()).all(-1).all(-1)
+    matrix = left * right
     # λᵢ = ⟨G, aᵢ(Gᵀaᵢ)ᵀ⟩ = ‖Gᵀaᵢ‖² and ⟨G, (G bⱼ)bⱼᵀ⟩ = ‖G bⱼ‖².
-    rhs = torch.cat([gram_B.diagonal(dim1=-2, dim2=-1)[..., :r], gram_A.diagonal(dim1=-2, dim2=-1)[..., r:]], dim=-1)
+    rhs = torch.cat([right.diagonal(dim1=-2, dim2=-1)[..., :r], left.diagonal(dim1=-2, dim2=-1)[..., r:]], dim=-1)
     usable = finite & (matrix.diagonal(dim1=-2, dim2=-1) > 0).all(-1) & matrix.isfinite().all(-1).all(-1)
-    identity = torch.eye(2 * r, dtype=dtype, device=A.device)
+    identity = torch.eye(2 * r, dtype=matrix.dtype, device=matrix.device)
     matrix = torch.where(usable[..., None, None], matrix, identity)
     return NormalEquations(matrix, torch.where(usable[..., None], rhs, 0), usable, finite)
 
@@ -185,8 +213,19 @@ def choose_scaling(
     Returns:
         `Scaling`; layers left alone have factors of exactly 1.
     """
-    equations = normal_equations(A, B, GB, GtA)
-    r = A.shape[-1]
+    return scaling_of_grams(grams(A, B, GB, GtA), target_norm=target_norm, mode=mode)
+
+
+def scaling_of_grams(grams: Grams, *, target_norm: float | Float[Tensor, "*layers 2"], mode: Mode = "auto") -> Scaling:
+    """`choose_scaling` of layers whose inner products are known.
+
+    Args:
+        grams: of the layers.
+        target_norm: see `choose_scaling`; so is `mode`.
+        mode: see `target_norm`.
+    """
+    equations = equations_of_grams(grams)
+    r = equations.rhs.shape[-1] // 2
     norms = torch.as_tensor(target_norm, dtype=equations.rhs.dtype, device=equations.rhs.device)
     norms = norms.expand(*equations.rhs.shape[:-1], 2).repeat_interleave(r, dim=-1)
 
@@ -286,6 +325,17 @@ def optimal_adapter(
     A = U[..., :, 0 : 2 * rank : 2] * target_norm
     B = Vh.mT[..., :, 1 : 2 * rank : 2] * target_norm
     return A.to(G.dtype), B.to(G.dtype)
+
+
+def _gram_of_both(
+    first: Float[Tensor, "*layers rows r"], second: Float[Tensor, "*layers rows r"]
+) -> Float[Tensor, "*layers 2r 2r"]:
+    """Inner products of the columns of both, by blocks: what is on hand in two tensors is not copied into one."""
+    dtype = solver_dtype(first.device)
+    first, second = first.to(dtype), second.to(dtype)
+    mixed = first.mT @ second
+    upper, lower = torch.cat([first.mT @ first, mixed], -1), torch.cat([mixed.mT, second.mT @ second], -1)
+    return torch.cat([upper, lower], -2)
 
 
 def _solve(

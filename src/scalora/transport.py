@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from scalora.kernels import Multiply, multiply
 from scalora.quantised_state import COMPANIONS, scale_block_quantised
 
 Refusal = Callable[[Mapping[str, Any]], str | None]
@@ -154,7 +155,11 @@ def refuse_closure(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 @torch.no_grad()
 def scale_gradients_and_states(
-    optimizer: Optimizer, degrees: Mapping[str, int], parameters: Sequence[Tensor], factors: Sequence[Tensor]
+    optimizer: Optimizer,
+    degrees: Mapping[str, int],
+    parameters: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    multiply: Multiply = multiply,
 ) -> None:
     """Multiply the gradients and the state of some parameters in place by powers of their factors.
 
@@ -166,6 +171,7 @@ def scale_gradients_and_states(
         degrees: from `state_degrees`.
         parameters: adapter matrices.
         factors: one of each parameter's shape, positive: 1 on the columns that are left alone.
+        multiply: how: `scalora.native.multiply` where that is built.
 
     Raises:
         UnsupportedOptimizerError: the state has an entry of the parameter's shape that the table does not name, or one
@@ -198,12 +204,9 @@ def scale_gradients_and_states(
                     f"code book that bitsandbytes keeps beside such codes; {_USE_INSTEAD}"
                 )
     if gradients:
-        torch._foreach_mul_(*map(list, zip(*gradients, strict=True)))
+        multiply(*_two_lists(gradients))
     for key, pairs in entries.items():
-        values, scales = map(list, zip(*pairs, strict=True))
-        # The power is applied as so many products: no copy of the factors, and exact where the power is.
-        for _ in range(degrees[key]):
-            torch._foreach_mul_(values, scales)
+        multiply(*_two_lists(pairs), degrees[key])
     for code in codes:
         scale_block_quantised(*code)
 
@@ -213,6 +216,10 @@ def scale_gradient_and_state(
 ) -> None:
     """`scale_gradients_and_states` of one parameter, by a factor that is broadcastable against it."""
     scale_gradients_and_states(optimizer, degrees, [parameter], [factor.expand(parameter.shape)])
+
+
+def _two_lists(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def _qualified_name(cls: type) -> str:

@@ -41,6 +41,7 @@ class Case:
             does.
         merge: where ScaLoRA's remainder goes.
         device: to train on.
+        native: whether ScaLoRA rescales in C++.
     """
 
     model: str | None
@@ -52,6 +53,7 @@ class Case:
     dtype: str
     merge: Merge
     device: str
+    native: bool = False
 
     def base(self) -> nn.Module:
         """The model that every method starts from."""
@@ -143,7 +145,8 @@ def _method(name: str, case: Case) -> Method:
     kind = METHODS[name.partition(":")[0]]
     if not issubclass(kind, ScaLoraMethod):
         return kind()
-    return kind(config=ScaLoraConfig(interval=interval_of(name), merge=case.merge, warmup_steps=0))
+    config = ScaLoraConfig(interval=interval_of(name), merge=case.merge, warmup_steps=0, native=case.native)
+    return kind(config=config)
 
 
 def _fill_remainders(model: nn.Module) -> None:

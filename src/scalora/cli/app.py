@@ -327,6 +327,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of torch on the CPU; its own choice when not given.")
     ] = None,
+    native: Annotated[bool, typer.Option(help="Have ScaLoRA rescale in C++ (on a CPU).")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the table, the figures and the data.")] = Path("runs/bench"),
     debug: Debug = False,
 ) -> None:
@@ -357,6 +358,7 @@ def bench(
             rounds=rounds,
             memory=memory,
             threads=threads or torch.get_num_threads(),
+            native=native,
         )
         typer.echo(run_bench(settings, output))
 

@@ -53,6 +53,7 @@ class BenchSettings:
         rounds: of interleaved steps.
         memory: whether peak memory is measured, in a process of its own for each method.
         threads: that torch may use.
+        native: whether ScaLoRA rescales in C++.
 
     Raises:
         InputError: a value is out of range.
@@ -71,6 +72,7 @@ class BenchSettings:
     rounds: int
     memory: bool
     threads: int
+    native: bool
 
     def __post_init__(self) -> None:
         for name in self.methods:
@@ -105,6 +107,7 @@ class BenchSettings:
             dtype=self.dtype[0],
             merge=self.merge[0],
             device=self.device,
+            native=self.native,
         )
         others: list[tuple[str, Any]] = [(name, value) for name, values in axes.items() for value in values[1:]]
         return [("base", base), *((f"{name} {value}", replace(base, **{name: value})) for name, value in others)]
@@ -288,7 +291,8 @@ def _markdown(settings: BenchSettings, environment: dict[str, Any], steps: list[
 def _base(settings: BenchSettings) -> str:
     case = settings.cases()[0][1]
     model = "" if case.model else f"width {case.width}, {case.layers} layers, "
-    return f"{model}rank {case.rank}, {case.batch} × {case.sequence} tokens, {case.dtype}, merge {case.merge}"
+    native = ", native" if case.native else ""
+    return f"{model}rank {case.rank}, {case.batch} × {case.sequence} tokens, {case.dtype}, merge {case.merge}{native}"
 
 
 def _steps_row(row: Steps) -> list[str]:

@@ -23,6 +23,7 @@ from transformers import (
 )
 from trl import SFTTrainer
 
+from scalora import native
 from scalora.adapters import find_lora_pairs
 from scalora.changed_base import attach, state_of
 from scalora.cli.data import label_names, load_examples, sft_examples, tokenized_for_classification
@@ -99,6 +100,8 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
     arguments = training_arguments(settings, method, evaluates="eval" in examples)
     if isinstance(method, ScaLoraMethod):
         _require_supported_optimizer(arguments)
+        if method.config.native and arguments.device.type == "cpu":
+            native.build()  # likewise before the model is loaded
     tokenizer = load_tokenizer(source, settings)
     # The Trainer seeds itself only once it has the model, whose new head and adapter are random too.
     set_seed(arguments.seed)

@@ -16,7 +16,7 @@ from scalora.adapters import LoraPair
 from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
 from scalora.rivals.scalora import ScaLoraMethod
-from scalora.scaling import COLUMN, Scaling, choose_scaling, optimal_adapter
+from scalora.scaling import COLUMN, Grams, Scaling, optimal_adapter, scaling_of_grams
 from scalora.start import replace_factors, require_weight_gradients
 
 
@@ -26,17 +26,17 @@ class NormalisingScaLora(ScaLora):
     Layers that have no optimum because an input is zero or not finite are left alone, as ScaLoRA does.
     """
 
-    def _scaling(self, A: Tensor, B: Tensor, GB: Tensor, GtA: Tensor, target_norms: Tensor) -> Scaling:
-        optimum = choose_scaling(A, B, GB, GtA, target_norm=target_norms)
-        usable = ~optimum.degenerate
+    def _scaling(self, grams: Grams, target_norms: Tensor) -> Scaling:
+        optimum = scaling_of_grams(grams, target_norm=target_norms)
+        usable, r = ~optimum.degenerate, optimum.alpha.shape[-1]
         norms = target_norms.to(optimum.alpha)
 
-        def to_norm(factor: Tensor, norm: Tensor) -> Tensor:
-            return torch.where(usable[:, None], norm[:, None] / factor.to(norm).norm(dim=-2), 1.0)
+        def to_norm(squares: Tensor, norm: Tensor) -> Tensor:
+            return torch.where(usable[:, None], norm[:, None] * squares.rsqrt(), 1.0)
 
         return optimum._replace(
-            alpha=to_norm(A, norms[:, 0]),
-            beta=to_norm(B, norms[:, 1]),
+            alpha=to_norm(grams.left.diagonal(dim1=-2, dim2=-1)[:, :r], norms[:, 0]),
+            beta=to_norm(grams.right.diagonal(dim1=-2, dim2=-1)[:, r:], norms[:, 1]),
             choice=COLUMN * usable.int(),
             exploding=torch.zeros_like(usable),
         )
@@ -76,10 +76,10 @@ class RestartingScaLora(ScaLora):
             pair.weight.grad = None
             pair.weight.requires_grad_(self._rescales_at(self._progress.step + 1))
 
-    def _rescale_group(self, pairs: list[LoraPair], skipped: Tensor | None) -> None:
+    def _rescale_group(self, shapes: list[list[LoraPair]], skipped: Tensor | None) -> None:
         if skipped is not None and skipped.item():  # a restart waits for the device anyway, and can't be undone by it
             return
-        for pair in pairs:
+        for pair in (pair for pairs in shapes for pair in pairs if pair.has_gradients):
             G = pair.weight.grad
             if G is None:
                 continue
