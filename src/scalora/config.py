@@ -69,7 +69,7 @@ class ScaLoraConfig:
         # How the same is computed: a run may go on with the other.
         compare=False,
         metadata={
-            "help": "On CPUs, do the work of a rescale in C++ (docs/cost.md): half the time in float32, a fifth in "
+            "help": "On CPUs, do the work of a rescale in C++ (docs/cost.md): half the time in float32, a quarter in "
             "bfloat16. Not the default, because it needs a C++ compiler, for ten seconds at the first use, and a "
             "rescale is a few per cent of a step. No effect on other devices."
         },

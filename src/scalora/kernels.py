@@ -94,7 +94,7 @@ def spread(factors: Float[Tensor, "layers rows columns"], like: Sequence[Tensor]
     """Factors of rows or columns as `multiply` takes them: in the shape of the parameters that they are for.
 
     Args:
-        factors: (layers, 1, columns) or (layers, rows, 1).
+        factors: (layers, 1, columns), (layers, rows, 1), or (layers, 1, 1).
         like: the parameters of the layers.
     """
     # Of one layout with the parameters: so that one kernel takes all.

@@ -335,12 +335,9 @@ def _bytes_of_remainder(pair: LoraPair, merge: Merge, settings: EstimateSettings
 
 
 def _bytes_of_scratch(stack: list[LoraPair]) -> int:
-    """[A, G·B] and [GᵀA, B] of layers that are solved together, stacked in float32 and copied to float64.
-
-    One of the two, in the mean a half of them, is there joined in float32 too while it is copied.
-    """
+    """A, G·B, B and GᵀA of layers of one shape, stacked in float32; in float64 too the first two, then the others."""
     m, n, r = _shape(stack[0])
-    return len(stack) * 2 * (m + n) * r * (_SINGLE + _SINGLE // 2 + _DOUBLE)
+    return len(stack) * 2 * r * ((m + n) * _SINGLE + max(m, n) * _DOUBLE)
 
 
 def _seconds(

@@ -36,9 +36,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scalora.adapters import LoraPair, by_shape, find_lora_pairs, promote_adapters
+from scalora.kernels import multiply, spread
 from scalora.rivals.method import Method
 from scalora.scaling import solver_dtype
-from scalora.transport import refuse_closure, scale_gradient_and_state, state_degrees
+from scalora.transport import refuse_closure, scale_gradients_and_states, state_degrees
 
 # A squared pivot or a singular value that is smaller, relative to what it is a part of, than this many roundings has
 # fewer than about three digits left.
@@ -202,12 +203,13 @@ class ScalarRefactorer(_Refactorer):
     @torch.no_grad()
     def _refactor(self) -> None:
         for pairs in self._groups:
-            A, B = torch.stack([pair.lora_B for pair in pairs]), torch.stack([pair.lora_A for pair in pairs]).mT
-            for pair, root in zip(pairs, optimal_scalar(A, B).sqrt(), strict=True):
-                pair.lora_B.mul_(root)
-                pair.lora_A.div_(root)
-                scale_gradient_and_state(self._optimizer, self._degrees, pair.lora_B, 1 / root)
-                scale_gradient_and_state(self._optimizer, self._degrees, pair.lora_A, root)
+            lora_B: list[Tensor] = [pair.lora_B for pair in pairs]
+            lora_A: list[Tensor] = [pair.lora_A for pair in pairs]
+            root = optimal_scalar(torch.stack(lora_B), torch.stack(lora_A).mT).sqrt().to(lora_B[0].dtype)[:, None, None]
+            multiply(lora_B, spread(root, lora_B))
+            multiply(lora_A, spread(1 / root, lora_A))
+            scale_gradients_and_states(self._optimizer, self._degrees, lora_B, spread(1 / root, lora_B))
+            scale_gradients_and_states(self._optimizer, self._degrees, lora_A, spread(root, lora_A))
 
 
 class RefLoraCallback(TrainerCallback):  # type: ignore[misc]
