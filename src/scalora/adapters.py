@@ -10,9 +10,10 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, Linear, LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
-from scalora.remainder import HALF, DenseRemainder, FactoredRemainder, Merge, Remainder
+from scalora.remainder import HALF, REMAINDER_BUFFERS, DenseRemainder, FactoredRemainder, Merge, Remainder
 
 # PEFT's layers over quantised weights whose forward pass goes through a `LoraVariant` if there is one, which is what
 # the factored remainder needs (bitsandbytes, GPTQ, HQQ, torchao); AWQ's, EETQ's and AQLM's do not.
@@ -217,6 +218,28 @@ def place_remainders(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None
             pair.layer.lora_variant[pair.adapter] = _WithRemainder()
         else:
             pair.layer.add_module(REMAINDER, DenseRemainder(pair.weight, transposed=pair.transposed))
+
+
+def keep_out_of_broadcasts(model: nn.Module) -> None:
+    """See to it that DistributedDataParallel does not send remainders around.
+
+    Before every forward pass it sends the first process's buffers to all others, and of a half-precision base the
+    remainders are as large as the base itself. They are the same in all processes, because the gradients are that they
+    come from.
+
+    Args:
+        model: with LoRA layers; DDP is around a part of it already, or will be around it, or never.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    for whole in [wrapper.module for wrapper in wrappers] or [model]:
+        layers = [name for name, module in whole.named_modules() if isinstance(module, LoraLayer)]
+        names = {f"{layer}.{REMAINDER}.{buffer}" for layer in layers for buffer in REMAINDER_BUFFERS}
+        names |= set(getattr(whole, "_ddp_params_and_buffers_to_ignore", ()))
+        # What DDP reads when it is made, and has no public name for (PyTorch issue 43690).
+        whole._ddp_params_and_buffers_to_ignore = names
+        for wrapper in wrappers:
+            if wrapper.module is whole:
+                wrapper.parameters_to_ignore |= names
 
 
 def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:

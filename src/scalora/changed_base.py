@@ -20,7 +20,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scalora.adapters import LoraPair, find_lora_pairs, place_remainders
+from scalora.adapters import LoraPair, find_lora_pairs, keep_out_of_broadcasts, place_remainders
 from scalora.config import ScaLoraConfig
 from scalora.ordinary_adapter import write_adapter
 from scalora.remainder import FactoredRemainder, Merge
@@ -93,6 +93,7 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
     attachment = attachment_of(model)
     fingerprint = fingerprint_of(model)
     place_remainders(pairs, merge, remainder_rank)
+    keep_out_of_broadcasts(model)
     if attachment is None:
         attachment = Attachment(fingerprint)
         object.__setattr__(model, "_scalora", attachment)

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from scalora import kernels, native
-from scalora.adapters import LoraPair, by_rank, by_shape
+from scalora.adapters import LoraPair, by_rank, by_shape, keep_out_of_broadcasts
 from scalora.changed_base import attach, state_of
 from scalora.config import ScaLoraConfig
 from scalora.kernels import Kernels
@@ -72,7 +73,8 @@ class ScaLora:
         >>> ScaLora(model, optimizer, ScaLoraConfig())  # and train as before
 
     Args:
-        model: with PEFT LoRA layers, exactly one adapter active.
+        model: with PEFT LoRA layers, exactly one adapter active. With `DistributedDataParallel`, the model before it is
+            wrapped, or the wrapper.
         optimizer: any whose state can be carried over (see `scalora.register_optimizer`); a wrapper with the real one
             in ``.optimizer`` (Accelerate's) is looked through.
         config: settings; the defaults when None.
@@ -85,6 +87,9 @@ class ScaLora:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig | None = None) -> None:
         self.config = config or ScaLoraConfig()
+        if isinstance(model, DistributedDataParallel):
+            keep_out_of_broadcasts(model)
+            model = model.module
         self._model = model
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         self._degrees = state_degrees(self._optimizer)

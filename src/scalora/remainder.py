@@ -171,6 +171,9 @@ class FactoredRemainder(nn.Module):
 
 Remainder = DenseRemainder | FactoredRemainder
 
+REMAINDER_BUFFERS = ("rounded_off", "left", "right", "discarded")
+"""The names of their buffers."""
+
 
 @torch.no_grad()
 def add_to_all(

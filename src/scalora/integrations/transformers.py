@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from scalora.adapters import promote_adapters
+from scalora.adapters import keep_out_of_broadcasts, promote_adapters
 from scalora.changed_base import fingerprint_of
 from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
@@ -63,6 +63,7 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         """
         set_broken_checkpoints_aside(Path(args.output_dir))
         model: nn.Module = kwargs["model"]
+        keep_out_of_broadcasts(model)  # before the Trainer wraps the model, to which the engine has no way from inside
         if isinstance(model, PeftModel):
             promote_adapters(model)
             load_adapter = partial(self._load_adapter, model, model.load_adapter)
