@@ -58,16 +58,16 @@ def train(merge, dtype, rank=None, attach_to_wrapper=False):
     return {"state": engine.state_dict()["tensors"], "sent": broadcast(outer) if rank is not None else []}
 
 
-def in_a_trainer(folder):
-    model = with_lora(tiny_llama(), r=2, target_modules="all-linear").bfloat16()
+def in_a_trainer(folder, resume=None):
+    model = with_lora(tiny_llama(), r=2, target_modules="all-linear", lora_dropout=0.1).bfloat16()
     data = [{"input_ids": row, "labels": row} for row in torch.cat([batch(step) for step in range(STEPS)]).tolist()]
     arguments = TrainingArguments(
         output_dir=folder, max_steps=STEPS, per_device_train_batch_size=2, use_cpu=True, ddp_backend="gloo",
-        report_to="none", save_strategy="no", bf16=False, dataloader_pin_memory=False, disable_tqdm=True,
+        report_to="none", save_steps=STEPS // 2, bf16=False, dataloader_pin_memory=False, disable_tqdm=True,
     )  # fmt: skip
     callback = ScaLoraCallback(ScaLoraConfig(warmup_steps=1, merge="dense"))
     trainer = Trainer(model, arguments, train_dataset=Dataset.from_list(data), callbacks=[callback])
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     assert callback.engine.metrics()["scalora/rescales"] == STEPS - 1
     return {"state": callback.engine.state_dict()["tensors"], "sent": broadcast(trainer.model_wrapped)}
 
@@ -90,6 +90,7 @@ def process(rank, folder, port):
         for name, setting in SETTINGS.items()
     }
     results["trainer"] = in_a_trainer(f"{folder}/trainer")
+    results["resumed"] = in_a_trainer(f"{folder}/trainer", f"{folder}/trainer/checkpoint-{STEPS // 2}")
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -104,14 +105,14 @@ def results(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, "trainer"])
+@pytest.mark.parametrize("name", [*SETTINGS, "trainer", "resumed"])
 def test_all_processes_have_the_same(name, results):
     first, second = (result[name]["state"] for result in results)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, "trainer"])
+@pytest.mark.parametrize("name", [*SETTINGS, "trainer", "resumed"])
 def test_no_remainder_is_sent(name, results):
     for result in results:
         # The model's own buffers still are.
@@ -128,3 +129,8 @@ def test_two_processes_do_what_one_does_with_the_whole_batch(name, results):
         # The factors of a product are not unique.
         if not key.startswith(("left.", "right.")):
             assert (together[key] - wanted).norm() <= 2e-3 * wanted.norm() + 1e-6, key
+
+
+def test_a_resumed_run_is_the_one_that_did_not_stop(results):
+    whole, resumed = results[0]["trainer"]["state"], results[0]["resumed"]["state"]
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
