@@ -9,10 +9,12 @@ import torch.distributed as dist
 from datasets import Dataset
 from models import tiny_llama, trainable, with_lora
 from torch import multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-from scalora import ScaLora, ScaLoraCallback, ScaLoraConfig
+from scalora import ScaLora, ScaLoraCallback, ScaLoraConfig, UnsupportedLayerError
 from scalora.adapters import REMAINDER
 
 PROCESSES, STEPS, BATCH = 2, 6, 4
@@ -80,6 +82,22 @@ SETTINGS = {
 }
 
 
+def refusal(shard):
+    """What the engine says of a model that is sharded."""
+    model = shard(with_lora(tiny_llama(), r=2, target_modules="all-linear"))
+    with pytest.raises(UnsupportedLayerError) as error:
+        ScaLora(model, torch.optim.AdamW(trainable(model), lr=1e-3))
+    return str(error.value)
+
+
+def fsdp(model):
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def fsdp2(model):
+    return fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)))
+
+
 def process(rank, folder, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -91,6 +109,7 @@ def process(rank, folder, port):
     }
     results["trainer"] = in_a_trainer(f"{folder}/trainer")
     results["resumed"] = in_a_trainer(f"{folder}/trainer", f"{folder}/trainer/checkpoint-{STEPS // 2}")
+    results["refusals"] = [refusal(fsdp), refusal(fsdp2)]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -134,3 +153,10 @@ def test_two_processes_do_what_one_does_with_the_whole_batch(name, results):
 def test_a_resumed_run_is_the_one_that_did_not_stop(results):
     whole, resumed = results[0]["trainer"]["state"], results[0]["resumed"]["state"]
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_sharded_weights_are_refused_by_name(results):
+    for result in results:
+        for message in result["refusals"]:
+            assert "layers.0.self_attn.q_proj': its base weight is sharded" in message
+            assert "DistributedDataParallel" in message

@@ -83,8 +83,8 @@ def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
 
     Raises:
         UnsupportedLayerError: there is no LoRA layer, or one that can't be treated: DoRA and other variants,
-            convolutions, attention modules, tied base weights, half-precision, frozen or tied adapter weights, merged
-            or disabled adapters, more adapters than the one that is active.
+            convolutions, attention modules, sharded weights, tied base weights, half-precision, frozen or tied adapter
+            weights, merged or disabled adapters, more adapters than the one that is active.
     """
     owners = _owners_of_parameters(model)
     pairs = []
@@ -154,6 +154,10 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> 
     else:
         lora_A, lora_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         transposed = bool(getattr(layer, "fan_in_fan_out", False))
+    for key, parameter in (("base weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        # FSDP2 and tensor parallelism, FSDP, ZeRO-3.
+        if hasattr(parameter, "device_mesh") or "_fsdp_wrapped_module" in name or parameter.numel() == 0:
+            _refuse(name, f"its {key} is sharded", "train with DistributedDataParallel")
     for key, parameter in (("lora_A", lora_A), ("lora_B", lora_B)):
         if not parameter.requires_grad:
             _refuse(name, f"{key} is frozen", "ScaLoRA trains both factors: set requires_grad=True")
