@@ -214,19 +214,29 @@ def test_no_number_of_operations_grows_with_the_layers():
     assert few == many
 
 
-def test_without_a_compiler_it_says_what_to_do(tmp_path):
-    result = subprocess.run(
+def build_elsewhere(folder, **environment):
+    return subprocess.run(
         [sys.executable, "-c", "from scalora import native; native.build()"],
-        env=os.environ | {"CXX": "/nowhere/c++", "TORCH_EXTENSIONS_DIR": str(tmp_path)},
+        env=os.environ | {"TORCH_EXTENSIONS_DIR": str(folder)} | environment,
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
+
+
+def test_without_a_compiler_it_says_what_to_do_and_a_killed_build_is_not_waited_for(tmp_path):
+    result = build_elsewhere(tmp_path, CXX="/nowhere/c++")
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert "native=True: the C++ can't be compiled" in last
     assert "/nowhere/c++" in last
     assert "install g++ or clang++, and ninja" in last
+    (folder,) = tmp_path.iterdir()
+    (folder / "lock").touch()
+    result = build_elsewhere(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert list(folder.glob("*.so"))
 
 
 def test_train_takes_the_setting(causal_folder, write_jsonl, tmp_path):

@@ -51,14 +51,22 @@ def build() -> None:
     # Where pip puts ninja; it is not in the PATH of a virtual environment that is used without being activated.
     os.environ["PATH"] = os.pathsep.join([path, sysconfig.get_path("scripts")])
     try:
-        from torch.utils import cpp_extension  # here, because it wants setuptools, which nothing else does
+        # Here, because they want what nothing else does (setuptools, filelock).
+        from filelock import FileLock
+        from torch.utils import cpp_extension
 
-        cpp_extension.load(
-            name,
-            [str(_SOURCE)],
-            extra_cflags=["-O3", "-fopenmp", "-ffp-contract=fast", *_INSTRUCTIONS.get(capability, ())],
-            is_python_module=False,
-        )
+        folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "building"):
+            # torch's own lock, which outlives a process that was killed and is then waited for without an end.
+            (folder / "lock").unlink(missing_ok=True)
+            cpp_extension.load(
+                name,
+                [str(_SOURCE)],
+                extra_cflags=["-O3", "-fopenmp", "-ffp-contract=fast", *_INSTRUCTIONS.get(capability, ())],
+                build_directory=str(folder),
+                is_python_module=False,
+            )
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         lines = str(error).splitlines()
         # Of what the compiler printed, below its long command.
