@@ -231,7 +231,7 @@ def test_without_a_compiler_it_says_what_to_do_and_a_killed_build_is_not_waited_
     last = result.stderr.strip().splitlines()[-1]
     assert "native=True: the C++ can't be compiled" in last
     assert "/nowhere/c++" in last
-    assert "install g++ or clang++, and ninja" in last
+    assert "install g++ or clang++, and scalora[native]" in last
     (folder,) = tmp_path.iterdir()
     (folder / "lock").touch()
     result = build_elsewhere(tmp_path)

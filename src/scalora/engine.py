@@ -18,11 +18,11 @@ from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from scalora import kernels, native
+from scalora import native
 from scalora.adapters import LoraPair, by_rank, by_shape, keep_out_of_broadcasts
 from scalora.changed_base import attach, state_of
 from scalora.config import ScaLoraConfig
-from scalora.kernels import Kernels
+from scalora.kernels import PYTORCH, Kernels
 from scalora.remainder import FactoredRemainder
 from scalora.scaling import COLUMN, SCALAR, Grams, Scaling, scaling_of_grams, solver_dtype
 from scalora.state import (
@@ -247,10 +247,8 @@ class ScaLora:
             self._carry_over(lora_A, spread(alpha[:, :, None], lora_A))
 
     def _chosen_kernels(self) -> Kernels:
-        if not (self.config.native and any(pair.lora_A.is_cpu for pair in self._pairs)):
-            return kernels
-        native.build()
-        return native
+        on_cpu = any(pair.lora_A.is_cpu for pair in self._pairs)
+        return native.build() if self.config.native and on_cpu else PYTORCH
 
     def _constants_of(self, pairs: list[LoraPair]) -> _Constants:
         """Target norms and scalings on the device, sent there again only when the layers or PEFT's scaling change."""

@@ -6,8 +6,8 @@ same in C++ on CPUs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,46 +17,17 @@ from scalora.remainder import Remainder, add_to_all, weighted
 from scalora.scaling import Grams
 from scalora.scaling import grams as grams_of_stacks
 
-
-class Multiply(Protocol):
-    """As `multiply`."""
-
-    def __call__(self, tensors: Sequence[Tensor], factors: Sequence[Tensor], power: int = 1) -> None:
-        """As `multiply`."""
-        ...
+Multiply = Callable[..., None]
+"""As `multiply`."""
 
 
-class Kernels(Protocol):
-    """What `kernels` and `native` both are."""
+class Kernels(NamedTuple):
+    """The four operations as one implementation has them: `PYTORCH`, or what `native.build` returns."""
 
-    def grams(
-        self,
-        lora_B: Sequence[Tensor],
-        grad_B: Sequence[Tensor],
-        lora_A: Sequence[Tensor],
-        grad_A: Sequence[Tensor],
-    ) -> Grams:
-        """As `grams`."""
-        ...
-
-    def merge(
-        self,
-        remainders: Sequence[Remainder],
-        weights: Sequence[Tensor],
-        lora_B: Sequence[Tensor],
-        lora_A: Sequence[Tensor],
-        coefficients: Tensor,
-    ) -> None:
-        """As `merge`."""
-        ...
-
-    def spread(self, factors: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        """As `spread`."""
-        ...
-
-    def multiply(self, tensors: Sequence[Tensor], factors: Sequence[Tensor], power: int = 1) -> None:
-        """As `multiply`."""
-        ...
+    grams: Callable[..., Grams]
+    merge: Callable[..., None]
+    spread: Callable[..., list[Tensor]]
+    multiply: Multiply
 
 
 def grams(
@@ -111,3 +82,6 @@ def multiply(tensors: Sequence[Tensor], factors: Sequence[Tensor], power: int = 
     """
     for _ in range(power):
         torch._foreach_mul_(list(tensors), list(factors))
+
+
+PYTORCH = Kernels(grams, merge, spread, multiply)

@@ -37,8 +37,8 @@ class NativeBuildError(ValueError):
 
 
 @functools.cache
-def build() -> None:
-    """Compile and load, once for each version of PyTorch and kind of processor; some ten seconds the first time.
+def build() -> kernels.Kernels:
+    """Compile and load them, once for each version of PyTorch and kind of processor: some ten seconds the first time.
 
     Raises:
         NativeBuildError: there is no compiler, or it fails.
@@ -68,15 +68,16 @@ def build() -> None:
                 is_python_module=False,
             )
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-        lines = str(error).splitlines()
+        lines = str(error).splitlines() or [type(error).__name__]
         # Of what the compiler printed, below its long command.
         reason = next((line for line in lines[1:] if "error" in line or "not found" in line), lines[0])
         raise NativeBuildError(
-            f"native=True: the C++ can't be compiled ({reason.strip()}): install g++ or clang++, and ninja "
-            "(pip install ninja), or leave native out"
+            f"native=True: the C++ can't be compiled ({reason.strip()}): install g++ or clang++, and "
+            "scalora[native] by pip, or leave native out"
         ) from None
     finally:
         os.environ["PATH"] = path
+    return kernels.Kernels(grams, merge, spread, multiply)
 
 
 def grams(
