@@ -35,7 +35,7 @@ OPTIMIZERS = {
     "adagrad foreach": (torch.optim.Adagrad, {"lr_decay": 0.1, "foreach": True}),
     "adagrad fused": (torch.optim.Adagrad, {"fused": True}),
     "lion": (Lion, {"weight_decay": 0.1}),
-    "stable adamw": (StableAdamW, {"weight_decay": 0.1, "eps": 1e-12}),
+    "stable adamw": (StableAdamW, {"weight_decay": 0.1, "eps": 1e-12, "triton": False}),
 }
 ALPHA = torch.tensor([0.5, 1.7, 3.0], dtype=torch.float64)
 BETA = torch.tensor([2.5, 0.3, 1.1], dtype=torch.float64)
