@@ -88,8 +88,7 @@ class Contender:
         case: the setting.
 
     Raises:
-        KeyError: no method has that name.
-        ValueError: the interval is none.
+        ValueError: as `method_and_interval`.
     """
 
     def __init__(self, name: str, base: nn.Module, case: Case) -> None:
@@ -129,9 +128,23 @@ class Contender:
         return now(self._case.device) - start
 
 
+def method_and_interval(name: str) -> tuple[str, int]:
+    """What a contender's name says: ``("scalora", 10)`` for ``scalora:10``, ``("lora", 1)`` for ``lora``.
+
+    Raises:
+        ValueError: no method has that name, or the interval is none.
+    """
+    method, _, interval = name.partition(":")
+    if method not in METHODS:
+        raise ValueError(f"the methods are {', '.join(METHODS)}")
+    if interval and (not interval.isdigit() or int(interval) < 1):
+        raise ValueError("after the colon comes an interval of at least 1")
+    return method, int(interval or 1)
+
+
 def interval_of(name: str) -> int:
-    """How many steps of a contender are alike: the interval in ``scalora:10``, else 1."""
-    return int(name.partition(":")[2] or 1)
+    """How many steps of a contender are alike."""
+    return method_and_interval(name)[1]
 
 
 def now(device: str) -> float:
@@ -142,10 +155,11 @@ def now(device: str) -> float:
 
 
 def _method(name: str, case: Case) -> Method:
-    kind = METHODS[name.partition(":")[0]]
+    method, interval = method_and_interval(name)
+    kind = METHODS[method]
     if not issubclass(kind, ScaLoraMethod):
         return kind()
-    config = ScaLoraConfig(interval=interval_of(name), merge=case.merge, warmup_steps=0, native=case.native)
+    config = ScaLoraConfig(interval=interval, merge=case.merge, warmup_steps=0, native=case.native)
     return kind(config=config)
 
 

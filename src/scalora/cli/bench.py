@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from scalora.adapters import find_lora_pairs
-from scalora.bench.case import Case, Contender
+from scalora.bench.case import Case, Contender, method_and_interval
 from scalora.bench.floor import rescale_work_of
 from scalora.bench.measure import Machine, interleaved_steps, measure_machine, peak_memory, rescale_parts
 from scalora.cli.errors import InputError
@@ -27,7 +27,6 @@ from scalora.cli.run_folder import write_json
 from scalora.cli.table_markdown import grid
 from scalora.engine import PARTS
 from scalora.remainder import FactoredRemainder, Merge
-from scalora.rivals import METHODS
 from scalora.writing import whole_file
 
 BASELINE = "lora"
@@ -76,11 +75,10 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         for name in self.methods:
-            method, _, interval = name.partition(":")
-            if method not in METHODS:
-                raise InputError(f"--method {name!r}: the methods are {', '.join(METHODS)}")
-            if interval and (not interval.isdigit() or int(interval) < 1):
-                raise InputError(f"--method {name!r}: after the colon comes an interval of at least 1")
+            try:
+                method_and_interval(name)
+            except ValueError as error:
+                raise InputError(f"--method {name!r}: {error}") from None
         if unknown := sorted(set(self.dtype) - set(_DTYPES)):
             raise InputError(f"--dtype {unknown[0]!r}: the dtypes are {', '.join(_DTYPES)}")
         if unknown := sorted(set(self.merge) - set(get_args(Merge))):
