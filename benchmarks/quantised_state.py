@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from scalora import ScaLora, ScaLoraConfig
-from scalora.transport import scale_gradient_and_state, state_degrees
+from scalora.transport import scale_gradients_and_states, state_degrees
 
 OPTIMIZERS = {
     "AdamW": {"lr": 1e-3, "weight_decay": 0.1},
@@ -52,8 +52,8 @@ def run(name: str, bits: int, alpha: Tensor, beta: Tensor, at: int, *, seed: int
         if t == at > 0:
             W = _scale(W, A, B, alpha, beta)
             degrees = state_degrees(optimizer)
-            scale_gradient_and_state(optimizer, degrees, A, beta)
-            scale_gradient_and_state(optimizer, degrees, B, alpha[:, None])
+            scale_gradients_and_states(optimizer, degrees, [A], [beta.expand(A.shape)])
+            scale_gradients_and_states(optimizer, degrees, [B], [alpha[:, None].expand(B.shape)])
         if t == k:
             start = torch.cat([A.detach().flatten(), B.detach().flatten()])
         optimizer.step()

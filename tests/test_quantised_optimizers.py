@@ -10,7 +10,7 @@ import torch
 
 from scalora import UnsupportedOptimizerError, register_optimizer
 from scalora.quantised_state import scale_block_quantised
-from scalora.transport import scale_gradient_and_state, state_degrees
+from scalora.transport import scale_gradients_and_states, state_degrees
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "quantised_state.py"
 # One row of factors for lora_B, which are its columns'; the same as a column for lora_A.
@@ -138,7 +138,7 @@ def test_every_class_is_known_and_scales_its_own_state(name):
     degrees = state_degrees(optimizer)
     first = {"RMSprop": 2, "Adagrad": 2}.get(name.removesuffix("8bit").removesuffix("32bit"), 1)
     wanted = state_value(state, "state1", True) * FACTOR**first
-    scale_gradient_and_state(optimizer, degrees, parameter, FACTOR)
+    scale_gradients_and_states(optimizer, degrees, [parameter], [FACTOR.expand(parameter.shape)])
     # Half the widest gap of the code book, as a share of the block's maximum.
     bound = {"rtol": 0, "atol": 0.01 * wanted.abs().max().item()} if quantises else {"rtol": 1e-6, "atol": 0}
     torch.testing.assert_close(state_value(state, "state1", True), wanted, **bound)
@@ -156,7 +156,7 @@ def state_value(state, key, signed):
 def test_small_parameters_keep_32_bits_and_are_carried_exactly():
     optimizer, parameter = stepped("AdamW8bit", shape=(20, 8))
     gradient = parameter.grad.clone()
-    scale_gradient_and_state(optimizer, state_degrees(optimizer), parameter, FACTOR)
+    scale_gradients_and_states(optimizer, state_degrees(optimizer), [parameter], [FACTOR.expand(parameter.shape)])
     state = optimizer.state[parameter]
     torch.testing.assert_close(parameter.grad, gradient * FACTOR)
     torch.testing.assert_close(state["state1"], 0.1 * gradient * FACTOR)
@@ -194,5 +194,6 @@ def test_integer_state_of_an_unknown_kind_is_refused():
     optimizer = Rounded([parameter], {})
     optimizer.state[parameter]["momentum"] = torch.ones(4, 3, dtype=torch.uint8)
     register_optimizer(Rounded, {"momentum": 1})
+    factor = torch.tensor([1.0, 2.0, 3.0]).expand(parameter.shape)
     with pytest.raises(UnsupportedOptimizerError, match=r"Rounded.*'momentum' as torch\.uint8"):
-        scale_gradient_and_state(optimizer, state_degrees(optimizer), parameter, torch.tensor([1.0, 2.0, 3.0]))
+        scale_gradients_and_states(optimizer, state_degrees(optimizer), [parameter], [factor])

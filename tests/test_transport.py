@@ -8,7 +8,7 @@ from optimi import StableAdamW
 from schedulefree import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
 
 from scalora import ScaLora, ScaLoraConfig, UnsupportedOptimizerError, register_optimizer
-from scalora.transport import scale_gradient_and_state, state_degrees
+from scalora.transport import scale_gradients_and_states, state_degrees
 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),
@@ -78,8 +78,8 @@ def test_scaled_at_step_k_equals_scaled_from_the_start(name):
             if t == k and not from_the_start:
                 A, B = scale_adapter(model)
                 degrees = state_degrees(optimizer)
-                scale_gradient_and_state(optimizer, degrees, A, BETA)
-                scale_gradient_and_state(optimizer, degrees, B, ALPHA[:, None])
+                scale_gradients_and_states(optimizer, degrees, [A], [BETA.expand(A.shape)])
+                scale_gradients_and_states(optimizer, degrees, [B], [ALPHA[:, None].expand(B.shape)])
             optimizer.step()
             optimizer.zero_grad()
             layer = layer_of(model)
@@ -198,10 +198,11 @@ def test_a_user_can_teach_it_an_optimizer():
     register_optimizer(Signum, {"momentum": 1})
     p.grad = torch.ones_like(p)
     optimizer.step()
-    scale_gradient_and_state(optimizer, state_degrees(optimizer), p, torch.tensor([1.0, 2.0, 3.0]))
+    factor = torch.tensor([1.0, 2.0, 3.0]).expand(p.shape)
+    scale_gradients_and_states(optimizer, state_degrees(optimizer), [p], [factor])
     assert optimizer.state[p]["momentum"][0].tolist() == [1.0, 2.0, 3.0]
     register_optimizer(Signum, {"other": 1})
     with pytest.raises(UnsupportedOptimizerError, match="'momentum'"):
-        scale_gradient_and_state(optimizer, state_degrees(optimizer), p, torch.tensor([1.0, 2.0, 3.0]))
+        scale_gradients_and_states(optimizer, state_degrees(optimizer), [p], [factor])
     with pytest.raises(ValueError, match="degree"):
         register_optimizer(Signum, {"momentum": -1})

@@ -128,10 +128,8 @@ class _Chosen:
 
     def _count(self, grams: Grams, target_norms: Tensor) -> Scaling:
         scaling = self._scaling(grams, target_norms)
-        r = scaling.alpha.shape[-1]
-        # The columns' squared norms, of A and of B.
-        A, B = (gram.diagonal(dim1=-2, dim2=-1) for gram in grams)
-        norms = A[:, :r].sqrt() * scaling.alpha + B[:, r:].sqrt() * scaling.beta
+        A, B = (gram.diagonal(dim1=-2, dim2=-1).sqrt() for gram in grams.of_factors)
+        norms = A * scaling.alpha + B * scaling.beta
         counts = torch.stack(
             [scaling.choice == COLUMN, scaling.choice == SCALAR, norms.mean(-1) / 2, scaling.choice >= 0]
         )

@@ -234,16 +234,18 @@ def keep_out_of_broadcasts(model: nn.Module) -> None:
     Args:
         model: with LoRA layers; DDP is around a part of it already, or will be around it, or never.
     """
-    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    for whole in [wrapper.module for wrapper in wrappers] or [model]:
-        layers = [name for name, module in whole.named_modules() if isinstance(module, LoraLayer)]
-        names = {f"{layer}.{REMAINDER}.{buffer}" for layer in layers for buffer in REMAINDER_BUFFERS}
-        names |= set(getattr(whole, "_ddp_params_and_buffers_to_ignore", ()))
-        # What DDP reads when it is made, and has no public name for (PyTorch issue 43690).
-        whole._ddp_params_and_buffers_to_ignore = names
-        for wrapper in wrappers:
-            if wrapper.module is whole:
-                wrapper.parameters_to_ignore |= names
+    for wrapper in model.modules():
+        if isinstance(wrapper, DistributedDataParallel):
+            wrapper.parameters_to_ignore |= _names_of_remainders(wrapper.module)
+    # What DDP reads when it is made, and has no public name for (PyTorch issue 43690).
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ())) | _names_of_remainders(model)
+    model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
+
+
+def _names_of_remainders(model: nn.Module) -> set[str]:
+    """The names that the buffers of remainders have or will have."""
+    layers = (name for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    return {f"{layer}.{REMAINDER}.{buffer}" for layer in layers for buffer in REMAINDER_BUFFERS}
 
 
 def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:

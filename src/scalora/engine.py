@@ -196,7 +196,7 @@ class ScaLora:
             return
         # GradScaler calls a fused optimizer even when it will skip the step; whether it will, only the device knows.
         skipped = getattr(optimizer, "found_inf", None)
-        rescaled = [self._rescale_group(shapes, skipped) for shapes in self._groups]
+        rescaled = [self._rescale_group(shapes, skipped) for shapes in map(_with_gradients, self._groups) if shapes]
         self._last = [part for part in rescaled if part is not None]
         self._progress.count_rescale(skipped)
         for scaling, _ in self._last:
@@ -213,9 +213,6 @@ class ScaLora:
         Each operation is one for all of the layers of a shape, and of all shapes in the solution, save the merge, which
         is one for each weight.
         """
-        shapes = [pairs for pairs in ([p for p in pairs if p.has_gradients] for pairs in shapes) if pairs]
-        if not shapes:
-            return None
         sizes = [len(pairs) for pairs in shapes]
         with record_function(PARTS[0]):
             constants = self._constants_of([pair for pairs in shapes for pair in pairs])
@@ -300,6 +297,10 @@ class ScaLora:
         }
 
 
+def _with_gradients(shapes: list[list[LoraPair]]) -> list[list[LoraPair]]:
+    return list(filter(None, ([pair for pair in pairs if pair.has_gradients] for pairs in shapes)))
+
+
 def _factors_and_gradients(pairs: list[LoraPair]) -> Iterator[list[Tensor]]:
     """lora_B, its gradients, lora_A, its gradients."""
     for parameters in ([pair.lora_B for pair in pairs], [pair.lora_A for pair in pairs]):
@@ -309,11 +310,10 @@ def _factors_and_gradients(pairs: list[LoraPair]) -> Iterator[list[Tensor]]:
 
 def _energy(grams: Grams, coefficients: Tensor) -> Tensor:
     """``‖A·diag(coefficients)·Bᵀ‖²`` of each layer."""
-    r = coefficients.shape[-1]
+    AtA, BtB = grams.of_factors
     products = coefficients[:, :, None] * coefficients[:, None, :]
-    of_all = products * grams.left[:, :r, :r] * grams.right[:, r:, r:]
     # A layer that is left alone because it is not finite has moved nothing.
-    return torch.where(products == 0, 0, of_all).sum((-2, -1))
+    return torch.where(products == 0, 0, products * AtA * BtB).sum((-2, -1))
 
 
 def _summary(parts: list[tuple[Scaling, Tensor]], total: int) -> dict[str, Tensor]:

@@ -46,6 +46,12 @@ class Grams(NamedTuple):
     left: Float[Tensor, "*layers 2r 2r"]
     right: Float[Tensor, "*layers 2r 2r"]
 
+    @property
+    def of_factors(self) -> tuple[Float[Tensor, "*layers r r"], Float[Tensor, "*layers r r"]]:
+        """AᵀA and BᵀB."""
+        r = self.left.shape[-1] // 2
+        return self.left[..., :r, :r], self.right[..., r:, r:]
+
 
 class NormalEquations(NamedTuple):
     """The system ``M v = λ`` of the column scaling.
@@ -122,7 +128,7 @@ def normal_equations(
     GB: Float[Tensor, "*layers m r"],
     GtA: Float[Tensor, "*layers n r"],
 ) -> NormalEquations:
-    """Build ``M = (S_AᵀS_A) ⊙ (S_BᵀS_B)`` and λ; see `equations_of_grams`.
+    """Build ``M = (S_AᵀS_A) ⊙ (S_BᵀS_B)`` and λ, with S_A and S_B as in `Grams`; see `equations_of_grams`.
 
     Raises:
         ValueError: the four shapes do not belong together.

@@ -204,22 +204,11 @@ def scale_gradients_and_states(
                     f"code book that bitsandbytes keeps beside such codes; {_USE_INSTEAD}"
                 )
     if gradients:
-        multiply(*_two_lists(gradients))
+        multiply(*zip(*gradients, strict=True))
     for key, pairs in entries.items():
-        multiply(*_two_lists(pairs), degrees[key])
+        multiply(*zip(*pairs, strict=True), degrees[key])
     for code in codes:
         scale_block_quantised(*code)
-
-
-def scale_gradient_and_state(
-    optimizer: Optimizer, degrees: Mapping[str, int], parameter: Tensor, factor: Tensor
-) -> None:
-    """`scale_gradients_and_states` of one parameter, by a factor that is broadcastable against it."""
-    scale_gradients_and_states(optimizer, degrees, [parameter], [factor.expand(parameter.shape)])
-
-
-def _two_lists(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def _qualified_name(cls: type) -> str:

@@ -28,15 +28,16 @@ class NormalisingScaLora(ScaLora):
 
     def _scaling(self, grams: Grams, target_norms: Tensor) -> Scaling:
         optimum = scaling_of_grams(grams, target_norm=target_norms)
-        usable, r = ~optimum.degenerate, optimum.alpha.shape[-1]
+        usable, (AtA, BtB) = ~optimum.degenerate, grams.of_factors
         norms = target_norms.to(optimum.alpha)
 
-        def to_norm(squares: Tensor, norm: Tensor) -> Tensor:
+        def to_norm(gram: Tensor, norm: Tensor) -> Tensor:
+            squares = gram.diagonal(dim1=-2, dim2=-1)
             return torch.where(usable[:, None], norm[:, None] * squares.rsqrt(), 1.0)
 
         return optimum._replace(
-            alpha=to_norm(grams.left.diagonal(dim1=-2, dim2=-1)[:, :r], norms[:, 0]),
-            beta=to_norm(grams.right.diagonal(dim1=-2, dim2=-1)[:, r:], norms[:, 1]),
+            alpha=to_norm(AtA, norms[:, 0]),
+            beta=to_norm(BtB, norms[:, 1]),
             choice=COLUMN * usable.int(),
             exploding=torch.zeros_like(usable),
         )
@@ -79,7 +80,7 @@ class RestartingScaLora(ScaLora):
     def _rescale_group(self, shapes: list[list[LoraPair]], skipped: Tensor | None) -> None:
         if skipped is not None and skipped.item():  # a restart waits for the device anyway, and can't be undone by it
             return
-        for pair in (pair for pairs in shapes for pair in pairs if pair.has_gradients):
+        for pair in (pair for pairs in shapes for pair in pairs):
             G = pair.weight.grad
             if G is None:
                 continue
