@@ -12,6 +12,7 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 demo: $(VENV)/ready
 	$(BIN)/python recipes/demo/run.py

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from scalora import ScaLora
-from scalora.adapters import find_lora_pairs
+from scalora.model.adapters import find_lora_pairs
 
 _RANK, _RATE, _EVERY = 8, 4e-3, 10
 

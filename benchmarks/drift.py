@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from scalora import ScaLora, ScaLoraConfig
-from scalora.remainder import FactoredRemainder
+from scalora.rescale.remainder import FactoredRemainder
 
 
 class Replay:

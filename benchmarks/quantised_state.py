@@ -19,7 +19,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from scalora import ScaLora, ScaLoraConfig
-from scalora.transport import scale_gradients_and_states, state_degrees
+from scalora.rescale.optimizers import state_degrees
+from scalora.rescale.transport import scale_gradients_and_states
 
 OPTIMIZERS = {
     "AdamW": {"lr": 1e-3, "weight_decay": 0.1},

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import scalora
 from scalora import ScaLora, ScaLoraConfig, StateError
 from scalora.cli import app
-from scalora.state import read_state, write_state
+from scalora.saving.state_file import read_state, write_state
 
 STATE = "scalora_state.safetensors"
 TRAINING = {
@@ -157,8 +157,8 @@ def trained_engine(merge="dense"):
     model, engine = new_engine(merge)
     for _ in range(2):
         model(torch.randn(5, 12)).square().sum().backward()
-        engine._optimizer.step()
-        engine._optimizer.zero_grad()
+        engine.optimizer.step()
+        engine.optimizer.zero_grad()
     return model, engine
 
 

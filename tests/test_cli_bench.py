@@ -7,11 +7,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from scalora.bench.bench import Steps
 from scalora.bench.case import Case, Contender, interval_of
+from scalora.bench.floor import Work, rescale_work
 from scalora.bench.measure import interleaved_steps, rescale_parts
 from scalora.cli import app
-from scalora.cli.bench import Steps
-from scalora.cost import Work, rescale_work
 
 SMALL = ["--width", "64", "--layers", "1", "--sequence", "8", "--batch", "1", "--rounds", "2", "--device", "cpu"]
 

@@ -17,7 +17,7 @@ from conftest import WORDS
 from typer.testing import CliRunner
 
 from scalora.cli import app
-from scalora.cli.study import load_study_file
+from scalora.studies.study import load_study_file
 
 # Stands in for `python -m scalora train CONFIG`, in no time: the figures follow from the config alone. What a method's
 # lora.r asks for it does: 13 fails, 14 never ends, 15 diverges, 16 is killed.

@@ -21,10 +21,11 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from scalora.adapters import find_lora_pairs, place_remainders, resolve_merge
+from scalora.bench.estimate import Estimate, EstimateSettings, estimate
 from scalora.cli import app
-from scalora.cli.estimate import Estimate, EstimateSettings, estimate
-from scalora.peak_memory import peak_memory_bytes
+from scalora.model.adapters import find_lora_pairs
+from scalora.model.placement import place_remainders, resolve_merge
+from scalora.runs.peak_memory import peak_memory_bytes
 
 LLAMA_2_7B = {
     "model_type": "llama",

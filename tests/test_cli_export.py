@@ -218,13 +218,13 @@ def test_an_adapter_needs_no_scalora(train, causal_folder, tmp_path):
 
 def test_an_export_that_is_not_the_run_is_refused_and_removed(train, tmp_path, monkeypatch):
     run = train(scalora={"merge": "factored"})
-    write = scalora.ordinary_adapter._save_with_peft
+    write = scalora.saving.ordinary_adapter._save_with_peft
 
     def corrupted(model, adapter, state, *rest):
         damaged = {key: 1.05 * value if "lora_B" in key else value for key, value in state.items()}
         return write(model, adapter, damaged, *rest)
 
-    monkeypatch.setattr(scalora.ordinary_adapter, "_save_with_peft", corrupted)
+    monkeypatch.setattr(scalora.saving.ordinary_adapter, "_save_with_peft", corrupted)
     result = command("export", run, "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "differ from the run's" in result.stderr
@@ -233,7 +233,7 @@ def test_an_export_that_is_not_the_run_is_refused_and_removed(train, tmp_path, m
     def broken(model, adapter, state, *rest):
         return write(model, adapter, {k: v * float("nan") if "lora_B" in k else v for k, v in state.items()}, *rest)
 
-    monkeypatch.setattr(scalora.ordinary_adapter, "_save_with_peft", broken)
+    monkeypatch.setattr(scalora.saving.ordinary_adapter, "_save_with_peft", broken)
     result = command("export", run, "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "NaN" in result.stderr

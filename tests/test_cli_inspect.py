@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import scalora
 from scalora.cli import app
-from scalora.cli.inspect_run import inspect_run
+from scalora.runs.inspect import inspect_run
 
 ROWS = 24
 TRAINING = {

@@ -1,14 +1,18 @@
 """The controls differ from ScaLoRA in one thing each, and in nothing else."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from models import TwoLayers, trainable, with_lora
 
 from scalora import ScaLora, ScaLoraConfig
-from scalora.adapters import find_lora_pairs
-from scalora.rivals.controls import ForgettingScaLora, NormalisingScaLora, RestartingScaLora
+from scalora.model.adapters import find_lora_pairs
+from scalora.rivals.controls import OracleRestarts, normalising_rule, scale_gradients_only
+
+normalising = partial(ScaLora, scaling_rule=normalising_rule)
+forgetting = partial(ScaLora, transport=scale_gradients_only)
 
 TARGETS = {"target_modules": ["first", "second"], "r": 2, "lora_alpha": 4}
 
@@ -36,7 +40,7 @@ def test_normalised_columns_all_have_the_target_norm_and_the_function_stays():
     model = with_lora(TwoLayers(), **TARGETS).double()
     outputs = model(data(torch.float64)[0])
     optimizer = torch.optim.SGD(trainable(model), lr=0.0)
-    engine = NormalisingScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0, target_norm=0.7))
+    engine = normalising(model, optimizer, ScaLoraConfig(warmup_steps=0, target_norm=0.7))
     backward(model)
     optimizer.step()
     for A, B, _ in factors(model).values():
@@ -50,7 +54,7 @@ def test_normalised_columns_leave_a_zero_start_alone():
     model = with_lora(TwoLayers(), random_B=False, **TARGETS)
     before = factors(model)
     optimizer = torch.optim.SGD(trainable(model), lr=0.0)
-    engine = NormalisingScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0))
+    engine = normalising(model, optimizer, ScaLoraConfig(warmup_steps=0))
     backward(model)
     optimizer.step()
     assert engine.metrics()["scalora/left_alone_share"] == 1
@@ -61,7 +65,7 @@ def test_normalised_columns_leave_a_zero_start_alone():
 def test_without_transport_the_moments_are_those_of_before_the_rescale():
     model = with_lora(TwoLayers(), **TARGETS).double()
     moments = {}
-    for engine_class in (ScaLora, ForgettingScaLora):
+    for make_engine in (ScaLora, forgetting):
         this = copy.deepcopy(model)
         optimizer = torch.optim.Adam(trainable(this), lr=1e-3, betas=(0.5, 0.9))
         backward(this)
@@ -69,7 +73,7 @@ def test_without_transport_the_moments_are_those_of_before_the_rescale():
         optimizer.zero_grad()
         pair = find_lora_pairs(this)[0]
         old, columns = optimizer.state[pair.lora_B]["exp_avg"].clone(), pair.lora_B.detach().norm(dim=0)
-        engine_class(this, optimizer, ScaLoraConfig(warmup_steps=0, target_norm=3.0))
+        make_engine(this, optimizer, ScaLoraConfig(warmup_steps=0, target_norm=3.0))
         backward(this)
         gradient = pair.lora_B.grad.clone()
         optimizer.param_groups[0]["lr"] = 0.0
@@ -78,16 +82,16 @@ def test_without_transport_the_moments_are_those_of_before_the_rescale():
         beta = (pair.lora_B.grad / gradient).mean(0)
         assert (alpha - 1).abs().min() > 0.01
         assert (beta - 1).abs().min() > 0.01
-        carried = beta if engine_class is ScaLora else 1
+        carried = beta if make_engine is ScaLora else 1
         torch.testing.assert_close(optimizer.state[pair.lora_B]["exp_avg"], 0.5 * old * carried + 0.5 * gradient * beta)
-        moments[engine_class] = optimizer.state[pair.lora_B]["exp_avg"]
-    assert not torch.allclose(moments[ScaLora], moments[ForgettingScaLora])
+        moments[make_engine] = optimizer.state[pair.lora_B]["exp_avg"]
+    assert not torch.allclose(moments[ScaLora], moments[forgetting])
 
 
 def test_a_step_that_the_grad_scaler_skips_does_not_restart():
     model = with_lora(TwoLayers(), **TARGETS)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
-    engine = RestartingScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0))
+    engine = OracleRestarts(model, optimizer, ScaLoraConfig(warmup_steps=0))
     before = factors(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     x, y = data()
@@ -105,7 +109,7 @@ def test_a_step_that_the_grad_scaler_skips_does_not_restart():
 def test_a_restart_takes_the_gradients_singular_vectors_and_forgets_the_moments(dtype):
     model = with_lora(TwoLayers(), **TARGETS).to(dtype)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, weight_decay=0)
-    engine = RestartingScaLora(model, optimizer, ScaLoraConfig(warmup_steps=1, interval=2, target_norm=0.5))
+    engine = OracleRestarts(model, optimizer, ScaLoraConfig(warmup_steps=1, interval=2, target_norm=0.5))
 
     def step():
         x, y = data(dtype)
@@ -140,10 +144,10 @@ def test_a_restart_takes_the_gradients_singular_vectors_and_forgets_the_moments(
 
 
 def test_every_control_learns():
-    for engine_class in (NormalisingScaLora, ForgettingScaLora, RestartingScaLora):
+    for make_engine in (normalising, forgetting, OracleRestarts):
         model = with_lora(TwoLayers(), random_B=False, **TARGETS)
         optimizer = torch.optim.AdamW(trainable(model), lr=2e-2, weight_decay=0)
-        engine_class(model, optimizer, ScaLoraConfig(warmup_steps=2, interval=3))
+        make_engine(model, optimizer, ScaLoraConfig(warmup_steps=2, interval=3))
         losses = []
         for _ in range(60):
             losses.append(backward(model))

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import scalora
-from scalora.diagnostics import step_residuals, update_figures
+from scalora.maths.residuals import step_residuals
+from scalora.maths.spectrum import update_figures
 
 VECTORS = load_file(Path(__file__).parent / "data" / "scaling.safetensors")
 CASES = sorted({key.split(".")[0] for key in VECTORS})

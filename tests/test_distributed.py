@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from scalora import ScaLora, ScaLoraCallback, ScaLoraConfig, UnsupportedLayerError
-from scalora.adapters import REMAINDER
+from scalora.model.factored_layer import REMAINDER
 
 PROCESSES, STEPS, BATCH = 2, 6, 4
 

@@ -11,11 +11,13 @@ from torch import nn
 
 from scalora import (
     ChangedBaseError,
+    LayerState,
     ScaLora,
     ScaLoraConfig,
     UnsupportedLayerError,
     UnsupportedOptimizerError,
     numerical_rank,
+    reference_step,
 )
 
 TWO = ["first", "second"]
@@ -123,61 +125,32 @@ def test_language_models_train_and_gain_rank(make):
     assert sum(shares) == pytest.approx(1)
 
 
-def plain_restatement(W, A, B, s, x, y, lr, steps, target_norm):
-    """ScaLoRA with Adam on one bare linear layer, written from the paper: dense G, dense least squares, no hook."""
-    A, B, W = A.clone(), B.clone(), W.clone()
-    m = [torch.zeros_like(A), torch.zeros_like(B)]
-    v = [torch.zeros_like(A), torch.zeros_like(B)]
-    r = A.shape[1]
-    trajectory = []
-    for t in range(1, steps + 1):
-        error = x @ (W + s * A @ B.T).T - y
-        G = 2 / error.numel() * error.T @ x
-        gA, gB = s * G @ B, s * G.T @ A
-        columns = [torch.outer(A[:, i], G.T @ A[:, i]) for i in range(r)]
-        columns += [torch.outer(G @ B[:, i], B[:, i]) for i in range(r)]
-        X = torch.stack([c.flatten() for c in columns], 1)
-        v_column = torch.linalg.lstsq(X, G.flatten()[:, None]).solution[:, 0]
-        both = torch.stack([X[:, :r].sum(1), X[:, r:].sum(1)], 1)
-        v_scalar = torch.linalg.lstsq(both, G.flatten()[:, None]).solution[:, 0].repeat_interleave(r)
-        factors = torch.ones(2 * r, dtype=A.dtype)
-        if (v_column > 0).all():
-            factors = target_norm * v_column.sqrt()
-        elif (v_scalar > 0).all():
-            factors = target_norm * v_scalar.sqrt()
-        alpha, beta = factors[:r], factors[r:]
-        W = W + s * A @ B.T - s * (A * alpha) @ (B * beta).T
-        A, B = A * alpha, B * beta
-        gA, gB = gA * beta, gB * alpha
-        m, v = [m[0] * beta, m[1] * alpha], [v[0] * beta**2, v[1] * alpha**2]
-        for k, g in enumerate((gA, gB)):
-            m[k] = 0.9 * m[k] + 0.1 * g
-            v[k] = 0.999 * v[k] + 0.001 * g**2
-        steps_ = [lr * (m[k] / (1 - 0.9**t)) / ((v[k] / (1 - 0.999**t)).sqrt() + 1e-8) for k in range(2)]
-        A, B = A - steps_[0], B - steps_[1]
-        trajectory.append((W, A, B))
-    return trajectory
-
-
-def test_the_engine_is_the_plain_restatement():
+def test_the_engine_is_the_reference():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(9, 14, bias=False))
     model = with_lora(base, dtype=torch.float64, r=3, lora_alpha=6, target_modules=["0"])
     layer = model.base_model.model[0]
     A, B = layer.lora_B["default"].weight, layer.lora_A["default"].weight
     x, y = regression(features=9, outputs=14, dtype=torch.float64)
-    expected = plain_restatement(
-        layer.base_layer.weight.data, A.data, B.data.T, 2.0, x, y, lr=3e-3, steps=50, target_norm=0.8
-    )
+    state = LayerState.start(layer.base_layer.weight.data.clone(), A.data.clone(), B.data.T.clone())
     optimizer = torch.optim.Adam(trainable(model), lr=3e-3)
     engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0, interval=1, target_norm=0.8))
-    for W_t, A_t, B_t in expected:
+    for _ in range(50):
+        error = x @ (state.weight + 2.0 * state.A @ state.B.T).T - y
+        G = 2 / error.numel() * error.T @ x
+        state = reference_step(state, G, scaling=2.0, learning_rate=3e-3, target_norm=0.8)
         nn.functional.mse_loss(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-        torch.testing.assert_close(layer.base_layer.weight.data, W_t, rtol=1e-8, atol=1e-8)
-        torch.testing.assert_close(A.data, A_t, rtol=1e-8, atol=1e-8)
-        torch.testing.assert_close(B.data, B_t.T, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(layer.base_layer.weight.data, state.weight, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(A.data, state.A, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(B.data, state.B.T, rtol=1e-8, atol=1e-8)
+        for parameter, first, second in (
+            (A, state.first_A, state.second_A),
+            (B, state.first_B.T, state.second_B.T),
+        ):
+            torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], first, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(optimizer.state[parameter]["exp_avg_sq"], second, rtol=1e-8, atol=1e-12)
     assert engine.metrics()["scalora/rescales"] == 50
 
 
@@ -299,7 +272,7 @@ def test_factors_out_of_range_leave_the_layer_alone_and_are_counted():
     x, y = regression()
     before = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
     engine = run(model, x, y, 3, ScaLoraConfig(warmup_steps=0, target_norm=1e12))
-    with pytest.warns(UserWarning, match="beyond a million"):
+    with pytest.warns(UserWarning, match="above a million"):
         assert engine.metrics()["scalora/exploding"] > 0
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
@@ -312,7 +285,7 @@ def test_detach_stops_and_state_is_restored():
     assert (state["step"], state["rescales"]) == (7, 2)
     engine.detach()
     base = model.base_model.model.first.base_layer.weight.clone()
-    engine._optimizer.step()
+    engine.optimizer.step()
     assert torch.equal(base, model.base_model.model.first.base_layer.weight)
     other = ScaLora(model, torch.optim.AdamW(trainable(model)), ScaLoraConfig(warmup_steps=2, interval=2))
     other.load_state_dict(state)

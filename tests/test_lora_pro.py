@@ -5,7 +5,7 @@ import torch
 from models import TwoLayers, backward, with_lora
 from transformers import TrainingArguments
 
-from scalora.adapters import find_lora_pairs
+from scalora.model.adapters import find_lora_pairs
 from scalora.rivals.lora_pro import LoraPro, adjusted_gradients, create_lora_pro_optimizer, equivalent_gradient
 
 TARGETS = {"target_modules": ["first", "second"], "r": 3, "lora_alpha": 4}

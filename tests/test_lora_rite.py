@@ -9,7 +9,7 @@ from models import TwoLayers, backward, with_lora
 from torch.optim import AdamW
 from transformers import TrainingArguments
 
-from scalora.adapters import find_lora_pairs
+from scalora.model.adapters import find_lora_pairs
 from scalora.rivals.lora_rite import LoraRite, create_lora_rite_optimizer
 
 TARGETS = {"target_modules": ["first", "second"], "r": 3, "lora_alpha": 6}

@@ -17,9 +17,10 @@ from test_cli_train import scalora as command
 from test_rescale_cost import Operations, rescale
 from torch import nn
 
-from scalora import ScaLora, ScaLoraConfig, kernels, native
+from scalora import ScaLora, ScaLoraConfig
 from scalora.bench.case import Case, Contender
-from scalora.remainder import DenseRemainder
+from scalora.rescale import kernels, native
+from scalora.rescale.remainder import DenseRemainder
 
 if shutil.which(os.environ.get("CXX", "c++")) is None:
     pytest.skip("no C++ compiler: install one (Debian: apt-get install g++)", allow_module_level=True)
@@ -124,8 +125,8 @@ def test_multiplication_is_that_of_pytorch_to_the_last_bit(shape, power, by_colu
     tensors, factors, _, _ = adapters(**shape)
     factors = torch.stack(factors)[:, :1] if by_column else torch.stack(factors)[:, :, :1]
     wanted = [tensor.clone() for tensor in tensors]
-    native.multiply(tensors, native.spread(factors, tensors), power)
-    kernels.multiply(wanted, kernels.spread(factors, wanted), power)
+    native.multiply(tensors, native.expand_factors(factors, tensors), power)
+    kernels.multiply(wanted, kernels.expand_factors(factors, wanted), power)
     for found, target in zip(tensors, wanted, strict=True):
         assert torch.equal(found, target)
 
@@ -216,7 +217,7 @@ def test_no_number_of_operations_grows_with_the_layers():
 
 def build_elsewhere(folder, **environment):
     return subprocess.run(
-        [sys.executable, "-c", "from scalora import native; native.build()"],
+        [sys.executable, "-c", "from scalora.rescale import native; native.build()"],
         env=os.environ | {"TORCH_EXTENSIONS_DIR": str(folder)} | environment,
         capture_output=True,
         text=True,

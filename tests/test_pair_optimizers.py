@@ -8,7 +8,7 @@ import torch
 from models import Mixed, TwoLayers, backward, with_lora
 from torch.optim import AdamW
 
-from scalora.adapters import find_lora_pairs
+from scalora.model.adapters import find_lora_pairs
 from scalora.rivals.lora_pro import create_lora_pro_optimizer
 from scalora.rivals.lora_rite import create_lora_rite_optimizer
 

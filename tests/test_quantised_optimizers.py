@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from scalora import UnsupportedOptimizerError, register_optimizer
-from scalora.quantised_state import scale_block_quantised
-from scalora.transport import scale_gradients_and_states, state_degrees
+from scalora.rescale.optimizers import state_degrees
+from scalora.rescale.quantised_state import scale_block_quantised
+from scalora.rescale.transport import scale_gradients_and_states
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "quantised_state.py"
 # One row of factors for lora_B, which are its columns'; the same as a column for lora_A.

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from scalora import ScaLora, ScaLoraConfig, UnsupportedLayerError
-from scalora.lowrank import compressed_products, factors_of_dense, factors_of_product, rank_for_tolerance
-from scalora.remainder import DenseRemainder, FactoredRemainder, add_to_all
+from scalora.maths.lowrank import compressed_products, factors_of_dense, factors_of_product, rank_for_tolerance
+from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, add_to_all
 
 WIDTH = 96
 

@@ -11,9 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from scalora.cli import app
-from scalora.cli.report import read_run, read_study
-from scalora.report import (
-    NoData,
+from scalora.report.figures import (
     column_share_by_steps,
     factors,
     final_metric,
@@ -28,6 +26,8 @@ from scalora.report import (
     run_rank,
     scaling_shares,
 )
+from scalora.report.summaries import NoData
+from scalora.report.write import read_run, read_study
 
 METHODS = (
     "lora",
@@ -157,7 +157,7 @@ def write_study(folder, methods=METHODS, **of_runs):
         "methods": {name: {"method": "scalora" if "scalora" in name else "lora"} for name in methods},
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-    from scalora.cli.study import study_of
+    from scalora.studies.study import study_of
 
     for cell in study_of(folder).tuning_cells():
         write_run(cell.folder, cell.method, cell.learning_rate, cell.seed, inspected=False, **of_runs)

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalora import ScaLora, ScaLoraConfig
-from scalora.cli.measure import StepClock
-from scalora.remainder import DenseRemainder
+from scalora.rescale.remainder import DenseRemainder
+from scalora.runs.measure import StepClock
 
 
 class Operations(TorchDispatchMode):
@@ -84,7 +84,7 @@ def test_a_merge_makes_no_temporary_of_a_weights_size():
 @pytest.fixture
 def meta_model(monkeypatch):
     """A model whose tensors have no values: whatever wants one on the host fails."""
-    monkeypatch.setattr("scalora.changed_base.base_fingerprint", lambda model: "none: there are no weights")
+    monkeypatch.setattr("scalora.saving.attach.base_fingerprint", lambda model: "none: there are no weights")
     return with_lora(tiny_llama().to("meta"), r=4, target_modules="all-linear", random_B=False).to("meta")
 
 

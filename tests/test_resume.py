@@ -170,7 +170,7 @@ def test_a_state_dict_in_memory(merge):
     x = torch.randn(16, 12)
     for _ in range(4):
         model(x).square().sum().backward()
-        engine._optimizer.step()
+        engine.optimizer.step()
     engine.load_state_dict(state)
     assert_same(weights(model), before)
     with pytest.raises(StateError, match="lacks"):

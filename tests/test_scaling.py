@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import scalora
-from scalora.scaling import COLUMN, LEFT_ALONE, SCALAR
+from scalora.maths.mode import COLUMN, LEFT_ALONE, SCALAR
 
 VECTORS = load_file(Path(__file__).parent / "data" / "scaling.safetensors")
 CASES = sorted({key.split(".")[0] for key in VECTORS})

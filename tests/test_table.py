@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from scalora.cli.errors import InputError
-from scalora.cli.table import load_study
-from scalora.cli.table_markdown import write_tables
+from scalora.runs.errors import InputError
+from scalora.studies.table import load_study
+from scalora.studies.table_markdown import write_tables
 
 RATES = {"lora": [1e-3, 2e-3, 4e-3], "scalora": [1e-3, 2e-3, 4e-3], "full": [1e-5, 2e-5, 4e-5]}
 # Final evaluation losses on the tuning seed: lora's best is in the middle of its grid, the others' at an edge.

@@ -8,7 +8,8 @@ from optimi import StableAdamW
 from schedulefree import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
 
 from scalora import ScaLora, ScaLoraConfig, UnsupportedOptimizerError, register_optimizer
-from scalora.transport import scale_gradients_and_states, state_degrees
+from scalora.rescale.optimizers import state_degrees
+from scalora.rescale.transport import scale_gradients_and_states
 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),

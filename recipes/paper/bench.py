@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scalora import ScaLora, ScaLoraConfig, effective_rank, numerical_rank, optimal_start
-from scalora.rivals.controls import ForgettingScaLora, NormalisingScaLora
-from scalora.scaling import COLUMN, SCALAR, Grams, Scaling
+from scalora.maths.mode import COLUMN, SCALAR
+from scalora.maths.scaling import Grams, Scaling, scaling_of_grams
+from scalora.rivals.controls import normalising_rule, scale_gradients_only
 
 Problem = LinearProblem | TwoLayerProblem
 
@@ -33,10 +35,11 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {
     "AdamW": lambda groups: torch.optim.AdamW(groups, weight_decay=0.0),
 }
 
-ENGINES: dict[str, type[ScaLora]] = {
-    "ScaLoRA": ScaLora,
-    "normalised columns": NormalisingScaLora,
-    "no transport": ForgettingScaLora,
+# The two decisions of an engine: how factors are chosen, how state is carried.
+ENGINES: dict[str, dict[str, Callable[..., Any]]] = {
+    "ScaLoRA": {},
+    "normalised columns": {"scaling_rule": normalising_rule},
+    "no transport": {"transport": scale_gradients_only},
 }
 
 _CHECKS = 50
@@ -119,15 +122,14 @@ def _finite(value: Any) -> Any:
 
 
 class _Chosen:
-    """Counts, copy by copy, which scaling an engine took, and how long it made the columns."""
+    """A scaling rule that counts, copy by copy, which scaling it took, and how long it made the columns."""
 
-    def __init__(self, engine: ScaLora, copies: int) -> None:
+    def __init__(self, rule: Callable[..., Scaling], copies: int) -> None:
         self.counts = torch.zeros(4, copies)
-        self._scaling = engine._scaling
-        engine._scaling = self._count  # type: ignore[method-assign]
+        self._rule = rule
 
-    def _count(self, grams: Grams, target_norms: Tensor) -> Scaling:
-        scaling = self._scaling(grams, target_norms)
+    def __call__(self, grams: Grams, *, target_norm: Tensor) -> Scaling:
+        scaling = self._rule(grams, target_norm=target_norm)
         A, B = (gram.diagonal(dim1=-2, dim2=-1).sqrt() for gram in grams.of_factors)
         norms = A * scaling.alpha + B * scaling.beta
         counts = torch.stack(
@@ -180,8 +182,10 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     chosen = None
     if setting.method in ENGINES:
-        engine = ENGINES[setting.method](model, optimizer, setting.config())
-        chosen = _Chosen(engine, len(runs))
+        config, decisions = setting.config(), dict(ENGINES[setting.method])
+        rule = decisions.pop("scaling_rule", partial(scaling_of_grams, mode=config.mode))
+        chosen = _Chosen(rule, len(runs))
+        ScaLora(model, optimizer, config, scaling_rule=chosen, **decisions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of copies that diverge: their risks say so
         for step in range(1, steps + 1):

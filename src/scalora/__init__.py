@@ -1,52 +1,78 @@
-"""ScaLoRA, optimally scaled low-rank adaptation (arXiv 2510.23818), for PEFT models: the public list."""
+"""ScaLoRA, optimally scaled low-rank adaptation (arXiv 2510.23818), for PEFT models: the public list.
+
+Names are imported when they are first used, so that ``scalora --help`` does not load torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from scalora._version import __version__
-from scalora.adapters import UnsupportedLayerError
-from scalora.changed_base import ChangedBaseError
-from scalora.config import ScaLoraConfig
-from scalora.engine import ScaLora
-from scalora.export import ExportError, export_adapter, export_merged, load_model
-from scalora.integrations.checkpoints import last_checkpoint
-from scalora.integrations.transformers import ScaLoraCallback
-from scalora.lowrank import effective_rank, numerical_rank
-from scalora.scaling import (
-    captured_energy,
-    choose_scaling,
-    column_scaling,
-    normal_equations,
-    optimal_adapter,
-    oracle_residual,
-    relative_residual,
-    scalar_scaling,
-)
-from scalora.start import optimal_start
-from scalora.state import StateError
-from scalora.transport import UnsupportedOptimizerError, register_optimizer
 
-__all__ = [
-    "ChangedBaseError",
-    "ExportError",
-    "ScaLora",
-    "ScaLoraCallback",
-    "ScaLoraConfig",
-    "StateError",
-    "UnsupportedLayerError",
-    "UnsupportedOptimizerError",
-    "__version__",
-    "captured_energy",
-    "choose_scaling",
-    "column_scaling",
-    "effective_rank",
-    "export_adapter",
-    "export_merged",
-    "last_checkpoint",
-    "load_model",
-    "normal_equations",
-    "numerical_rank",
-    "optimal_adapter",
-    "optimal_start",
-    "oracle_residual",
-    "register_optimizer",
-    "relative_residual",
-    "scalar_scaling",
-]
+if TYPE_CHECKING:
+    from scalora.config import ScaLoraConfig as ScaLoraConfig
+    from scalora.engine import ScaLora as ScaLora
+    from scalora.integrations.transformers import ScaLoraCallback as ScaLoraCallback
+    from scalora.maths.oracle import optimal_adapter as optimal_adapter
+    from scalora.maths.oracle import oracle_residual as oracle_residual
+    from scalora.maths.reference import LayerState as LayerState
+    from scalora.maths.reference import reference_step as reference_step
+    from scalora.maths.residuals import captured_energy as captured_energy
+    from scalora.maths.residuals import relative_residual as relative_residual
+    from scalora.maths.scaling import choose_scaling as choose_scaling
+    from scalora.maths.scaling import column_scaling as column_scaling
+    from scalora.maths.scaling import normal_equations as normal_equations
+    from scalora.maths.scaling import scalar_scaling as scalar_scaling
+    from scalora.maths.spectrum import effective_rank as effective_rank
+    from scalora.maths.spectrum import numerical_rank as numerical_rank
+    from scalora.model.adapters import UnsupportedLayerError as UnsupportedLayerError
+    from scalora.rescale.optimizers import UnsupportedOptimizerError as UnsupportedOptimizerError
+    from scalora.rescale.optimizers import register_optimizer as register_optimizer
+    from scalora.saving.attach import ChangedBaseError as ChangedBaseError
+    from scalora.saving.checkpoints import last_checkpoint as last_checkpoint
+    from scalora.saving.errors import StateError as StateError
+    from scalora.saving.export import ExportError as ExportError
+    from scalora.saving.export import export_adapter as export_adapter
+    from scalora.saving.export import export_merged as export_merged
+    from scalora.saving.export import load_model as load_model
+    from scalora.start import optimal_start as optimal_start
+
+_HOMES = {
+    "ChangedBaseError": "scalora.saving.attach",
+    "ExportError": "scalora.saving.export",
+    "LayerState": "scalora.maths.reference",
+    "ScaLora": "scalora.engine",
+    "ScaLoraCallback": "scalora.integrations.transformers",
+    "ScaLoraConfig": "scalora.config",
+    "StateError": "scalora.saving.errors",
+    "UnsupportedLayerError": "scalora.model.adapters",
+    "UnsupportedOptimizerError": "scalora.rescale.optimizers",
+    "captured_energy": "scalora.maths.residuals",
+    "choose_scaling": "scalora.maths.scaling",
+    "column_scaling": "scalora.maths.scaling",
+    "effective_rank": "scalora.maths.spectrum",
+    "export_adapter": "scalora.saving.export",
+    "export_merged": "scalora.saving.export",
+    "last_checkpoint": "scalora.saving.checkpoints",
+    "load_model": "scalora.saving.export",
+    "normal_equations": "scalora.maths.scaling",
+    "numerical_rank": "scalora.maths.spectrum",
+    "optimal_adapter": "scalora.maths.oracle",
+    "optimal_start": "scalora.start",
+    "oracle_residual": "scalora.maths.oracle",
+    "reference_step": "scalora.maths.reference",
+    "register_optimizer": "scalora.rescale.optimizers",
+    "relative_residual": "scalora.maths.residuals",
+    "scalar_scaling": "scalora.maths.scaling",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

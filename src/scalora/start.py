@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from scalora.adapters import LoraPair, UnsupportedLayerError
-from scalora.changed_base import attach
-from scalora.config import ScaLoraConfig
-from scalora.remainder import Merge
-from scalora.scaling import optimal_adapter
+from scalora.config import Merge, ScaLoraConfig
+from scalora.maths.oracle import optimal_adapter
+from scalora.model.adapters import LoraPair, UnsupportedLayerError
+from scalora.saving.attach import attach
 
 
 def optimal_start(
@@ -45,7 +44,7 @@ def optimal_start(
         if G is None:
             raise ValueError(f"module {pair.name!r} got no gradient from train_step: does it call backward()?")
         try:
-            starts.append(optimal_adapter(G, pair.lora_A.shape[0], target_norm=target_norm))
+            starts.append(optimal_adapter(G, pair.r, target_norm=target_norm))
         except ValueError as error:
             raise ValueError(f"module {pair.name!r}: {error}") from None
     replace_factors(pairs, starts)
@@ -115,8 +114,7 @@ def weight_gradients(model: nn.Module, pairs: list[LoraPair], train_step: Callab
         for pair in pairs:
             pair.weight.requires_grad_(True)
         train_step()
-        found = [(pair.transposed, pair.weight.grad) for pair in pairs]
-        return [G.mT if transposed and G is not None else G for transposed, G in found]
+        return [None if pair.weight.grad is None else pair.oriented(pair.weight.grad) for pair in pairs]
     finally:
         for pair, trained in zip(pairs, trained_before, strict=True):
             pair.weight.requires_grad_(trained)

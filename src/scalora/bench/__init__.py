@@ -1,1 +1,1 @@
-"""Measures what methods cost: whole steps in pairs, peak memory, and a rescale by its parts beside its floor."""
+"""What training costs: steps and rescales measured, their lower bounds, estimates. May import `report` and below."""

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerControl, TrainerState, TrainingArguments
 
-from scalora.config import ScaLoraConfig
-from scalora.remainder import FactoredRemainder, Merge
+from scalora.config import LORA_DEFAULTS, Merge, ScaLoraConfig
+from scalora.rescale.remainder import FactoredRemainder
 from scalora.rivals import METHODS
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
@@ -95,7 +95,7 @@ class Contender:
         self.name = name
         self._case = case
         method = _method(name, case)
-        settings = {"r": case.rank, "lora_alpha": case.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        settings = LORA_DEFAULTS | {"r": case.rank, "lora_alpha": case.rank, "task_type": "CAUSAL_LM"}
         self._tokens = case.tokens(base.config.vocab_size)  # type: ignore[union-attr, arg-type]
         self.model = method.adapt(
             base.to(case.device), method.peft_config(settings), lambda model: self._backward(model)

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from scalora.bench.case import Case, Contender, interval_of, now
 from scalora.engine import PARTS
-from scalora.peak_memory import peak_memory_bytes
+from scalora.runs.peak_memory import peak_memory_bytes
 
 # More than any cache: the largest of server processors hold a few hundred MB.
 _STREAM_BYTES = 1 << 29

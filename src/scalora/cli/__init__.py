@@ -1,4 +1,4 @@
-"""The command: ``scalora train`` and ``scalora evaluate``, thin over the library, TRL and Transformers."""
+"""The command line: parsing and printing. Imports the library only inside the command that needs it."""
 
 from scalora.cli.app import app
 

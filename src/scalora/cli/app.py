@@ -73,8 +73,8 @@ def train(
     """Fine-tune a model and write a run folder: model, config, metrics, environment."""
 
     def run() -> None:
-        from scalora.cli.settings import load_settings
-        from scalora.cli.train import train as run_training
+        from scalora.runs.settings import load_settings
+        from scalora.runs.train import train as run_training
 
         run_training(load_settings(config, context.args), overwrite=overwrite, resume=resume)
 
@@ -92,13 +92,13 @@ def evaluate(
     """Score a model on the config's evaluation data."""
 
     def run() -> None:
-        from scalora.cli.evaluate import evaluate as score
-        from scalora.cli.evaluate import show
-        from scalora.cli.run_folder import write_json
-        from scalora.cli.settings import load_settings
+        from scalora.cli.console import show_scores
+        from scalora.runs.evaluate import evaluate as score
+        from scalora.runs.run_folder import write_json
+        from scalora.runs.settings import load_settings
 
         scores = score(model, load_settings(config, context.args))
-        show(scores)
+        show_scores(scores)
         if output is not None:
             write_json(output, scores)
 
@@ -119,15 +119,15 @@ def compare(
     """Run methods, learning rates and seeds against each other and write a table; finished runs are kept."""
 
     def run() -> None:
-        from scalora.cli.study import load_study_file
+        from scalora.studies.study import load_study_file
 
         wanted = load_study_file(study, context.args)
         if table_only:
-            from scalora.cli.table_markdown import markdown, write_tables
+            from scalora.studies.table_markdown import markdown, write_tables
 
             typer.echo(markdown(write_tables(wanted.folder)))
             return
-        from scalora.cli.compare import compare as run_study
+        from scalora.studies.compare import compare as run_study
 
         if not run_study(wanted, cores=cores, threads=threads):
             sys.exit(1)
@@ -181,9 +181,13 @@ def export(
     """Make something that others load out of a ScaLoRA run, and check it against the run."""
 
     def run_export() -> None:
-        from scalora.cli.export import export as make
+        from scalora.cli.console import show_export
+        from scalora.runs.export import export as make
 
-        make(run, to.value, output, rtol=rtol, max_rank=max_rank, per_layer=per_layer, dtype=dtype.value)
+        target, report = make(
+            run, to.value, output, rtol=rtol, max_rank=max_rank, per_layer=per_layer, dtype=dtype.value
+        )
+        show_export(report, target)
 
     _in_one_line(run_export, debug)
 
@@ -199,7 +203,7 @@ def report(
     """Make one HTML page, complete in itself, and its figures from a run or a study."""
 
     def run() -> None:
-        from scalora.cli.report import report as make
+        from scalora.report.write import report as make
 
         page = make(folder, output)
         for sentence in page.missing:
@@ -232,11 +236,12 @@ def inspect(
     """Look into a run, layer by layer: rank and size of the update, how good the next step would be, the factors."""
 
     def run_inspect() -> None:
-        from scalora.cli.inspect_run import inspect_run, show
-        from scalora.cli.run_folder import write_json
+        from scalora.cli.console import show_inspected
+        from scalora.runs.inspect import inspect_run
+        from scalora.runs.run_folder import write_json
 
         inspected = inspect_run(run, layers=layers, batches=batches, rank=rank)
-        show(inspected, str(run))
+        show_inspected(inspected, str(run))
         target = output or run / "inspect.json"
         write_json(target, inspected)
         typer.echo(f"written to {target}")
@@ -278,9 +283,9 @@ def estimate(
     """Say what training a model would take with LoRA and with ScaLoRA, from its config alone."""
 
     def run() -> None:
-        from scalora.cli.estimate import EstimateSettings, as_json, markdown
-        from scalora.cli.estimate import estimate as make
-        from scalora.cli.run_folder import write_json
+        from scalora.bench.estimate import EstimateSettings, as_json, markdown
+        from scalora.bench.estimate import estimate as make
+        from scalora.runs.run_folder import write_json
 
         options = {
             "r": r,
@@ -341,8 +346,8 @@ def bench(
     def run() -> None:
         import torch
 
-        from scalora.cli.bench import BenchSettings
-        from scalora.cli.bench import bench as run_bench
+        from scalora.bench.bench import BenchSettings
+        from scalora.bench.bench import bench as run_bench
 
         settings = BenchSettings(
             model=model,

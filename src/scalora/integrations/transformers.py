@@ -14,12 +14,15 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from scalora.adapters import keep_out_of_broadcasts, promote_adapters
-from scalora.changed_base import fingerprint_of
 from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
-from scalora.integrations.checkpoints import set_broken_checkpoints_aside
-from scalora.state import STATE_FILE, StateError, check_base, check_content, read_state
+from scalora.model.adapters import promote_adapters
+from scalora.parallel.data_parallel import keep_out_of_broadcasts
+from scalora.saving.attach import fingerprint_of
+from scalora.saving.checkpoints import set_broken_checkpoints_aside
+from scalora.saving.errors import StateError
+from scalora.saving.state import check_base, check_content
+from scalora.saving.state_file import STATE_FILE, read_state
 
 
 class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
@@ -39,6 +42,8 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         config: settings; the defaults when None.
+        make_engine: called with model, optimizer and config at the start of training; `ScaLora`, except in a control
+            experiment.
 
     Raises:
         StateError: at the start of training, when the checkpoint to resume from does not fit; and whatever `ScaLora`
@@ -48,10 +53,9 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         engine: the attached `ScaLora`; None before training.
     """
 
-    engine_class: type[ScaLora] = ScaLora
-
-    def __init__(self, config: ScaLoraConfig | None = None) -> None:
+    def __init__(self, config: ScaLoraConfig | None = None, *, make_engine: Callable[..., ScaLora] = ScaLora) -> None:
         self.config = config or ScaLoraConfig()
+        self._make_engine = make_engine
         self.engine: ScaLora | None = None
         self._checkpoint: Path | None = None
 
@@ -94,7 +98,7 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         _move_before_reporters(self)
         model: nn.Module = kwargs["model"]
         optimizer: Optimizer = kwargs["optimizer"]
-        self.engine = self.engine_class(model, optimizer, self.config)
+        self.engine = self._make_engine(model, optimizer, self.config)
         if self._checkpoint is not None:
             self.engine.load(self._checkpoint)
         elif state.global_step:

@@ -1,4 +1,7 @@
-"""Figures of a study and of a run, for ``scalora report`` and for notebooks; needs matplotlib and pandas."""
+"""Figures of a study and of a run, for ``scalora report`` and for notebooks. May import `studies` and below.
+
+Needs matplotlib and pandas.
+"""
 
 from scalora.report.figures import (
     column_share_by_steps,

@@ -1,39 +1,60 @@
-"""ScaLoRA and the methods it is compared with, by the name that ``method:`` takes in a config."""
+"""ScaLoRA and the methods that it is compared with, by the name that ``method:`` takes in a config.
 
-from scalora.rivals.controls import LoraGaRestart, NormalisedColumns, NoTransport
-from scalora.rivals.from_peft import Dora, Hira, LoraGa, LoraPlus, Pissa, Riemannian, RsLora
-from scalora.rivals.full_weights import Apollo, Full, GaLore
-from scalora.rivals.lora_pro import LoraPro
-from scalora.rivals.lora_rite import LoraRite
-from scalora.rivals.method import Method
-from scalora.rivals.mora import Mora
-from scalora.rivals.reflora import RefLora, RefLoraS
-from scalora.rivals.relora import ReLora
-from scalora.rivals.scalora import ScaLoraMethod
+A new rival is a file here with a `scalora.rivals.method.Method`, and a line in `METHODS`. May import everything below
+`scalora.runs`.
+"""
 
-METHODS: dict[str, type[Method]] = {
-    "scalora": ScaLoraMethod,
-    "lora": Method,
-    "full": Full,
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scalora.rivals.method import Method
+
+_CLASSES = {
+    "scalora": "scalora.ScaLoraMethod",
+    "lora": "method.Method",
+    "full": "full_weights.Full",
     # LoRA with another scaling, optimizer, form or start.
-    "rslora": RsLora,
-    "loraplus": LoraPlus,
-    "dora": Dora,
-    "pissa": Pissa,
-    "lora_ga": LoraGa,
-    "hira": Hira,
-    "mora": Mora,
-    "riemannian": Riemannian,
-    "reflora": RefLora,
-    "reflora_s": RefLoraS,
-    "lora_rite": LoraRite,
-    "lora_pro": LoraPro,
+    "rslora": "from_peft.RsLora",
+    "loraplus": "from_peft.LoraPlus",
+    "dora": "from_peft.Dora",
+    "pissa": "from_peft.Pissa",
+    "lora_ga": "from_peft.LoraGa",
+    "hira": "from_peft.Hira",
+    "mora": "mora.Mora",
+    "riemannian": "from_peft.Riemannian",
+    "reflora": "reflora.RefLora",
+    "reflora_s": "reflora.RefLoraS",
+    "lora_rite": "lora_rite.LoraRite",
+    "lora_pro": "lora_pro.LoraPro",
     # High rank by merging, or by training the base's weights with low-rank moments.
-    "relora": ReLora,
-    "galore": GaLore,
-    "apollo": Apollo,
+    "relora": "relora.ReLora",
+    "galore": "full_weights.GaLore",
+    "apollo": "full_weights.Apollo",
     # ScaLoRA with one thing replaced.
-    "normalised_columns": NormalisedColumns,
-    "no_transport": NoTransport,
-    "lora_ga_restart": LoraGaRestart,
+    "normalised_columns": "controls.NormalisedColumns",
+    "no_transport": "controls.NoTransport",
+    "lora_ga_restart": "controls.LoraGaRestart",
 }
+
+
+class _Methods(Mapping[str, "type[Method]"]):
+    """Imports a method's class when it is asked for, so that a mistyped name is found without loading torch."""
+
+    def __getitem__(self, name: str) -> type[Method]:
+        module, _, cls = _CLASSES[name].rpartition(".")
+        found: type[Method] = getattr(import_module(f"{__name__}.{module}"), cls)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_CLASSES)
+
+    def __len__(self) -> int:
+        return len(_CLASSES)
+
+
+METHODS: Mapping[str, type[Method]] = _Methods()
+"""Every method's class by its name."""

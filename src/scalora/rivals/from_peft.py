@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import TrainingArguments
 
-from scalora.adapters import LoraPair, find_lora_pairs
+from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.rivals.method import Backward, Method, adamw_arguments, require_positive
 from scalora.start import weight_gradients
 
@@ -135,7 +135,7 @@ class LoraGa(Method):
                 pair.lora_B.copy_(lora_B)
                 pair.lora_A.copy_(lora_A)
                 product = pair.scaling * pair.lora_B @ pair.lora_A
-                pair.weight.copy_(pair.weight.float() - (product.mT if pair.transposed else product))
+                pair.weight.copy_(pair.weight.float() - pair.oriented(product))
         return adapted
 
     def _start(self, pair: LoraPair, G: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ class LoraGa(Method):
         if G is None or not G.isfinite().all():
             raise ValueError(f"module {pair.name!r} got no finite gradient for LoRA-GA to start from")
         G = G.float()
-        r = pair.lora_A.shape[0]
+        r = pair.r
         if 2 * r > min(G.shape):
             raise ValueError(
                 f"rank {r} is too large for module {pair.name!r} of shape {tuple(G.shape)}: LoRA-GA needs 2r singular "

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
-from scalora.adapters import LoraPair, find_lora_pairs
+from scalora.maths.scaling import solver_dtype
+from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.rivals.method import Method, adamw_arguments
 from scalora.rivals.pair_optimizer import PairOptimizer, adam_direction, not_in_pairs
-from scalora.scaling import solver_dtype
 
 # The reference implementation's damping of both Gram matrices. It decides the second step from lora_B = 0, when
 # BᵀB is of the order of the learning rate squared.
@@ -176,7 +176,7 @@ def create_lora_pro_optimizer(
     """A `LoraProOptimizer` for all LoRA pairs of a PEFT model, with AdamW for what else is trainable.
 
     Raises:
-        UnsupportedLayerError: see `scalora.adapters.find_lora_pairs`.
+        UnsupportedLayerError: see `scalora.model.adapters.find_lora_pairs`.
     """
     pairs = find_lora_pairs(model)
     others = not_in_pairs(model, pairs)

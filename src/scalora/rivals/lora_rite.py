@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
-from scalora.adapters import LoraPair, find_lora_pairs
+from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.rivals.method import Method, adamw_arguments
 from scalora.rivals.pair_optimizer import PairOptimizer, not_in_pairs
 
@@ -159,7 +159,7 @@ def create_lora_rite_optimizer(
     """A `LoraRiteOptimizer` for all LoRA pairs of a PEFT model, with AdamW for what else is trainable.
 
     Raises:
-        UnsupportedLayerError: see `scalora.adapters.find_lora_pairs`.
+        UnsupportedLayerError: see `scalora.model.adapters.find_lora_pairs`.
     """
     pairs = find_lora_pairs(model)
     return LoraRiteOptimizer(

@@ -26,7 +26,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import Tensor, nn
 
-from scalora.adapters import UnsupportedLayerError
+from scalora.model.adapters import UnsupportedLayerError
 from scalora.rivals.method import Backward, Method
 
 _ROPE_BASE = 10000.0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scalora.adapters import LoraPair
+from scalora.model.adapters import LoraPair
 
 
 class PairOptimizer(Optimizer):

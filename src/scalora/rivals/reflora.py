@@ -35,11 +35,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scalora.adapters import LoraPair, by_shape, find_lora_pairs, promote_adapters
-from scalora.kernels import multiply, spread
+from scalora.maths.scaling import solver_dtype
+from scalora.model.adapters import LoraPair, by_shape, find_lora_pairs, promote_adapters
+from scalora.rescale.kernels import expand_factors, multiply
+from scalora.rescale.optimizers import refuse_closure, state_degrees, unwrapped_optimizer
+from scalora.rescale.transport import scale_gradients_and_states
 from scalora.rivals.method import Method
-from scalora.scaling import solver_dtype
-from scalora.transport import refuse_closure, scale_gradients_and_states, state_degrees
 
 # A squared pivot or a singular value that is smaller, relative to what it is a part of, than this many roundings has
 # fewer than about three digits left.
@@ -116,7 +117,7 @@ class _Refactorer:
     """What the two have in common: the pairs by shape, and the count of steps."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, warmup_steps: int = 0, steps_done: int = 0) -> None:
-        self._optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._optimizer = unwrapped_optimizer(optimizer)
         self._groups = by_shape(find_lora_pairs(model))
         self._warmup_steps = warmup_steps
         self._steps = steps_done
@@ -206,10 +207,10 @@ class ScalarRefactorer(_Refactorer):
             lora_B: list[Tensor] = [pair.lora_B for pair in pairs]
             lora_A: list[Tensor] = [pair.lora_A for pair in pairs]
             root = optimal_scalar(torch.stack(lora_B), torch.stack(lora_A).mT).sqrt().to(lora_B[0].dtype)[:, None, None]
-            multiply(lora_B, spread(root, lora_B))
-            multiply(lora_A, spread(1 / root, lora_A))
-            scale_gradients_and_states(self._optimizer, self._degrees, lora_B, spread(1 / root, lora_B))
-            scale_gradients_and_states(self._optimizer, self._degrees, lora_A, spread(root, lora_A))
+            multiply(lora_B, expand_factors(root, lora_B))
+            multiply(lora_A, expand_factors(1 / root, lora_A))
+            scale_gradients_and_states(self._optimizer, self._degrees, lora_B, expand_factors(1 / root, lora_B))
+            scale_gradients_and_states(self._optimizer, self._degrees, lora_A, expand_factors(root, lora_A))
 
 
 class RefLoraCallback(TrainerCallback):  # type: ignore[misc]

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scalora.adapters import UnsupportedLayerError, find_lora_pairs
-from scalora.remainder import DenseRemainder
+from scalora.model.adapters import UnsupportedLayerError, find_lora_pairs
+from scalora.rescale.optimizers import UnsupportedOptimizerError, unwrapped_optimizer
+from scalora.rescale.remainder import DenseRemainder
 from scalora.rivals.method import Method
-from scalora.transport import UnsupportedOptimizerError
 
 Reset = Literal["magnitude", "random", "zero"]
 _RESETS = ("magnitude", "random", "zero")
@@ -109,7 +109,7 @@ class ReLoraRestarts:
     ) -> None:
         self.restarts = 0
         self._settings = settings
-        self._optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._optimizer = unwrapped_optimizer(optimizer)
         self._pairs = find_lora_pairs(model)
         for pair in self._pairs:
             if pair.quantised:

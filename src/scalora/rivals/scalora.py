@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Literal, get_args
@@ -29,7 +30,7 @@ class ScaLoraMethod(Method):
         ValueError: an unknown start.
     """
 
-    engine: ClassVar[type[ScaLora]] = ScaLora
+    engine: ClassVar[Callable[..., ScaLora]] = ScaLora
     ordinary_adapter: ClassVar[bool] = False
 
     config: ScaLoraConfig = field(default_factory=ScaLoraConfig)
@@ -56,6 +57,4 @@ class ScaLoraMethod(Method):
 
     def callbacks(self) -> list[TrainerCallback]:
         """The engine's."""
-        callback = ScaLoraCallback(self.config)
-        callback.engine_class = self.engine
-        return [callback]
+        return [ScaLoraCallback(self.config, make_engine=self.engine)]

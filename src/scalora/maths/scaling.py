@@ -1,0 +1,314 @@
+"""The optimal scaling of a LoRA adapter (ScaLoRA, arXiv 2510.23818, section 3): tensors only.
+
+Notation is the paper's: the layer's weight is ``W (m × n)``, the adapter adds ``A Bᵀ`` with ``A (m × r)`` (PEFT's
+``lora_B.weight``) and ``B (n × r)`` (PEFT's ``lora_A.weight`` transposed), and ``G = ∂ℓ/∂W`` is the gradient that
+nobody forms: LoRA's own gradients are ``GB = G·B`` and ``GtA = Gᵀ·A`` up to the adapter's scaling.
+
+One gradient step on ``Ã = A·diag(α)``, ``B̃ = B·diag(β)`` moves W by ``−η(G B̃B̃ᵀ + ÃÃᵀ G)``. With
+``v = Lη·[α²; β²]`` the loss bound of an L-smooth loss is a least squares in v over 2r rank-one matrices:
+
+    minimise ‖G − Σᵢ vᵢ·aᵢ(Gᵀaᵢ)ᵀ − Σⱼ v₍ᵣ₊ⱼ₎·(G bⱼ)bⱼᵀ‖²      whose normal equations are  M v = λ.
+
+Everything is batched over leading dimensions, so layers of one shape are solved together, and is free of
+data-dependent branches. Integer and complex inputs are not meant; every float dtype is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from scalora.maths.mode import COLUMN, LEFT_ALONE, SCALAR, Mode
+
+# v carries a relative error of about eps / pivot, where pivot is the smallest squared Cholesky pivot of the
+# unit-diagonal system. Below this one fewer than about four digits of v are left in float64: not an optimum any more.
+_SMALLEST_PIVOT = 1e-12
+
+# A factor outside this range squares to less than 1e-12 or more than 1e12 and pushes float32 second moments
+# (typically 1e-16 … 1e-4) out of range; the paper's "never zero a column" is the lower end of it.
+_FACTOR_RANGE = (1e-6, 1e6)
+
+
+class Grams(NamedTuple):
+    """Inner products of the columns of ``S_A = [A, GB]`` and of ``S_B = [GtA, B]``: all that the optimum depends on.
+
+    Attributes:
+        left: S_AᵀS_A, (…, 2r, 2r), in the solver's dtype.
+        right: S_BᵀS_B, (…, 2r, 2r).
+    """
+
+    left: Float[Tensor, "*layers 2r 2r"]
+    right: Float[Tensor, "*layers 2r 2r"]
+
+    @property
+    def of_factors(self) -> tuple[Float[Tensor, "*layers r r"], Float[Tensor, "*layers r r"]]:
+        """AᵀA and BᵀB."""
+        r = self.left.shape[-1] // 2
+        return self.left[..., :r, :r], self.right[..., r:, r:]
+
+
+class NormalEquations(NamedTuple):
+    """The system ``M v = λ`` of the column scaling.
+
+    Attributes:
+        matrix: M, (…, 2r, 2r), symmetric positive semi-definite, in the solver's dtype.
+        rhs: λ, (…, 2r).
+        usable: whether the layer's inputs are finite and none of the 2r rank-one matrices is zero, (…).
+        finite: whether they are finite, (…).
+    """
+
+    matrix: Float[Tensor, "*layers 2r 2r"]
+    rhs: Float[Tensor, "*layers 2r"]
+    usable: Bool[Tensor, "*layers"]
+    finite: Bool[Tensor, "*layers"]
+
+
+class Scaling(NamedTuple):
+    """What to do with each layer at this step.
+
+    Attributes:
+        alpha: factors of A's columns, (…, r), positive; exactly 1 where the layer is left alone.
+        beta: factors of B's columns, (…, r), likewise.
+        choice: `COLUMN`, `SCALAR` or `LEFT_ALONE` for each layer, (…).
+        degenerate: whether the layer was left alone because its inputs have no optimum (zero A, zero B, zero or
+            non-finite gradient), as against an optimum that came out negative or out of range, (…).
+        nonfinite: whether it was left alone because of a NaN or infinity, (…).
+        exploding: whether it was left alone because the factors of its optimum, positive as it should be, are too far
+            from 1 to be applied, (…).
+    """
+
+    alpha: Float[Tensor, "*layers r"]
+    beta: Float[Tensor, "*layers r"]
+    choice: Int[Tensor, "*layers"]
+    degenerate: Bool[Tensor, "*layers"]
+    nonfinite: Bool[Tensor, "*layers"]
+    exploding: Bool[Tensor, "*layers"]
+
+    def unless(self, skipped: Bool[Tensor, ""]) -> Scaling:
+        """The same, or a scaling that leaves every layer alone where `skipped`; nothing waits for the device."""
+        return Scaling(
+            torch.where(skipped, 1.0, self.alpha),
+            torch.where(skipped, 1.0, self.beta),
+            torch.where(skipped, LEFT_ALONE, self.choice),
+            degenerate=self.degenerate & ~skipped,
+            nonfinite=self.nonfinite & ~skipped,
+            exploding=self.exploding & ~skipped,
+        )
+
+
+def solver_dtype(device: torch.device) -> torch.dtype:
+    """Float64 wherever the device has it: the normal equations square the adapter's condition number."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def grams(
+    A: Float[Tensor, "*layers m r"],
+    B: Float[Tensor, "*layers n r"],
+    GB: Float[Tensor, "*layers m r"],
+    GtA: Float[Tensor, "*layers n r"],
+) -> Grams:
+    """The inner products of the columns; cost O((m+n)r²), nothing of size m × n.
+
+    Raises:
+        ValueError: the four shapes do not belong together.
+    """
+    _check_shapes(A, B, GB, GtA)
+    return Grams(_gram_of_both(A, GB), _gram_of_both(GtA, B))
+
+
+def normal_equations(
+    A: Float[Tensor, "*layers m r"],
+    B: Float[Tensor, "*layers n r"],
+    GB: Float[Tensor, "*layers m r"],
+    GtA: Float[Tensor, "*layers n r"],
+) -> NormalEquations:
+    """Build ``M = (S_AᵀS_A) ⊙ (S_BᵀS_B)`` and λ, with S_A and S_B as in `Grams`; see `equations_of_grams`.
+
+    Raises:
+        ValueError: the four shapes do not belong together.
+    """
+    return equations_of_grams(grams(A, B, GB, GtA))
+
+
+def equations_of_grams(grams: Grams) -> NormalEquations:
+    """Build M and λ. Layers that are not `usable` get the identity and λ = 0, which pass any solver without a NaN.
+
+    Args:
+        grams: of the layers.
+    """
+    left, right = grams
+    r = left.shape[-1] // 2
+    # A NaN or infinity in a column makes its square one: no need to look through the columns themselves.
+    finite = (left.isfinite() & right.isfinite()).all(-1).all(-1)
+    matrix = left * right
+    # λᵢ = ⟨G, aᵢ(Gᵀaᵢ)ᵀ⟩ = ‖Gᵀaᵢ‖² and ⟨G, (G bⱼ)bⱼᵀ⟩ = ‖G bⱼ‖².
+    rhs = torch.cat([right.diagonal(dim1=-2, dim2=-1)[..., :r], left.diagonal(dim1=-2, dim2=-1)[..., r:]], dim=-1)
+    usable = finite & (matrix.diagonal(dim1=-2, dim2=-1) > 0).all(-1) & matrix.isfinite().all(-1).all(-1)
+    identity = torch.eye(2 * r, dtype=matrix.dtype, device=matrix.device)
+    matrix = torch.where(usable[..., None, None], matrix, identity)
+    return NormalEquations(matrix, torch.where(usable[..., None], rhs, 0), usable, finite)
+
+
+def column_scaling(
+    A: Float[Tensor, "*layers m r"],
+    B: Float[Tensor, "*layers n r"],
+    GB: Float[Tensor, "*layers m r"],
+    GtA: Float[Tensor, "*layers n r"],
+) -> Float[Tensor, "*layers 2r"]:
+    """The unconstrained optimum ``v = Lη·[α²; β²]`` of scaling every column on its own, before any choice.
+
+    Args:
+        A: (…, m, r), PEFT's ``lora_B.weight``.
+        B: (…, n, r), PEFT's ``lora_A.weight`` transposed.
+        GB: ``G·B``, (…, m, r), up to any common factor: v does not change when G is scaled.
+        GtA: ``Gᵀ·A``, (…, n, r), up to the same factor.
+
+    Returns:
+        v, (…, 2r), float64 (float32 on devices without it). Where v ≥ 0 it is the global optimum. A layer without an
+        optimum (zero or non-finite input, singular system) gets zeros, which no choice accepts: never NaN.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    equations = normal_equations(A, B, GB, GtA)
+    v, _ = _solve(equations.matrix, equations.rhs)
+    return v
+
+
+def scalar_scaling(
+    A: Float[Tensor, "*layers m r"],
+    B: Float[Tensor, "*layers n r"],
+    GB: Float[Tensor, "*layers m r"],
+    GtA: Float[Tensor, "*layers n r"],
+) -> Float[Tensor, "*layers 2"]:
+    """The optimum ``v = Lη·[α²; β²]`` of one factor for all of A and one for all of B, before any choice.
+
+    It is the column system summed over its blocks: ``‖AAᵀG‖²``, ``‖AᵀGB‖²`` and ``‖GBBᵀ‖²`` are the block sums of M.
+    Arguments, degenerate inputs and errors as for `column_scaling`; returns (…, 2).
+    """
+    v, _ = _solve(*_summed_over_blocks(normal_equations(A, B, GB, GtA)))
+    return v
+
+
+def choose_scaling(
+    A: Float[Tensor, "*layers m r"],
+    B: Float[Tensor, "*layers n r"],
+    GB: Float[Tensor, "*layers m r"],
+    GtA: Float[Tensor, "*layers n r"],
+    *,
+    target_norm: float | Float[Tensor, "*layers 2"],
+    mode: Mode = "auto",
+) -> Scaling:
+    """The factors to use: the column optimum if it is positive, else the scalar one if it is, else none.
+
+    Args:
+        A: as for `column_scaling`; so are `B`, `GB` and `GtA`.
+        B: see `A`.
+        GB: see `A`.
+        GtA: see `A`.
+        target_norm: ``1/√(Lη)``, the size that the factors are measured in: ``[α; β] = √v · target_norm``. One number,
+            or (…, 2) with one for α and one for β where the two are trained with different learning rates.
+        mode: ``"auto"`` is the paper's rule; ``"column"`` and ``"scalar"`` try only the one.
+
+    Returns:
+        `Scaling`; layers left alone have factors of exactly 1.
+    """
+    return scaling_of_grams(grams(A, B, GB, GtA), target_norm=target_norm, mode=mode)
+
+
+def scaling_of_grams(grams: Grams, *, target_norm: float | Float[Tensor, "*layers 2"], mode: Mode = "auto") -> Scaling:
+    """`choose_scaling` of layers whose inner products are known.
+
+    Args:
+        grams: of the layers.
+        target_norm: see `choose_scaling`; so is `mode`.
+        mode: see `target_norm`.
+    """
+    equations = equations_of_grams(grams)
+    r = equations.rhs.shape[-1] // 2
+    norms = torch.as_tensor(target_norm, dtype=equations.rhs.dtype, device=equations.rhs.device)
+    norms = norms.expand(*equations.rhs.shape[:-1], 2).repeat_interleave(r, dim=-1)
+
+    column, column_positive, column_ok = _factors(*_solve(equations.matrix, equations.rhs), norms)
+    scalar_v, scalar_regular = _solve(*_summed_over_blocks(equations))
+    scalar, scalar_positive, scalar_ok = _factors(scalar_v.repeat_interleave(r, dim=-1), scalar_regular, norms)
+    column_tried, scalar_tried = equations.usable & (mode != "scalar"), equations.usable & (mode != "column")
+    column_ok = column_ok & column_tried
+    scalar_ok = scalar_ok & scalar_tried & ~column_ok
+    positive = (column_positive & column_tried) | (scalar_positive & scalar_tried)
+
+    factors = torch.where(scalar_ok[..., None], scalar, 1.0)
+    factors = torch.where(column_ok[..., None], column, factors)
+    choice = COLUMN * column_ok.int() + SCALAR * scalar_ok.int()
+    return Scaling(
+        factors[..., :r],
+        factors[..., r:],
+        choice,
+        degenerate=~equations.usable,
+        nonfinite=~equations.finite,
+        exploding=positive & (choice == LEFT_ALONE),
+    )
+
+
+def _gram_of_both(
+    first: Float[Tensor, "*layers rows r"], second: Float[Tensor, "*layers rows r"]
+) -> Float[Tensor, "*layers 2r 2r"]:
+    """Inner products of the columns of both, by blocks: what is on hand in two tensors is not copied into one."""
+    dtype = solver_dtype(first.device)
+    first, second = first.to(dtype), second.to(dtype)
+    mixed = first.mT @ second
+    upper, lower = torch.cat([first.mT @ first, mixed], -1), torch.cat([mixed.mT, second.mT @ second], -1)
+    return torch.cat([upper, lower], -2)
+
+
+def _solve(
+    matrix: Float[Tensor, "*layers k k"], rhs: Float[Tensor, "*layers k"]
+) -> tuple[Float[Tensor, "*layers k"], Bool[Tensor, "*layers"]]:
+    """Solve by Cholesky after Jacobi scaling with one step of refinement; zeros where M is not positive definite.
+
+    Returns the solution and whether the system is regular enough for it to be an optimum.
+    """
+    scale = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
+    unit = matrix * scale[..., :, None] * scale[..., None, :]
+    rhs = (rhs * scale)[..., None]
+    factor, info = torch.linalg.cholesky_ex(unit)
+    definite = info == 0
+    factor = torch.where(
+        definite[..., None, None], factor, torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
+    )
+    x = torch.cholesky_solve(rhs, factor)
+    x = x + torch.cholesky_solve(rhs - unit @ x, factor)
+    v = x[..., 0] * scale
+    definite = definite & v.isfinite().all(-1)
+    pivot = factor.diagonal(dim1=-2, dim2=-1).amin(-1).square()
+    return torch.where(definite[..., None], v, 0), definite & (pivot > _SMALLEST_PIVOT)
+
+
+def _summed_over_blocks(
+    equations: NormalEquations,
+) -> tuple[Float[Tensor, "*layers 2 2"], Float[Tensor, "*layers 2"]]:
+    r = equations.rhs.shape[-1] // 2
+    layers = equations.rhs.shape[:-1]
+    blocks = equations.matrix.reshape(*layers, 2, r, 2, r).sum((-3, -1))
+    return blocks, equations.rhs.reshape(*layers, 2, r).sum(-1)
+
+
+def _factors(
+    v: Float[Tensor, "*layers 2r"], regular: Bool[Tensor, "*layers"], norms: Float[Tensor, "*layers 2r"]
+) -> tuple[Float[Tensor, "*layers 2r"], Bool[Tensor, "*layers"], Bool[Tensor, "*layers"]]:
+    """The factors of v, whether v is a positive optimum, and whether the factors can be applied."""
+    factors = v.clamp_min(0).sqrt() * norms
+    low, high = _FACTOR_RANGE
+    positive = regular & (v > 0).all(-1)
+    return factors, positive, positive & ((factors > low) & (factors < high)).all(-1)
+
+
+def _check_shapes(A: Tensor, B: Tensor, GB: Tensor, GtA: Tensor) -> None:
+    if A.shape != GB.shape or B.shape != GtA.shape or A.shape[-1] != B.shape[-1] or A.shape[:-2] != B.shape[:-2]:
+        raise ValueError(
+            "expected A and GB of one shape (…, m, r), B and GtA of one shape (…, n, r); got "
+            f"A {tuple(A.shape)}, B {tuple(B.shape)}, GB {tuple(GB.shape)}, GtA {tuple(GtA.shape)}"
+        )

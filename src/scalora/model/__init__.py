@@ -1,0 +1,1 @@
+"""All knowledge of PEFT's layers: finding LoRA pairs, placing remainders. May import `config`, `rescale`, `maths`."""

@@ -1,0 +1,259 @@
+"""Finds the LoRA pairs of a PEFT model, in the paper's orientation, and refuses by name those that can't be treated.
+
+All knowledge of PEFT's LoRA layers is in this folder. A new kind of layer is a line in `scalora.model.layers` and,
+where its factors or its weight lie elsewhere, a branch in `_checked_pair`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from scalora.model.factored_layer import REMAINDER, WithRemainder
+from scalora.model.layers import ADAPTABLE, QUANTISED
+from scalora.rescale.remainder import HALF, Remainder
+
+
+class UnsupportedLayerError(ValueError):
+    """A module that can't be treated; the message names the module, the reason and a way out."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoraPair:
+    """One adapted layer: ``W + s·A·Bᵀ``.
+
+    Attributes:
+        name: the module's name in the model.
+        lora_A: PEFT's parameter, (r, n): the paper's Bᵀ.
+        lora_B: PEFT's parameter, (m, r): the paper's A.
+        weight: the frozen base weight, (m, n), or (n, m) when `transposed`; in a packed format when `quantised`.
+        quantised: whether the base weight can't be added to.
+        transposed: whether the base stores its weight transposed (Conv1D, embeddings).
+        layer: the PEFT layer; its scaling is read at each step because PEFT lets users change it.
+        adapter: the adapter's name.
+    """
+
+    name: str
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    weight: Tensor
+    quantised: bool
+    transposed: bool
+    layer: LoraLayer
+    adapter: str
+
+    @property
+    def m(self) -> int:
+        """Rows of W: out_features."""
+        return self.lora_B.shape[0]
+
+    @property
+    def n(self) -> int:
+        """Columns of W: in_features."""
+        return self.lora_A.shape[1]
+
+    @property
+    def r(self) -> int:
+        """The adapter's rank."""
+        return self.lora_A.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        """s: alpha/r, or alpha/√r with rsLoRA."""
+        return float(self.layer.scaling[self.adapter])
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """The names of `lora_A` and `lora_B` among the model's parameters."""
+        if self.adapter in self.layer.lora_embedding_A:
+            return f"{self.name}.lora_embedding_A.{self.adapter}", f"{self.name}.lora_embedding_B.{self.adapter}"
+        return f"{self.name}.lora_A.{self.adapter}.weight", f"{self.name}.lora_B.{self.adapter}.weight"
+
+    @property
+    def remainder(self) -> Remainder:
+        """Where this layer's remainders go; `scalora.model.placement.place_remainders` has put it there."""
+        remainder: Remainder = getattr(self.layer, REMAINDER)
+        return remainder
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether both factors have a gradient."""
+        return self.lora_A.grad is not None and self.lora_B.grad is not None
+
+    def oriented(self, matrix: Tensor) -> Tensor:
+        """Convert between the base's storage order and the paper's (m, n), in either direction.
+
+        Args:
+            matrix: as the base stores its weight, or (m, n).
+        """
+        return matrix.mT if self.transposed else matrix
+
+
+def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
+    """Find all LoRA pairs of a model and check each of them.
+
+    Args:
+        model: a `PeftModel`, or any module with PEFT LoRA layers injected.
+
+    Raises:
+        UnsupportedLayerError: there is no LoRA layer, or one that can't be treated: DoRA and other variants,
+            convolutions, attention modules, sharded weights, tied base weights, half-precision, frozen or tied adapter
+            weights, merged or disabled adapters, more adapters than the one that is active.
+    """
+    owners = _owners_of_parameters(model)
+    pairs = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            pairs.append(_checked_pair(name, module, owners))
+        elif isinstance(module, BaseTunerLayer):
+            refuse(name, f"{type(module).__name__} is not a LoRA layer", "adapt the model with LoraConfig")
+    if not pairs:
+        raise UnsupportedLayerError(
+            "the model has no LoRA layers: wrap it with peft.get_peft_model(model, LoraConfig(...)) first"
+        )
+    return pairs
+
+
+def refuse(name: str, reason: str, way_out: str) -> None:
+    """Raise `UnsupportedLayerError` for a module.
+
+    Args:
+        name: of the module.
+        reason: why it can't be treated, as a clause.
+        way_out: what the user can do, as an imperative.
+    """
+    raise UnsupportedLayerError(f"can't treat module {name!r}: {reason}; {way_out}")
+
+
+def _owners_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """Names under which each parameter is reachable, by the parameter's id: more than one means tied."""
+    owners = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name)
+    return owners
+
+
+def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> LoraPair:
+    adapter = _only_adapter(name, layer)
+    _check_plain_lora(name, layer, adapter)
+    weight, quantised = _base_weight(name, layer)
+    if len(names := owners[id(weight)]) > 1:
+        refuse(
+            name,
+            f"its base weight is tied ({' = '.join(names)})",
+            "leave it out of target_modules, or untie it",
+        )
+    if isinstance(layer, Embedding):
+        lora_A, lora_B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        transposed = True
+    else:
+        lora_A, lora_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        transposed = bool(getattr(layer, "fan_in_fan_out", False))
+    for key, parameter in (("base weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        # FSDP2 and tensor parallelism, FSDP, ZeRO-3.
+        if hasattr(parameter, "device_mesh") or "_fsdp_wrapped_module" in name or parameter.numel() == 0:
+            refuse(name, f"its {key} is sharded", "train with DistributedDataParallel")
+    for key, parameter in (("lora_A", lora_A), ("lora_B", lora_B)):
+        _check_factor(name, key, parameter, owners)
+    return LoraPair(name, lora_A, lora_B, weight, quantised, transposed, layer, adapter)
+
+
+def _only_adapter(name: str, layer: LoraLayer) -> str:
+    """The one adapter of a layer, which must be active, enabled and unmerged."""
+    adapters = layer.active_adapters
+    if len(adapters) != 1:
+        refuse(name, f"{len(adapters)} active adapters ({', '.join(adapters) or 'none'})", "activate exactly one")
+    adapter: str = adapters[0]
+    if others := sorted({*layer.lora_A, *layer.lora_embedding_A} - {adapter}):
+        refuse(
+            name,
+            f"it also holds adapter {others[0]!r}, which would be wrong once the base weight has changed",
+            f"call delete_adapter({others[0]!r}); to a trainer that keeps a reference (DPO, KTO, GRPO) pass ref_model",
+        )
+    if layer.merged:
+        refuse(name, "its adapter is merged", "call unmerge_adapter() first")
+    if layer.disable_adapters:
+        refuse(name, "its adapter is disabled", "call enable_adapter_layers() first")
+    return adapter
+
+
+def _check_plain_lora(name: str, layer: LoraLayer, adapter: str) -> None:
+    """Refuse variants of LoRA whose update is not ``s·A·Bᵀ``."""
+    if layer.use_dora.get(adapter):
+        refuse(name, "DoRA's magnitude makes the update non-linear in A and B", "set use_dora=False")
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and not isinstance(variant, WithRemainder):
+        refuse(name, f"the LoRA variant {type(variant).__name__} changes the update", "use plain LoRA")
+
+
+def _base_weight(name: str, layer: LoraLayer) -> tuple[Tensor, bool]:
+    """The frozen weight under a layer, and whether it is quantised."""
+    base = layer.get_base_layer()
+    packed = type(layer).__name__ in QUANTISED
+    if not packed and (type(layer) not in (Linear, Embedding) or not isinstance(base, ADAPTABLE)):
+        refuse(
+            name,
+            f"{type(layer).__name__} over {type(base).__name__} is not a linear, Conv1D or embedding layer",
+            "leave it out of target_modules",
+        )
+    weight = next(base.parameters(), None) if packed else base.weight
+    if weight is None:
+        weight = next(base.buffers())
+    return weight, packed or type(weight) is not nn.Parameter or not weight.is_floating_point()
+
+
+def _check_factor(name: str, key: str, parameter: nn.Parameter, owners: dict[int, list[str]]) -> None:
+    if not parameter.requires_grad:
+        refuse(name, f"{key} is frozen", "ScaLoRA trains both factors: set requires_grad=True")
+    if parameter.dtype in HALF:
+        refuse(
+            name,
+            f"{key} is {parameter.dtype}, whose rounding a rescale would multiply",
+            "keep the adapter in float32 (PEFT's autocast_adapter_dtype=True)",
+        )
+    if len(names := owners[id(parameter)]) > 1:
+        refuse(name, f"{key} is tied ({' = '.join(names)})", "use one adapter for each layer")
+
+
+def promote_adapters(model: nn.Module) -> None:
+    """Convert half-precision adapter weights to float32 in place, as PEFT itself does by default.
+
+    Args:
+        model: with PEFT LoRA layers.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for key in module.adapter_layer_names:
+                for parameter in getattr(module, key).parameters():
+                    if parameter.dtype in HALF:
+                        parameter.data = parameter.data.float()
+
+
+def by_rank(pairs: list[LoraPair]) -> list[list[LoraPair]]:
+    """Group pairs whose scalings can be solved for together: of one rank, dtype and device.
+
+    Args:
+        pairs: of one model.
+    """
+    groups: dict[tuple[int, torch.dtype, torch.device], list[LoraPair]] = defaultdict(list)
+    for pair in pairs:
+        groups[pair.r, pair.lora_A.dtype, pair.lora_A.device].append(pair)
+    return list(groups.values())
+
+
+def by_shape(pairs: list[LoraPair]) -> list[list[LoraPair]]:
+    """Group pairs that can be stacked: of one shape, dtype and device.
+
+    Args:
+        pairs: of one model.
+    """
+    groups: dict[tuple[int, int, int, torch.dtype, torch.device], list[LoraPair]] = defaultdict(list)
+    for pair in pairs:
+        groups[pair.m, pair.r, pair.n, pair.lora_B.dtype, pair.lora_B.device].append(pair)
+    return list(groups.values())

@@ -1,0 +1,1 @@
+"""What knows of other processes: DistributedDataParallel today. May import `model` and what that may."""

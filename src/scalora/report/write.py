@@ -1,0 +1,161 @@
+"""``scalora report``: one page and its figures, from the folder of a study or of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd  # type: ignore[import-untyped]
+
+from scalora.runs.errors import InputError
+from scalora.runs.run_folder import json_lines
+from scalora.runs.settings import run_settings
+from scalora.saving.files import atomic_folder, atomic_write, naming_errors
+from scalora.studies.study import STUDY_FILE
+from scalora.studies.table import load_study
+from scalora.studies.table_markdown import markdown
+
+if TYPE_CHECKING:
+    from scalora.report.page import Page
+    from scalora.report.summaries import RunData, StudyData
+
+_UPDATE_COLUMNS = ["step", "layer", "numerical_rank", "effective_rank", "norm"]
+_LAYER_COLUMNS = ["name", "numerical_rank", "effective_rank", "norm", "residual"]
+
+
+def report(folder: Path, output: Path | None = None) -> Page:
+    """Write ``report.html`` and ``figures/`` of a study or a run.
+
+    Args:
+        folder: of the study or the run.
+        output: where to write; the folder itself when None.
+
+    Raises:
+        InputError: the folder is of neither or can't be read, the output has figures that no report wrote, or
+            matplotlib is missing.
+        OSError: the report can't be written.
+    """
+    try:
+        import matplotlib  # noqa: F401 - what the extra is for
+    except ImportError:
+        raise InputError("`scalora report` needs matplotlib: pip install 'scalora[report]'") from None
+    output = folder if output is None else output
+    figures = output / "figures"
+    _check_replaceable(figures)
+    page = _study_page(folder) if (folder / STUDY_FILE).is_file() else _run_page(folder)
+    with naming_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(figures) as temporary:
+        for name, content in page.files.items():
+            (temporary / name).write_bytes(content)
+    with atomic_write(output / "report.html") as temporary:
+        temporary.write_text(page.html, encoding="utf-8")
+    return page
+
+
+def read_study(folder: Path) -> StudyData:
+    """What the figures of a study are made from: its finished runs.
+
+    Raises:
+        InputError: it is not the folder of a study, or can't be read.
+    """
+    return _study(folder)[0]
+
+
+def read_run(folder: Path) -> RunData:
+    """What the figures of a run are made from, as far as it has been written.
+
+    Raises:
+        InputError: it is not the folder of a run, or can't be read.
+    """
+    from scalora.report.summaries import RunData
+
+    run_settings(folder)
+    try:
+        inspected = _json(folder / "inspect.json").get("layers", [])
+        run = RunData(
+            metrics=pd.DataFrame(json_lines(folder / "metrics.jsonl")),
+            updates=pd.DataFrame(json_lines(folder / "updates.jsonl")).reindex(columns=_UPDATE_COLUMNS),
+            layers=pd.DataFrame(inspected).reindex(columns=_LAYER_COLUMNS),
+        )
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"run {str(folder)!r} can't be read: {error}") from None
+    if len(run.metrics) and "step" not in run.metrics:
+        raise InputError(f"{str(folder / 'metrics.jsonl')!r} has no steps: it is not the log of a run")
+    return run
+
+
+def _study_page(folder: Path) -> Page:
+    from scalora.report.page import study_page
+
+    data, results = _study(folder)
+    settings = (folder / STUDY_FILE).read_text(encoding="utf-8")
+    return study_page(data, title=folder.resolve().name, results=results, settings=settings)
+
+
+def _study(folder: Path) -> tuple[StudyData, str]:
+    from scalora.report.summaries import StudyData
+
+    try:
+        result = load_study(folder)
+        tables = markdown(result)
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(
+            f"study {str(folder)!r} can't be read ({error}): `scalora compare` makes the runs again whose folders are "
+            "deleted"
+        ) from None
+    study = result.study
+    order = {method: result.table.set_index("method")["learning_rate"][method] for method in study.methods}
+    data = StudyData(
+        cells=result.cells[result.cells["status"] == "finished"],
+        curves=result.curves,
+        updates=result.updates,
+        best={method: float(rate) for method, rate in order.items() if rate == rate},
+        seeds=study.seeds,
+        metric=study.metric,
+        greater_is_better=study.larger_is_better(),
+        baseline=study.baseline,
+    )
+    return data, tables
+
+
+def _run_page(folder: Path) -> Page:
+    from scalora.report.page import run_page
+
+    if not folder.is_dir():
+        raise InputError(f"{str(folder)!r} does not exist: give the folder of a run or a study")
+    if not (folder / "config.yaml").is_file():
+        raise InputError(
+            f"{str(folder)!r} holds neither {STUDY_FILE} nor config.yaml: it is the folder of no study and of no run"
+        )
+    return run_page(
+        read_run(folder),
+        title=folder.resolve().name,
+        summary=_json(folder / "summary.json"),
+        settings=(folder / "config.yaml").read_text(encoding="utf-8"),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What is in a file that a run need not have."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise InputError(f"{str(path)!r} can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{str(path)!r} must hold keys and values, not a {type(content).__name__}")
+    return content
+
+
+def _check_replaceable(figures: Path) -> None:
+    """A report replaces its figures as a whole, so that no earlier one stays; it must not take others' along."""
+    from scalora.report.page import FILE_NAMES
+
+    foreign = sorted({path.name for path in figures.glob("*")} - FILE_NAMES)
+    if foreign:
+        raise InputError(f"{str(figures)!r} holds {foreign[0]!r}, which no report wrote: choose another --output")

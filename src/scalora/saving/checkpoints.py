@@ -1,0 +1,101 @@
+"""Which of a Trainer's checkpoint folders are whole: a process can be killed at any moment, while saving too."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_pt_utils import safe_globals
+
+from scalora.saving.errors import StateError
+from scalora.saving.state_file import STATE_FILE, check_state
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+# Written by the Trainer after everything else, so where it is whole the rest has been written too.
+_WRITTEN_LAST = "trainer_state.json"
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The latest whole checkpoint in a Trainer's output folder, for ``resume_from_checkpoint``; None if there is none.
+
+    Later ones that were cut off while they were written are skipped with a warning.
+    """
+    for folder in reversed(_checkpoints(Path(output_dir))):
+        if (flaw := _flaw(folder)) is None:
+            return folder
+        warnings.warn(f"checkpoint {str(folder)!r} is skipped: {flaw}", stacklevel=2)
+    return None
+
+
+def set_broken_checkpoints_aside(output_dir: Path) -> None:
+    """Rename what `last_checkpoint` would skip to ``incomplete-checkpoint-N``, with a warning: nothing is deleted.
+
+    The Trainer's own search for the last checkpoint then finds a whole one. Checkpoints that are whole, and such as
+    were written without ScaLoRA, stay.
+    """
+    for folder in _checkpoints(output_dir):
+        flaw = _flaw(folder)
+        if flaw is None or ((folder / _WRITTEN_LAST).is_file() and not os.path.lexists(folder / STATE_FILE)):
+            continue
+        aside = folder.with_name(f"incomplete-{folder.name}")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = folder.with_name(f"incomplete-{folder.name}-{number}")
+        folder.rename(aside)
+        warnings.warn(f"checkpoint {str(folder)!r} is set aside as {aside.name!r}: {flaw}", stacklevel=2)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    if not output_dir.is_dir():
+        return []
+    found = {int(m[1]): path for path in output_dir.iterdir() if path.is_dir() and (m := _NAME.fullmatch(path.name))}
+    return [found[step] for step in sorted(found)]
+
+
+def _flaw(folder: Path) -> str | None:
+    """Why training can't go on from a folder; None if it can."""
+    try:
+        progress = json.loads((folder / _WRITTEN_LAST).read_text(encoding="utf-8"))
+    except OSError:
+        return f"it has no {_WRITTEN_LAST}: it was cut off while it was written"
+    except ValueError:
+        return f"its {_WRITTEN_LAST} is cut short"
+    if not isinstance(progress, dict) or not isinstance(progress.get("global_step"), int):
+        return f"its {_WRITTEN_LAST} names no global_step"
+    if os.path.lexists(folder / STATE_FILE):
+        try:
+            check_state(folder)
+        except StateError as error:
+            return str(error)
+    for path in folder.glob("*.safetensors"):
+        if not path.is_file():
+            return f"its {path.name} is not a file"
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"its {path.name} is not a whole safetensors file: {error}"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if not (folder / name).is_file():
+            return f"it has no {name}"
+    for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+        if not _can_be_loaded(path):
+            return f"its {path.name} is cut short, or is not a file of tensors"
+    return None
+
+
+def _can_be_loaded(path: Path) -> bool:
+    """Whether the Trainer's own `torch.load`, which executes nothing, will take a file; its tensors are not read."""
+    try:
+        with safe_globals():  # NumPy's random state, as in the Trainer
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # whatever a damaged file makes of the unpickler
+        return False
+    return True

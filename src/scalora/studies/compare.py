@@ -1,0 +1,298 @@
+"""``scalora compare``: runs the cells of a study, each in a process of its own, and keeps what is finished."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from scalora.runs.errors import InputError
+from scalora.runs.run_folder import write_json
+from scalora.runs.settings import run_settings
+from scalora.saving.files import atomic_write
+from scalora.studies.cells import last_words, read_cells, summary_of
+from scalora.studies.study import STUDY_FILE, Cell, Study
+from scalora.studies.table_markdown import ENVIRONMENT_FILE, markdown, write_tables
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_POLL_SECONDS = 0.1
+_GRACE_SECONDS = 10.0  # for a process to end after it was asked to
+
+
+def compare(study: Study, *, cores: int | None = None, threads: int = 1) -> bool:
+    """Run every cell that is not finished, then write and print the tables.
+
+    Args:
+        study: from `scalora.studies.study.load_study_file`.
+        cores: to use at once; all that this process may use when None.
+        threads: of each run.
+
+    Returns:
+        Whether every cell is finished. If not, why not has been printed.
+
+    Raises:
+        InputError: the study folder can't be used, a finished cell was of another config, or the metric is none that
+            the evaluations give (found when the first cell is finished).
+    """
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available if cores is None else cores
+    if not 1 <= threads <= cores:
+        raise InputError(f"--threads {threads}: must be from 1 to the {cores} cores")
+    _check_folder(study)
+    study.folder.mkdir(parents=True, exist_ok=True)
+    with _locked(study.folder) as lock, _signals() as stop:
+        _check_finished_cells(study)
+        _record(study, threads)
+        cells = _Cells(study, cores // threads, threads, lock, stop)
+        try:
+            with cells.progress:
+                cells.run(study.tuning_cells())
+                cells.run(study.reported_cells(read_cells(study).best))
+        except _Stopped:
+            _say_error(
+                f"stopped; what is finished is kept ({cells.finished} of {cells.total} runs), "
+                "and the same command goes on from there"
+            )
+            return False
+        print(markdown(write_tables(study.folder)))
+    for cell in cells.failed:
+        print(f"failed: {cell}: {last_words(cell)} ({cell.folder / 'log.txt'})", file=sys.stderr)
+    if cells.failed:
+        _say_error(f"{len(cells.failed)} of {cells.total} runs failed; the same command tries them again")
+    return not cells.failed
+
+
+class _Stopped(Exception):
+    """Ctrl-C, or SIGTERM."""
+
+
+class _Cells:
+    """Runs cells, so many at a time, and shows how far it is."""
+
+    def __init__(self, study: Study, parallel: int, threads: int, lock: int, stop: Event) -> None:
+        self._study = study
+        self._parallel = parallel
+        self._lock = lock
+        self._stop = stop
+        # With one thread a run, as many runs as cores: small models gain little from more threads, and sums are then
+        # taken in an order that does not depend on how many. The tokenizer's own threads would come on top of them.
+        self._environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(threads))
+        self._environment["TOKENIZERS_PARALLELISM"] = "false"
+        self._started: dict[Path, float] = {}
+        self._seconds: list[float] = []  # of each run, without those that are kept
+        self.finished = 0
+        self.failed: list[Cell] = []
+        tuning = study.tuning_cells()
+        later = set(study.seeds) - {cell.seed for cell in tuning}
+        self.total = len(tuning) + len(study.methods) * len(later)
+        console = Console(stderr=True)  # so that the table alone goes to standard output
+        self.progress = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._bar = self.progress.add_task("", total=self.total)
+
+    def run(self, cells: Iterable[Cell]) -> None:
+        """Run those that are not finished and were not tried yet; whatever happens, leave no process behind."""
+        waiting = deque(cell for cell in cells if cell.folder not in self._started)
+        running: dict[subprocess.Popen[bytes], Cell] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < self._parallel:
+                    cell = waiting.popleft()
+                    self._started[cell.folder] = time.monotonic()
+                    if summary_of(cell) is None:
+                        running[self._start(cell)] = cell
+                    else:
+                        self._end(cell, "kept")
+                names = ", ".join(map(str, running.values()))
+                self.progress.update(self._bar, description=self._time_left() + names)
+                if self._stop.wait(_POLL_SECONDS):
+                    raise _Stopped
+                for process in [process for process in running if process.poll() is not None]:
+                    cell = running.pop(process)
+                    self._seconds.append(time.monotonic() - self._started[cell.folder])
+                    self._end(cell, f"{_ending(process, cell)} after {self._seconds[-1]:.0f} s")
+        finally:
+            _terminate(running)
+
+    def _start(self, cell: Cell) -> subprocess.Popen[bytes]:
+        # What a killed run left, perhaps before it could make a run folder that training would overwrite.
+        shutil.rmtree(cell.folder, ignore_errors=True)
+        cell.folder.parent.mkdir(parents=True, exist_ok=True)
+        config = _config_file(cell)
+        config.write_text(yaml.safe_dump(cell.settings.model_dump(), sort_keys=False), encoding="utf-8")
+        with _log_file(cell).open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "scalora", "train", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                # A run that outlives a killed parent holds the study's lock, so that none is started beside it.
+                pass_fds=(self._lock,),
+            )
+
+    def _end(self, cell: Cell, how: str) -> None:
+        cell.folder.mkdir(exist_ok=True)
+        if _log_file(cell).exists():
+            _log_file(cell).replace(cell.folder / "log.txt")
+        _config_file(cell).unlink(missing_ok=True)
+        summary = summary_of(cell)
+        if summary is None:
+            self.failed.append(cell)
+        else:
+            self.finished += 1
+            self._require_scores(summary)
+        self.progress.advance(self._bar)
+        done = self.finished + len(self.failed)
+        line = f"[{done}/{self.total}] {self._time_left()}{cell}: {how}"
+        self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _require_scores(self, summary: dict[str, Any]) -> None:
+        for name in ("eval_loss", self._study.metric):
+            if name not in summary:
+                given = ", ".join(key for key in summary if key.startswith("eval_")) or "none"
+                raise InputError(f"metric {name!r} is none that the evaluations give; they give {given}")
+
+    def _time_left(self) -> str:
+        left = self.total - self.finished - len(self.failed)
+        if not self._seconds or not left:
+            return ""
+        seconds = sum(self._seconds) / len(self._seconds) * math.ceil(left / self._parallel)
+        return f"about {timedelta(seconds=round(seconds))} left, "
+
+
+def _ending(process: subprocess.Popen[bytes], cell: Cell) -> str:
+    """How a process has ended; a signal, which leaves no words in the log, is written there."""
+    if summary_of(cell) is not None:
+        return "finished"
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        with _log_file(cell).open("a", encoding="utf-8") as log:
+            log.write(f"\nerror: ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}\n")
+    return "failed"
+
+
+def _terminate(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """End processes, politely at first."""
+    for process in processes:
+        process.terminate()
+    try:
+        for process in processes:
+            process.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _check_folder(study: Study) -> None:
+    folder = study.folder
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {str(folder)!r} is a file")
+    if folder.exists() and any(folder.iterdir()) and not (folder / STUDY_FILE).is_file():
+        raise InputError(f"output_dir {str(folder)!r} is not empty and not the folder of a study: choose another")
+
+
+def _check_finished_cells(study: Study) -> None:
+    """Raise `InputError` if a cell is finished, but with other settings than it would be run with now."""
+    seeds = {*study.seeds, *(study.tuning_seeds or [])}
+    cells = [study.cell(m, rate, seed) for m in study.methods for rate in study.rates(m) for seed in seeds]
+    for cell in cells:
+        if summary_of(cell) is None:
+            continue
+        # Where it lies may have changed: a study can be moved.
+        before, now = (_flat(s.model_dump(exclude={"output_dir"})) for s in (run_settings(cell.folder), cell.settings))
+        for key in [*now, *before]:
+            if before.get(key) != now.get(key):
+                raise InputError(
+                    f"{str(cell.folder)!r} is finished, but with {key}={before.get(key)!r} where the study now has "
+                    f"{now.get(key)!r}: choose another output_dir, or delete that folder to run it again"
+                )
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to values that are no sections."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _record(study: Study, threads: int) -> None:
+    """Write what is compared, by what command, and with how many threads the cells were run, are run, or both."""
+    with atomic_write(study.folder / STUDY_FILE) as temporary:
+        resolved = study.model_dump() | {"greater_is_better": study.larger_is_better()}
+        temporary.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path = study.folder / ENVIRONMENT_FILE
+    earlier = json.loads(path.read_text(encoding="utf-8"))["threads"] if path.is_file() else []
+    something_to_run = bool((read_cells(study).cells["status"] != "finished").any())
+    environment = {
+        "command": shlex.join(["scalora", *sys.argv[1:]]),
+        "date": datetime.now().astimezone().isoformat(timespec="minutes"),
+        "threads": sorted({*earlier, threads} if something_to_run else earlier),
+    }
+    write_json(path, environment)
+
+
+def _config_file(cell: Cell) -> Path:
+    return cell.folder.with_name(f"{cell.folder.name}.yaml")
+
+
+def _log_file(cell: Cell) -> Path:
+    """Where the output of a process goes while it runs: training makes the run folder anew."""
+    return cell.folder.with_name(f"{cell.folder.name}.log")
+
+
+def _say_error(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"study {str(folder)!r} is being run by another `scalora compare`, or by a run that one has left: "
+                "wait for it, or end it"
+            ) from None
+        yield file.fileno()
+
+
+@contextmanager
+def _signals() -> Iterator[Event]:
+    """An event that Ctrl-C and SIGTERM set: an exception could come while a run is being started, and lose it."""
+    stop = Event()
+    earlier = {which: signal.signal(which, lambda *_: stop.set()) for which in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for which, handler in earlier.items():
+            signal.signal(which, handler)
