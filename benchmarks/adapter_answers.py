@@ -1,8 +1,8 @@
-"""Compares the answers of a run's merged model with those of its exported adapter on the untouched base.
+"""Compares the answers of a run's merged model with those of its exported adapter on the original base.
 
     python benchmarks/adapter_answers.py RUN ADAPTER
 
-Plain PEFT and Transformers: scalora is not imported in this process. Prints on how many of the prompts in the run's
+Uses plain PEFT and Transformers: this process does not import scalora. Prints for how many prompts of the run's
 evaluation data the greedy answers are the same, both losses on the completions, and the adapter's size and rank.
 """
 
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 
 def load_base(name: str) -> Any:
-    """A hub id, a folder or a GGUF file."""
+    """Load a causal language model from a hub id, a folder or a GGUF file."""
     path = Path(name)
     if path.suffix == ".gguf":
         return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
@@ -30,7 +30,7 @@ def load_base(name: str) -> Any:
 
 @torch.no_grad()
 def answers_and_loss(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> Any:
-    """Greedy answers, and the loss of each completion's tokens."""
+    """Greedy answers to the prompts, and the mean loss per token of the completions."""
     model.eval()
     tokenizer.padding_side = "left"
     answers, loss, count = [], 0.0, 0
@@ -49,10 +49,10 @@ def answers_and_loss(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[
 
 
 def main() -> None:
-    """One model after the other: never two in memory."""
+    """Load one model after the other, never two at once, and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("adapter", type=Path)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("adapter", type=Path, help="folder of the adapter exported from it")
     arguments = parser.parse_args()
     config = yaml.safe_load((arguments.run / "config.yaml").read_text())
     rows = [json.loads(line) for line in Path(config["data"]["eval"]).read_text().splitlines()]

@@ -1,11 +1,12 @@
-"""Why a model's layers take the column optimum or the scalar one: how many directions the columns really have.
+"""Shows why a model's layers take the column or the scalar optimum: how many directions their columns really have.
 
     python benchmarks/column_share.py decoder runs/smollm2 runs/spelling/train.jsonl --batch 8
     python benchmarks/column_share.py encoder MODEL runs/cities/train.jsonl --batch 32
 
-Trains with ScaLoRA (r = 8, all linear layers, AdamW at a constant rate) and prints, every ten steps, the shares of the
-optima and the effective number of directions among the eight columns of A, B, G·B and Gᵀ·A: the participation ratio of
-the squared singular values of the unit columns, 8 if they are orthogonal and 1 if they are parallel. Means over layers.
+Trains with ScaLoRA (r = 8, all linear layers, AdamW at a constant learning rate). Every ten steps it prints the share
+of layers that take each optimum, and the effective number of directions among the eight columns of A, B, G·B and Gᵀ·A:
+the participation ratio of the squared singular values of the normalised columns, 8 if they are orthogonal and 1 if they
+are parallel. All figures are means over layers.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _RANK, _RATE, _EVERY = 8, 4e-3, 10
 
 
 def directions(columns: Tensor) -> float:
-    """The participation ratio; columns that are zero count as missing."""
+    """Participation ratio of the normalised columns; zero columns are ignored."""
     unit = torch.nn.functional.normalize(columns.double(), dim=0)
     energy = torch.linalg.svdvals(unit).square()
     return float(energy.sum().square() / energy.square().sum())
 
 
 def decoder_batch(tokenizer: Any, rows: list[dict[str, str]]) -> dict[str, Tensor]:
-    """Prompts and completions, with a loss on the completions alone."""
+    """Tokenise prompts and completions; labels cover only the completions."""
     batch = tokenizer([row["prompt"] + row["completion"] for row in rows], return_tensors="pt", padding=True)
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
     for label, row in zip(labels, rows, strict=True):
@@ -43,19 +44,19 @@ def decoder_batch(tokenizer: Any, rows: list[dict[str, str]]) -> dict[str, Tenso
 
 
 def encoder_batch(tokenizer: Any, rows: list[dict[str, str]], names: list[str]) -> dict[str, Tensor]:
-    """Texts and their classes."""
+    """Tokenise texts; labels are their classes."""
     batch = tokenizer([row["text"] for row in rows], return_tensors="pt", padding=True)
     return {**batch, "labels": torch.tensor([names.index(row["label"]) for row in rows])}
 
 
 def main() -> None:
-    """Train and print."""
+    """Train, and print the table as it grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["decoder", "encoder"])
-    parser.add_argument("model")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("kind", choices=["decoder", "encoder"], help="causal language model or text classifier")
+    parser.add_argument("model", help="hub id or folder")
+    parser.add_argument("data", type=Path, help="jsonl file with prompt and completion (decoder), or text and label")
+    parser.add_argument("--batch", type=int, default=8, help="examples per step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps (default: %(default)s)")
     arguments = parser.parse_args()
     rows = [json.loads(line) for line in arguments.data.read_text(encoding="utf-8").splitlines()]
     torch.manual_seed(0)
@@ -82,7 +83,7 @@ def main() -> None:
                 for p in pairs
             ]
             means = " | ".join(f"{mean:.1f}" for mean in torch.tensor(found).mean(0))
-            shares = engine.metrics()  # of the rescale before; none in the warm-up
+            shares = engine.metrics()  # of the previous rescale; none during warm-up
             column, scalar = (shares.get(f"scalora/{kind}_share", float("nan")) for kind in ("column", "scalar"))
             print(f"| {step} | {column:.0%} | {scalar:.0%} | {means} |", flush=True)
         optimizer.step()

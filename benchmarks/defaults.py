@@ -1,10 +1,10 @@
-"""Runs `scalora train` over a grid of settings and prints a table: what the library's defaults were chosen by.
+"""Runs `scalora train` over a grid of settings and prints the table from which the library's defaults were chosen.
 
     python benchmarks/defaults.py recipes/classification.yaml runs/defaults.jsonl --seeds 0 1 \
         --grid training.learning_rate=1e-3,2e-3 --grid method=lora,scalora --model PATH
 
-Flags that it does not know are overrides of the config. Each cell is one run in its own process; finished
-cells are read from the result file and not run again.
+Unknown flags are passed to `scalora train` as overrides of the config. Each cell is one run in its own process;
+finished cells are read from the results file and not run again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _COLUMNS = ("train_loss", "eval_loss", "eval_accuracy")
 
 
 def run_cell(config: str, settings: dict[str, str], overrides: list[str]) -> dict[str, float]:
-    """One training run; the training loss is the mean over its last quarter of steps."""
+    """Run one training; the training loss is the mean over the last quarter of the logged steps."""
     with tempfile.TemporaryDirectory() as folder:
         flags = [word for key, value in settings.items() for word in (f"--{key}", value)]
         command = [sys.executable, "-m", "scalora", "train", config, *flags, *overrides]
@@ -37,14 +37,16 @@ def run_cell(config: str, settings: dict[str, str], overrides: list[str]) -> dic
 
 
 def main() -> None:
-    """Run what is missing, then print the mean of the seeds."""
+    """Run the missing cells and print the mean over seeds of each setting."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("config")
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--seeds", nargs="+", default=["0"])
-    parser.add_argument("--grid", action="append", default=[], help="key=value,value,…")
+    parser.add_argument("config", help="config file for scalora train")
+    parser.add_argument("results", type=Path, help="jsonl file for the results of finished cells")
+    parser.add_argument("--seeds", nargs="+", default=["0"], help="training seeds (default: 0)")
+    parser.add_argument(
+        "--grid", action="append", default=[], help="one axis of the grid as key=value,value,…; repeatable"
+    )
     arguments, overrides = parser.parse_known_args()
     axes = {key: values.split(",") for key, values in (axis.split("=", 1) for axis in arguments.grid)}
     cells = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]

@@ -1,11 +1,11 @@
-"""Drift of a half-precision model over a thousand rescales, against a float64 replay of what each rescale moved.
+"""Measures a half-precision model's drift over a thousand rescales against a float64 replay of what each one moved.
 
     python benchmarks/drift.py
 
-One layer, its adapter trained with AdamW and rescaled at every step. The replay adds what the adapter's product loses
-at each rescale to the base weight in float64, densely. Printed is the relative change of the output for inputs of unit
-variance: of the model as it is, of one rounding of the replay's weight, and of what merging in half precision in place
-would have given; and what a factored remainder has discarded, relative to itself.
+Trains the adapter of one layer with AdamW and rescales at every step. The replay adds what the adapter's product loses
+at each rescale to a dense float64 copy of the base weight. For inputs of unit variance, prints the relative change of
+the output from the replay's with three weights: the model's own, the replay's rounded once, and what merging in place
+in half precision would have given. Also prints the share of a factored remainder that was discarded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from scalora.rescale.remainder import FactoredRemainder
 
 
 class Replay:
-    """Sums in float64, written out densely, what each rescale takes from the adapter of a layer."""
+    """Sums what each rescale takes from a layer's adapter in a dense float64 weight.
+
+    Args:
+        layer: PEFT LoRA layer with the adapter "default".
+
+    Attributes:
+        weight: the base weight plus everything taken so far, float64.
+        naive: the same, merged in place in the base weight's own dtype.
+    """
 
     def __init__(self, layer: LoraLayer) -> None:
         self.layer = layer
@@ -35,17 +43,17 @@ class Replay:
         return self.layer.scaling["default"] * A @ B
 
     def before(self, *_: Any) -> None:
-        """To be called right before each rescale."""
+        """Record the adapter's product; call right before each rescale."""
         self._last = self._product()
 
     def after(self, *_: Any) -> None:
-        """To be called right after it."""
+        """Add what the product has lost; call right after each rescale."""
         remainder = self._last - self._product()
         self.weight += remainder
         self.naive += remainder.to(self.naive.dtype)
 
     def live(self) -> Tensor:
-        """The weight that the model computes with beside its adapter, in float64."""
+        """Effective weight of the model without its adapter, in float64."""
         weight, remainder = self.layer.base_layer.weight.detach().double(), self.layer.frozen_remainder
         return weight + remainder.dense().double() if isinstance(remainder, FactoredRemainder) else weight
 
@@ -53,9 +61,18 @@ class Replay:
 def train(
     dtype: torch.dtype, merge: str, *, width: int, steps: int = 1000, target_rank: int | None = None, **settings: Any
 ) -> tuple[ScaLora, Replay]:
-    """Fit a linear map through one layer with a rescale at every step.
+    """Fit a linear map with one adapted layer, with a rescale at every step.
 
-    The map differs from the layer's weight by a random matrix of rank `target_rank`, or of full rank when None.
+    Args:
+        dtype: dtype of the base weight.
+        merge: where the remainder goes, "dense" or "factored".
+        width: rows and columns of the weight.
+        steps: optimizer steps, each with a rescale.
+        target_rank: rank of the random matrix by which the map differs from the base weight; None is full rank.
+        **settings: further fields of `ScaLoraConfig`.
+
+    Returns:
+        The engine and the replay.
     """
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(width, width, bias=False)), LoraConfig(r=4, target_modules=["0"]))
@@ -78,13 +95,18 @@ def train(
 
 
 def drift(weight: Tensor, exact: Tensor) -> float:
-    """Relative change of the output that one weight gives instead of another."""
+    """Relative change of the output when one weight replaces another.
+
+    Args:
+        weight: the weight to judge, (m, n).
+        exact: the exact weight, (m, n), float64.
+    """
     x = torch.randn(256, exact.shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return ((x @ (weight.double() - exact).T).norm() / (x @ exact.T).norm()).item()
 
 
 def row(name: str, dtype: torch.dtype, engine: ScaLora, replay: Replay) -> str:
-    """One line of the table."""
+    """Format one row of the table."""
     figures = [
         drift(replay.live(), replay.weight),
         drift(replay.weight.to(dtype), replay.weight),
@@ -97,9 +119,9 @@ def row(name: str, dtype: torch.dtype, engine: ScaLora, replay: Replay) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--target-rank", type=int, help="of the update that is to be learned; full when not given")
+    parser.add_argument("--width", type=int, default=256, help="width of the layer (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="steps, one rescale each (default: %(default)s)")
+    parser.add_argument("--target-rank", type=int, help="rank of the update to learn (default: full)")
     arguments = parser.parse_args()
     print("| run | drift | one rounding | merging naively | discarded |\n|---|---|---|---|---|")
     for dtype in (torch.bfloat16, torch.float16):

@@ -1,10 +1,10 @@
-"""Kills training runs with SIGKILL at random moments, resumes them, and compares with a run that was left alone.
+"""Kills training runs with SIGKILL at random moments, resumes them, and compares them with an uninterrupted run.
 
     python benchmarks/kill_and_resume.py --merge dense --kills 20
 
-A tiny Llama in `transformers.Trainer` with dropout, shuffled data, a checkpoint at every step and only the last two
-kept, so that about half of the kills fall into the writing of a checkpoint. Prints the largest difference of any weight
-to the run that was left alone, for each kill, and where the kill fell.
+Trains a tiny Llama in `transformers.Trainer` with dropout and shuffled data. It writes a checkpoint at every step and
+keeps the last two, so that about half of the kills happen while a checkpoint is being written. For each kill, prints
+when it happened and the largest difference of any weight from the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ STEPS = 40
 
 
 def train(folder: Path, merge: str, started: multiprocessing.Event) -> None:
-    """One process's life: from the last whole checkpoint, if there is one, to the end."""
+    """Train to the end from the last whole checkpoint, if there is one; runs in a process of its own.
+
+    Args:
+        folder: folder for checkpoints, log and final weights.
+        merge: where the remainder goes, "dense" or "factored".
+        started: set when training is about to start.
+    """
     os.dup2(os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     torch.set_num_threads(1)
@@ -76,7 +82,16 @@ def train(folder: Path, merge: str, started: multiprocessing.Event) -> None:
 
 
 def run(folder: Path, merge: str, kill_after: float | None) -> tuple[bool, float]:
-    """Run `train` in a process of its own; returns whether it was killed, and how long it trained."""
+    """Run `train` in a separate process.
+
+    Args:
+        folder: folder of the run; continued if it has a checkpoint.
+        merge: where the remainder goes, "dense" or "factored".
+        kill_after: seconds of training before SIGKILL; None lets it finish.
+
+    Returns:
+        Whether it was killed, and the seconds it trained.
+    """
     folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("fork")
     started = context.Event()
@@ -96,7 +111,7 @@ def run(folder: Path, merge: str, kill_after: float | None) -> tuple[bool, float
 
 
 def difference(one: Path, other: Path) -> float:
-    """The largest difference of any weight; infinite where the weights are not the same ones."""
+    """Largest difference of any weight between two runs; infinite if their names or shapes differ."""
     a, b = load_file(one / "final.safetensors"), load_file(other / "final.safetensors")
     if a.keys() != b.keys() or any(a[key].shape != b[key].shape for key in a):
         return float("inf")
@@ -104,11 +119,11 @@ def difference(one: Path, other: Path) -> float:
 
 
 def main() -> None:
-    """Print a line for each kill and the worst at the end."""
+    """Print one line per kill, then the largest difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--merge", choices=["dense", "factored"], required=True)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--merge", choices=["dense", "factored"], required=True, help="where the remainder goes")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills (default: %(default)s)")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     moments = random.Random(arguments.seed)
@@ -118,13 +133,14 @@ def main() -> None:
         _, seconds = run(alone, arguments.merge, None)
         print(f"left alone: {STEPS} steps in {seconds:.1f} s", flush=True)
         while kills < arguments.kills:
-            folder, attempts = Path(scratch, str(attempts)), attempts + 1  # a run that was faster than its kill is left
+            folder, attempts = Path(scratch, str(attempts)), attempts + 1  # a run that beats its kill is discarded
             moment = moments.uniform(0.05, 0.95) * seconds
             killed, _ = run(folder, arguments.merge, moment)
-            if not killed:
+            whole = get_last_checkpoint(str(folder / "trainer")) if (folder / "trainer").is_dir() else None
+            # Nothing is left to train after the last step's checkpoint, and a Trainer that resumes there trains on.
+            if not killed or (whole and Path(whole).name == f"checkpoint-{STEPS}"):
                 continue
             kills += 1
-            whole = get_last_checkpoint(str(folder / "trainer")) if (folder / "trainer").is_dir() else None
             run(folder, arguments.merge, None)
             aside = [path.name for path in (folder / "trainer").glob("incomplete-*")]
             worst = max(worst, change := difference(alone, folder))

@@ -1,11 +1,11 @@
-"""What a rescale costs 8-bit optimizer state, beside what 8 bits cost it without one.
+"""Measures the error that a rescale adds to 8-bit optimizer state, next to the error of 8 bits without a rescale.
 
     python benchmarks/quantised_state.py
 
 First table: the adapter of one linear layer is scaled at step k and, in a second run, from the start; the 8-bit
-optimizer then takes the same steps in both. How far the runs end apart (transport) is compared with how far the second
-ends from the same run with 32-bit state (quantisation), both over the distance travelled since step k.
-Second table: whole runs of the engine, one rescale at every step; mean training loss of the last quarter.
+optimizer then takes the same steps in both. The distance between the two runs (transport) is compared with the distance
+between the second and the same run with 32-bit state (quantisation), both relative to the distance travelled since step
+k. Second table: whole runs of the engine with a rescale at every step; mean training loss of the last quarter.
 """
 
 from __future__ import annotations
@@ -30,12 +30,26 @@ OPTIMIZERS = {
     "RMSprop": {"lr": 1e-3},
     "Adagrad": {"lr": 1e-2},
 }
-# Both factors have more than the 4096 elements from which on bitsandbytes quantises.
+# Both factors have at least the 4096 elements from which bitsandbytes quantises.
 INPUTS, OUTPUTS, RANK = 512, 768, 8
 
 
 def run(name: str, bits: int, alpha: Tensor, beta: Tensor, at: int, *, seed: int, k: int, steps: int) -> Tensor:
-    """Train A and B, scaled by α and β before step `at`; until step k the weights stand still and the moments fill."""
+    """Train A and B, scaled before one step; until step k only the moments change, not the weights.
+
+    Args:
+        name: name of an optimizer in bitsandbytes.
+        bits: bits of its state, 8 or 32.
+        alpha: factors of A's columns, (r,).
+        beta: factors of B's rows, (r,).
+        at: step before which A and B are scaled; at 0 there is no state to carry over.
+        seed: seed of the data and the start.
+        k: step at which the weights begin to move.
+        steps: steps in total.
+
+    Returns:
+        How far A and B have moved since step k, flattened.
+    """
     generator = torch.Generator().manual_seed(seed)
     A = nn.Parameter(torch.randn(OUTPUTS, RANK, generator=generator) / 5)
     B = nn.Parameter(torch.randn(RANK, INPUTS, generator=generator) / 5)
@@ -70,14 +84,14 @@ def _scale(W: Tensor, A: Tensor, B: Tensor, alpha: Tensor, beta: Tensor) -> Tens
 
 
 def errors(name: str, *, seed: int, spread: float, k: int = 20, steps: int = 60) -> tuple[float, float]:
-    """Transport error and quantisation error of one run, both over the distance travelled since step k.
+    """Transport error and quantisation error of one run, both relative to the distance travelled since step k.
 
     Args:
-        name: of an optimizer in bitsandbytes.
-        seed: of the data, the start and the factors.
-        spread: the factors are log-uniform between 1/spread and spread.
+        name: name of an optimizer in bitsandbytes.
+        seed: seed of the data, the start and the factors.
+        spread: factors are log-uniform between 1/spread and spread.
         k: step of the rescale.
-        steps: in all.
+        steps: steps in total.
     """
     generator = torch.Generator().manual_seed(1000 + seed)
     alpha, beta = (spread ** (2 * torch.rand(RANK, generator=generator) - 1) for _ in range(2))
@@ -89,7 +103,14 @@ def errors(name: str, *, seed: int, spread: float, k: int = 20, steps: int = 60)
 
 
 def engine_loss(bits: int, method: str, *, seed: int, steps: int) -> float:
-    """Mean training loss over the last quarter of a run of AdamW on a two-layer regression, batches of 64."""
+    """Mean training loss over the last quarter of a run with AdamW on a two-layer regression, in batches of 64.
+
+    Args:
+        bits: bits of the optimizer's state, 8 or 32.
+        method: "lora" or "scalora".
+        seed: seed of the models and the data.
+        steps: optimizer steps of the run.
+    """
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(INPUTS, OUTPUTS), nn.Tanh(), nn.Linear(OUTPUTS, INPUTS))
     teacher = nn.Sequential(nn.Linear(INPUTS, OUTPUTS), nn.Tanh(), nn.Linear(OUTPUTS, INPUTS)).requires_grad_(False)
@@ -111,10 +132,10 @@ def engine_loss(bits: int, method: str, *, seed: int, steps: int) -> float:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300, help="of each whole run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each whole run (default: %(default)s)")
     arguments = parser.parse_args()
-    # The tensors are small: threads would mostly wait for each other.
+    # The tensors are so small that threads would mostly wait for each other.
     torch.set_num_threads(1)
     print("| optimizer, 8 bits | factors | transport | quantisation |\n|---|---|---|---|")
     for name in OPTIMIZERS:

@@ -2,6 +2,7 @@
 
 import json
 
+import jaxtyping
 import pytest
 import torch
 from models import tiny_llama
@@ -22,6 +23,14 @@ WORDS = ["red", "blue", "green", "black", "white", "grey", "pink", "brown", "gol
 def pairs(count):
     """Prompts that name a word, and the word."""
     return [{"prompt": f"say: {WORDS[i % 10]} {WORDS[i % 7]}", "completion": f" {WORDS[i % 7]}"} for i in range(count)]
+
+
+@pytest.fixture
+def without_shape_checks():
+    """As users run the library: for its own errors about shapes, and for torch.compile, which traces calls."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from models import TwoLayers, tiny_llama, trainable, with_lora
 from scipy.optimize import minimize, minimize_scalar
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from scalora import UnsupportedOptimizerError
 from scalora.rivals.reflora import (
@@ -379,8 +379,9 @@ def test_after_the_training_the_optimizer_is_as_it_was(method):
     model = two_layers()
     optimizer = torch.optim.SGD(trainable(model), lr=0.3)
     (callback,) = method.callbacks()
-    callback.on_train_begin(None, TrainerState(), None, model=model, optimizer=optimizer)
-    callback.on_train_end(None, TrainerState(), None)
+    of_a_trainer = TrainingArguments("unused", report_to="none"), TrainerState(), TrainerControl()
+    callback.on_train_begin(*of_a_trainer, model=model, optimizer=optimizer)
+    callback.on_train_end(*of_a_trainer)
     backward(model)
     expected = [p.detach() - 0.3 * p.grad for p in trainable(model)]
     optimizer.step()

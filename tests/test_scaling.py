@@ -213,6 +213,7 @@ def test_the_optimal_adapter_refuses_a_rank_that_does_not_fit(rank):
         scalora.optimal_adapter(torch.randn(7, 9), rank)
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_shapes_that_do_not_belong_together_are_named():
     A, B, G = gaussian((2, 1, 4, 0))
     with pytest.raises(ValueError, match="GB"):

@@ -148,6 +148,7 @@ def double_default():
     torch._dynamo.reset()
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.usefixtures("double_default")
 @pytest.mark.parametrize("form", ["step = compile(optimizer.step)", "optimizer.step = compile(optimizer.step)"])
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from scalora.maths.scaling import (
 
 
 def captured_energy(
-    equations: NormalEquations, v: Float[Tensor, "*layers 2r"] | Float[Tensor, "*layers 2"]
+    equations: NormalEquations, v: Float[Tensor, "*layers k"] | Float[Tensor, "*layers 2"]
 ) -> Float[Tensor, "*layers"]:
     """How much of ``‖G‖²`` the step with v captures, ``‖G‖² − ‖G − Σ vₖ Xₖ‖² = 2λᵀv − vᵀMv``, without G.
 
@@ -39,7 +39,7 @@ def relative_residual(
     G: Float[Tensor, "*layers m n"],
     A: Float[Tensor, "*layers m r"],
     B: Float[Tensor, "*layers n r"],
-    v: Float[Tensor, "*layers 2r"] | Float[Tensor, "*layers 2"] | None = None,
+    v: Float[Tensor, "*layers 2*r"] | Float[Tensor, "*layers 2"] | None = None,
 ) -> Float[Tensor, "*layers"]:
     """What the loss bound leaves uncaptured, ``‖ΔW·L + G‖² / ‖G‖²``, for any choice of v (0 is perfect, 1 is nothing).
 

@@ -40,8 +40,8 @@ class Grams(NamedTuple):
         right: S_BᵀS_B, (…, 2r, 2r).
     """
 
-    left: Float[Tensor, "*layers 2r 2r"]
-    right: Float[Tensor, "*layers 2r 2r"]
+    left: Float[Tensor, "*layers k k"]
+    right: Float[Tensor, "*layers k k"]
 
     @property
     def of_factors(self) -> tuple[Float[Tensor, "*layers r r"], Float[Tensor, "*layers r r"]]:
@@ -60,8 +60,8 @@ class NormalEquations(NamedTuple):
         finite: whether they are finite, (…).
     """
 
-    matrix: Float[Tensor, "*layers 2r 2r"]
-    rhs: Float[Tensor, "*layers 2r"]
+    matrix: Float[Tensor, "*layers k k"]
+    rhs: Float[Tensor, "*layers k"]
     usable: Bool[Tensor, "*layers"]
     finite: Bool[Tensor, "*layers"]
 
@@ -157,7 +157,7 @@ def column_scaling(
     B: Float[Tensor, "*layers n r"],
     GB: Float[Tensor, "*layers m r"],
     GtA: Float[Tensor, "*layers n r"],
-) -> Float[Tensor, "*layers 2r"]:
+) -> Float[Tensor, "*layers 2*r"]:
     """The unconstrained optimum ``v = Lη·[α²; β²]`` of scaling every column on its own, before any choice.
 
     Args:
@@ -255,7 +255,7 @@ def scaling_of_grams(grams: Grams, *, target_norm: float | Float[Tensor, "*layer
 
 def _gram_of_both(
     first: Float[Tensor, "*layers rows r"], second: Float[Tensor, "*layers rows r"]
-) -> Float[Tensor, "*layers 2r 2r"]:
+) -> Float[Tensor, "*layers 2*r 2*r"]:
     """Inner products of the columns of both, by blocks: what is on hand in two tensors is not copied into one."""
     dtype = solver_dtype(first.device)
     first, second = first.to(dtype), second.to(dtype)
@@ -297,8 +297,8 @@ def _summed_over_blocks(
 
 
 def _factors(
-    v: Float[Tensor, "*layers 2r"], regular: Bool[Tensor, "*layers"], norms: Float[Tensor, "*layers 2r"]
-) -> tuple[Float[Tensor, "*layers 2r"], Bool[Tensor, "*layers"], Bool[Tensor, "*layers"]]:
+    v: Float[Tensor, "*layers k"], regular: Bool[Tensor, "*layers"], norms: Float[Tensor, "*layers k"]
+) -> tuple[Float[Tensor, "*layers k"], Bool[Tensor, "*layers"], Bool[Tensor, "*layers"]]:
     """The factors of v, whether v is a positive optimum, and whether the factors can be applied."""
     factors = v.clamp_min(0).sqrt() * norms
     low, high = _FACTOR_RANGE

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from scalora.maths.lowrank import DEFAULT_RTOL
 
+# Eigenvalues of a Gram matrix below this share of the largest are rounding errors. The singular values, their roots, are
+# then below 6e-8 of the largest: float32's own rounding.
+_GRAM_ROUNDING = 16 * torch.finfo(torch.float64).eps
+
 
 class UpdateFigures(NamedTuple):
     """What an update's singular values say.
@@ -43,6 +47,29 @@ def update_figures(singular_values: Float[Tensor, " k"], rtol: float = DEFAULT_R
         norm=float(left_out[0].sqrt()),
         adapter_rank=int((left_out > rtol**2 * left_out[0]).sum()),
     )
+
+
+def singular_values(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " k"]:
+    """All singular values of a matrix in float64, as the roots of the eigenvalues of its smaller Gram matrix.
+
+    Several times faster than a singular value decomposition, at the price of precision: the error is about 1e-16 of the
+    largest *square*, so values down to 1e-4 of the largest have eight correct digits, and those below 6e-8 of it are
+    returned as 0.
+
+    Args:
+        matrix: finite. On a device without float64 (MPS), it is moved to the CPU.
+
+    Returns:
+        the values in descending order, ``min(m, n)`` of them.
+
+    Raises:
+        torch.linalg.LinAlgError: the matrix has NaN or infinite entries.
+    """
+    matrix = (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.mT
+    squares = torch.linalg.eigvalsh(matrix @ matrix.mT).flip(-1)
+    return torch.where(squares > _GRAM_ROUNDING * squares[:1], squares, 0).sqrt()
 
 
 def numerical_rank(matrix: Float[Tensor, "m n"], rtol: float = DEFAULT_RTOL) -> int:
