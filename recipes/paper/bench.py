@@ -1,7 +1,7 @@
-"""Trains one method on many copies of a small problem at once, each with its own seed and learning rate, and tunes it.
+"""Trains a method on many copies of a small problem at once, each with its own seed and learning rate, and tunes it.
 
-The copies are separate modules of one model: no copy sees another's data, gradients or optimizer state. Together they
-cost a fraction of what they would one by one.
+The copies are separate modules of one model, and none sees another's data, gradients or optimizer state. Training them
+together costs a fraction of training them one by one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {
     "AdamW": lambda groups: torch.optim.AdamW(groups, weight_decay=0.0),
 }
 
-# The two decisions of an engine: how factors are chosen, how state is carried.
+# The engine's two replaceable decisions: how the factors are chosen, and how optimizer state is carried over.
 ENGINES: dict[str, dict[str, Callable[..., Any]]] = {
     "ScaLoRA": {},
     "normalised columns": {"scaling_rule": normalising_rule},
@@ -48,19 +48,19 @@ _RANK_CHECKS = 10
 
 @dataclass(frozen=True)
 class Setting:
-    """A method and everything that is set but the learning rate.
+    """A method and all its settings except the learning rate.
 
     Attributes:
         method: "full", "LoRA" or one of `ENGINES`.
         optimizer: one of `OPTIMIZERS`.
-        rank: of the adapter.
-        scaling: LoRA's alpha/r.
-        target_norm: of the engines.
-        interval: of the engines.
-        warmup_steps: of the engines.
-        mode: of the engines.
-        start: "zero" is PEFT's; "random" has a random lora_B too and its product taken off the base; "oracle" is
-            `scalora.optimal_start`.
+        rank: rank of the adapter.
+        scaling: alpha/r of the adapter.
+        target_norm: column norm that the engine's scaling aims at.
+        interval: optimizer steps from one rescale to the next.
+        warmup_steps: optimizer steps before the first rescale.
+        mode: which scalings the engine tries: "auto", "column" or "scalar".
+        start: "zero" is PEFT's start; "random" makes lora_B random too and subtracts the product from the base weight;
+            "oracle" is `scalora.optimal_start`.
     """
 
     method: str
@@ -74,7 +74,7 @@ class Setting:
     start: str = "zero"
 
     def config(self) -> ScaLoraConfig:
-        """The engine's settings."""
+        """Settings of the engine."""
         return ScaLoraConfig(
             target_norm=self.target_norm, interval=self.interval, warmup_steps=self.warmup_steps, mode=self.mode
         )
@@ -82,20 +82,20 @@ class Setting:
 
 @dataclass
 class Run:
-    """What one copy did.
+    """Settings and measurements of one copy.
 
     Attributes:
-        setting: the method.
+        setting: the method and its settings.
         rate: learning rate at the first step; it falls linearly to zero.
-        seed: of problem, batches and adapter.
-        steps: at which `risks` were measured.
-        risks: relative to the start's; infinite from where the run has diverged.
-        rank_steps: at which `effective_ranks` were measured.
-        effective_ranks: of the update of the weights so far, mean over the layers.
-        numerical_rank: of the whole update, mean over the layers.
-        column_share: of the rescales, those by the column optimum; NaN without an engine.
-        scalar_share: likewise by the scalar optimum.
-        column_norm: of the adapter's columns right after a rescale, mean; NaN without an engine.
+        seed: seed of the problem, the batches and the adapter.
+        steps: steps at which `risks` were measured.
+        risks: risk relative to that at the start; infinite once the run has diverged.
+        rank_steps: steps at which `effective_ranks` were measured.
+        effective_ranks: effective rank of the weight update so far, mean over layers.
+        numerical_rank: numerical rank of the final update, mean over layers.
+        column_share: share of rescales that used the column optimum; NaN without an engine.
+        scalar_share: share of rescales that used the scalar optimum; NaN without an engine.
+        column_norm: mean norm of the adapter's columns right after a rescale; NaN without an engine.
     """
 
     setting: Setting
@@ -111,7 +111,7 @@ class Run:
     column_norm: float = math.nan
 
     def row(self) -> dict[str, Any]:
-        """For JSON, which has neither NaN nor infinity."""
+        """Convert to a dict for JSON, with None for NaN and infinity."""
         return asdict(self, dict_factory=lambda items: {key: _finite(value) for key, value in items})
 
 
@@ -122,7 +122,7 @@ def _finite(value: Any) -> Any:
 
 
 class _Chosen:
-    """A scaling rule that counts, copy by copy, which scaling it took, and how long it made the columns."""
+    """Wraps a scaling rule and records, per copy, which scaling it chose and the resulting column norms."""
 
     def __init__(self, rule: Callable[..., Scaling], copies: int) -> None:
         self.counts = torch.zeros(4, copies)
@@ -135,12 +135,12 @@ class _Chosen:
         counts = torch.stack(
             [scaling.choice == COLUMN, scaling.choice == SCALAR, norms.mean(-1) / 2, scaling.choice >= 0]
         )
-        # The layers come shape by shape, of each shape all copies.
+        # Layers are ordered by shape, and within a shape by copy.
         self.counts += counts.unflatten(-1, (-1, self.counts.shape[-1])).sum(-2)
         return scaling
 
     def means(self) -> Tensor:
-        """Share of column scalings, of scalar ones, and norm of the columns, (3, copies)."""
+        """Share of column scalings, share of scalar scalings, and mean column norm, (3, copies)."""
         return self.counts[:3] / self.counts[3]
 
 
@@ -153,9 +153,15 @@ def train(
     *,
     only_the_end: bool = False,
 ) -> list[Run]:
-    """One run for every pair of a rate and a seed, with learning rates that fall linearly to zero.
+    """Run every pair of a rate and a seed, with learning rates that fall linearly to zero.
 
-    Risk and ranks are measured along the way, or `only_the_end`.
+    Args:
+        problem: makes a problem from a seed.
+        setting: the method and its settings.
+        rates: learning rates at the first step.
+        seeds: seeds of problem, batches and adapter.
+        steps: optimizer steps of each run.
+        only_the_end: measure risk and ranks only after the last step, not along the way.
     """
     runs = [Run(setting, rate, seed) for rate, seed in itertools.product(rates, seeds)]
     problems = {seed: problem(seed) for seed in seeds}
@@ -187,7 +193,7 @@ def train(
         chosen = _Chosen(rule, len(runs))
         ScaLora(model, optimizer, config, scaling_rule=chosen, **decisions)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of copies that diverge: their risks say so
+        warnings.simplefilter("ignore")  # from copies that diverge, which their risks show
         for step in range(1, steps + 1):
             backward()
             optimizer.step()
@@ -218,7 +224,7 @@ def _lora_layers(module: nn.Module) -> list[LoraLayer]:
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
-    """What each layer multiplies its input with, adapter included."""
+    """Each layer's effective weight, adapter included."""
     if layers := _lora_layers(module):
         return [layer.base_layer.weight + layer.get_delta_weight("default") for layer in layers]
     return [m.weight for m in module.modules() if isinstance(m, nn.Linear)]
@@ -235,7 +241,7 @@ def _measure_ranks(runs: list[Run], modules: list[nn.Module], begun: list[list[T
 
 
 def _start(model: nn.Module, modules: list[nn.Module], runs: list[Run], backward: Callable[[], None]) -> None:
-    """The same adapter for the same seed, whatever the learning rate."""
+    """Initialise the adapters: the same seed gives the same adapter at every learning rate."""
     setting = runs[0].setting
     for run, module in zip(runs, modules, strict=True):
         torch.manual_seed(run.seed)
@@ -251,20 +257,20 @@ def _start(model: nn.Module, modules: list[nn.Module], runs: list[Run], backward
 
 
 def final_risk(runs: Sequence[Run]) -> float:
-    """Mean over the seeds; infinite if one has diverged."""
+    """Mean final risk over the runs; infinite if any has diverged."""
     return mean(run.risks[-1] if math.isfinite(run.risks[-1]) else math.inf for run in runs)
 
 
 @dataclass
 class Tuned:
-    """The best learning rate of a setting, and the best value of one of its other fields if that was searched too.
+    """The best learning rate of a setting and, if another field was searched too, its best value.
 
     Attributes:
-        setting: with the best value.
-        rate: with the lowest final risk, mean over the seeds.
-        tried: that risk for every rate, at the best value.
+        setting: the setting, with the best value.
+        rate: the learning rate with the lowest final risk, averaged over the seeds.
+        tried: final risk for every rate tried at the best value.
         inside: whether worse rates were tried on both sides of the best one.
-        by_value: the lowest risk for every value of the other field; empty when there was none.
+        by_value: lowest risk for every value of the other field; empty if there was none.
     """
 
     setting: Setting
@@ -287,15 +293,15 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Search:
-    """What a tuning may spend.
+    """The budget for tuning.
 
     Attributes:
         problem: makes a problem from a seed.
-        steps: of a run.
-        seeds: of the tuning; results are of others.
-        rates: how many learning rates a grid has, a factor of 2 apart.
-        extensions: how often a grid whose best rate is its last is extended by half its length.
-        value_extensions: how often the other field's values, where the best is the last, are extended by one.
+        steps: optimizer steps of each run.
+        seeds: seeds to tune on; results are reported on others.
+        rates: learning rates in a grid, a factor of 2 apart.
+        extensions: how many times a grid is extended, by half its length, while its best rate is at an end.
+        value_extensions: how many times the other field's values are extended, by one, while the best is at an end.
     """
 
     problem: Callable[[int], Problem]
@@ -306,7 +312,13 @@ class Search:
     value_extensions: int = 2
 
     def rate(self, setting: Setting, centre: float, log: list[Run]) -> Tuned:
-        """Tune the learning rate, around `centre` at first. Every run is appended to `log`."""
+        """Tune the learning rate.
+
+        Args:
+            setting: the method and its settings.
+            centre: middle of the first grid of learning rates.
+            log: every run is appended to it.
+        """
         new = [centre * 2.0 ** (i - self.rates // 2) for i in range(self.rates)]
         tried: dict[float, float] = {}
         for _ in range(self.extensions + 1):
@@ -323,7 +335,15 @@ class Search:
     def rate_and_value(
         self, setting: Setting, name: str, values: Sequence[float], centre: float, log: list[Run]
     ) -> Tuned:
-        """Tune the learning rate for every value of the field `name`, and take the best of both."""
+        """Tune the learning rate for every value of another field, and keep the best of both.
+
+        Args:
+            setting: the method and its other settings.
+            name: name of the field of `Setting`.
+            values: values to try first.
+            centre: middle of the first grid of learning rates.
+            log: every run is appended to it.
+        """
         tuned: dict[float, Tuned] = {}
         new = list(values)
         for _ in range(self.value_extensions + 1):

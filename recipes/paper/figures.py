@@ -1,4 +1,4 @@
-"""Figures of the experiments: a file for each, drawn without any state of matplotlib's own."""
+"""Figures of the experiments, one file each, drawn without matplotlib's global state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.ticker import NullFormatter
 if TYPE_CHECKING:
     from synthetic import Outcome
 
-# Text stays text, and the same data give the same file.
+# Keep text as text, and make files reproducible.
 rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "scalora", "font.size": 8})
 
 _RISK = "risk relative to the start's"
@@ -33,7 +33,7 @@ def _panels(count: int, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
 
 
 def _plain_ticks(axes: Axes) -> None:
-    """Label only the powers of ten of a logarithmic axis: there is no room for more."""
+    """Label only the powers of ten on logarithmic axes; there is no room for more."""
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(NullFormatter())
 
@@ -43,7 +43,13 @@ def _optimizers(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def curves(file: Path, outcomes: Sequence[Outcome], floor: float | None = None) -> None:
-    """Risk, and effective rank of the update, against steps."""
+    """Plot risk and effective rank of the update against steps.
+
+    Args:
+        file: SVG file to write.
+        outcomes: rows of the experiment's table.
+        floor: risk of the best update of rank 4, drawn as a dotted line; None draws no line.
+    """
     names = _optimizers(outcomes)
     figure, axes = _panels(len(names), 2)
     for column, name in enumerate(names):
@@ -68,7 +74,13 @@ def curves(file: Path, outcomes: Sequence[Outcome], floor: float | None = None) 
 
 
 def lines(file: Path, outcomes: Sequence[Outcome], label: str) -> None:
-    """Final risk against the variants' x, a line for each method."""
+    """Plot final risk against each variant's `x`, one line per method.
+
+    Args:
+        file: SVG file to write.
+        outcomes: rows of the experiment's table.
+        label: label of the x axis.
+    """
     names = _optimizers(outcomes)
     figure, axes = _panels(len(names))
     for ax, name in zip(axes[0], names, strict=True):
@@ -87,7 +99,12 @@ def lines(file: Path, outcomes: Sequence[Outcome], label: str) -> None:
 
 
 def bars(file: Path, outcomes: Sequence[Outcome]) -> None:
-    """Final risk of each variant as a point with its standard error."""
+    """Plot the final risk of each variant as a point with its standard error.
+
+    Args:
+        file: SVG file to write.
+        outcomes: rows of the experiment's table.
+    """
     names = _optimizers(outcomes)
     figure, axes = _panels(len(names))
     for ax, name in zip(axes[0], names, strict=True):
@@ -102,7 +119,13 @@ def bars(file: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def norms(file: Path, risks: Mapping[tuple[str, str, float], tuple[float, float]], log: Sequence[Run]) -> None:
-    """Final risk against target norm at its best rate; below it that of every rate and norm of ScaLoRA."""
+    """Plot final risk against target norm at the best rate; below it, ScaLoRA's risk for every rate and norm.
+
+    Args:
+        file: SVG file to write.
+        risks: mean and standard error of the final risk by (optimizer, method, target norm).
+        log: all runs of the experiment.
+    """
     names = list(dict.fromkeys(optimizer for optimizer, _, _ in risks))
     figure = Figure(figsize=(2.6 * len(names) + 0.6, 4.8), layout="constrained")
     axes = figure.subplots(2, len(names), squeeze=False)

@@ -1,7 +1,7 @@
-"""Regression problems whose answer is an update of high rank: what low-rank adaptation can't reach.
+"""Regression problems whose solution is a high-rank update, out of reach for low-rank adaptation.
 
-A student starts at a teacher's weights less an update Δ of rank 32 whose singular values fall slowly, σᵢ = i^(−1/2).
-Plain LoRA of rank 4 can learn at most the four largest of them.
+The student starts at the teacher's weights minus an update Δ of rank 32 with slowly decaying singular values,
+σᵢ = i^(−1/2). Plain LoRA of rank 4 can learn at most the four largest.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ _NOISE = 0.05
 
 
 def slowly_decaying_update(m: int, n: int, generator: torch.Generator, rank: int = UPDATE_RANK) -> Tensor:
-    """A random (m, n) matrix of this rank with singular values 1, 2^(−1/2), …, rank^(−1/2)."""
+    """A random (m, n) matrix of the given rank with singular values 1, 2^(−1/2), …, rank^(−1/2)."""
     U, _ = torch.linalg.qr(torch.randn(m, rank, generator=generator))
     V, _ = torch.linalg.qr(torch.randn(n, rank, generator=generator))
     return (U * torch.arange(1, rank + 1) ** -0.5) @ V.T
 
 
 class LinearProblem:
-    """``y = (W₀ + Δ)x + noise``, W₀ 64 × 96, inputs of covariance with eigenvalues from 1 to 0.1: L = 1.
+    """``y = (W₀ + Δ)x + noise`` with W₀ 64 × 96 and inputs whose covariance has eigenvalues from 1 to 0.1, so L = 1.
 
     Args:
-        seed: of everything random.
-        exact: every batch is the whole distribution without noise, so that its gradient is the risk's.
+        seed: seeds the weights, the update and the batches.
+        exact: make every batch the whole distribution without noise, so that its gradient is the gradient of the risk.
 
     Attributes:
-        floor: the risk, relative to the start's, of the best update of each rank 0, 1, …: exact (Eckart and Young).
+        floor: exact risk of the best update of each rank 0, 1, …, relative to that at the start (Eckart and Young).
     """
 
     def __init__(self, seed: int, *, exact: bool = False) -> None:
@@ -41,21 +41,21 @@ class LinearProblem:
         self._teacher = self._weight + update
         basis, _ = torch.linalg.qr(torch.randn(inputs, inputs, generator=self._generator))
         self._root = basis * torch.logspace(0, -0.5, inputs) @ basis.T
-        # The mean over the rows of √n·Σ^(1/2) of any quadratic form is its mean over the inputs' distribution.
+        # A quadratic form averaged over the rows of √n·Σ^(1/2) has the same mean as over the input distribution.
         self._evaluation = inputs**0.5 * self._root
         energy = torch.linalg.svdvals(update @ self._root).square()
         self._start = float(energy.sum())
         self.floor = [1 - float(energy[:rank].sum()) / self._start for rank in range(UPDATE_RANK + 1)]
 
     def student(self) -> nn.Module:
-        """One linear layer at W₀."""
+        """A new student: one linear layer at W₀."""
         outputs, inputs = self._weight.shape
         layer = nn.Linear(inputs, outputs, bias=False)
         layer.weight.data.copy_(self._weight)
         return nn.Sequential(layer)
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Fresh inputs and noisy outputs."""
+        """Draw fresh inputs and noisy outputs."""
         if self._exact:
             return self._evaluation, self._evaluation @ self._teacher.T
         x = torch.randn(_BATCH, len(self._root), generator=self._generator) @ self._root
@@ -64,13 +64,17 @@ class LinearProblem:
 
     @torch.no_grad()
     def risk(self, model: nn.Module) -> float:
-        """Expected squared error without the noise, relative to the start's: exact."""
+        """Exact expected squared error without the noise, relative to that at the start."""
         error = model(self._evaluation) - self._evaluation @ self._teacher.T
         return float(error.square().sum(1).mean()) / self._start
 
 
 class TwoLayerProblem:
-    """The same with a teacher of two layers, linear (48 × 64), tanh, linear (48 × 48), each with its own Δ."""
+    """The same for a two-layer teacher: linear (48 × 64), tanh, linear (48 × 48), each layer with its own Δ.
+
+    Args:
+        seed: seeds the weights, the updates and the batches.
+    """
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -86,19 +90,19 @@ class TwoLayerProblem:
         return torch.tanh(x @ self._teacher[0].T) @ self._teacher[1].T
 
     def student(self) -> nn.Module:
-        """The two layers at their start."""
+        """A new student: the two layers at their initial weights."""
         layers = [nn.Linear(w.shape[1], w.shape[0], bias=False) for w in self._weights]
         for layer, weight in zip(layers, self._weights, strict=True):
             layer.weight.data.copy_(weight)
         return nn.Sequential(layers[0], nn.Tanh(), layers[1])
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Fresh inputs and noisy outputs."""
+        """Draw fresh inputs and noisy outputs."""
         x = torch.randn(_BATCH, 64, generator=self._generator)
         y = self._outputs(x)
         return x, y + _NOISE * torch.randn(y.shape, generator=self._generator)
 
     @torch.no_grad()
     def risk(self, model: nn.Module) -> float:
-        """Mean squared error on 1,024 held-out inputs without noise, relative to the start's."""
+        """Mean squared error on 1,024 held-out inputs without noise, relative to that at the start."""
         return float((model(self._evaluation) - self._answers).square().sum(1).mean()) / self._start

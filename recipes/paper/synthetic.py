@@ -1,11 +1,11 @@
-"""The paper's claim and its ablations (ScaLoRA, arXiv 2510.23818) on regression problems that run in minutes.
+"""Tests the paper's claim and ablations (ScaLoRA, arXiv 2510.23818) on regression problems that run in minutes.
 
     python recipes/paper/synthetic.py [--experiment reach] [--output runs/paper] [--small]
 
-Does an update that plain LoRA can't represent get learned, and what of the method is needed for it? Each method has its
-own learning rate, and its own target norm or scaling, from grids of equal size that grow until their best is inside;
-results are of other seeds than the tuning's. Each experiment writes FOLDER/NAME.jsonl (a line a run), NAME.md and
-NAME.svg; docs/experiments.md discusses them.
+Does ScaLoRA learn an update that plain LoRA can't represent, and which parts of the method does that take? Each method
+gets its own learning rate, and its own target norm or scaling, from grids of equal size that grow until the best value
+is inside. Results use other seeds than the tuning. Each experiment writes NAME.jsonl (one run per line), NAME.md and
+NAME.svg to the output folder; docs/experiments.md discusses the results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from bench import ENGINES, OPTIMIZERS, Problem, Run, Search, Setting, Tuned, train
 from problems import LinearProblem, TwoLayerProblem
 
-# Where each method's grid of learning rates begins; it moves by itself if the best is not inside.
+# Centre of each method's first grid of learning rates; grids grow if the best rate is at an end.
 _CENTRES = {
     "full": {"SGD": 0.2, "momentum": 0.02, "AdamW": 2e-3},
     "LoRA": {"SGD": 0.8, "momentum": 0.16, "AdamW": 8e-3},
@@ -35,23 +35,23 @@ _CENTRES = {
 _NORMS = (0.125, 0.25, 0.5)
 _SCALINGS = (0.5, 1.0, 2.0)
 
-# Ablations are with the optimizer that people use. With momentum the best learning rate is the last before divergence,
-# and what is seen beside it is mostly how near that is.
+# Ablations use the optimizer that people use. With momentum the best learning rate is the last one before divergence,
+# so differences would mostly show how close that is.
 _ABLATED = ("AdamW",)
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is spent.
+    """The size of an experiment.
 
     Attributes:
-        steps: of every run that does not say otherwise.
-        tuning_seeds: what learning rates and norms are chosen by.
-        seeds: what is reported.
-        rates: of a grid.
-        values: of the norm or the scaling.
-        extensions: of a grid.
-        optimizers: names.
+        steps: optimizer steps of a run, unless the experiment sets its own.
+        tuning_seeds: seeds on which learning rates and norms are chosen.
+        seeds: seeds of the reported results.
+        rates: learning rates in a grid.
+        values: values of the target norm or scaling in a grid.
+        extensions: how many times a grid of learning rates may grow.
+        optimizers: names of the optimizers, keys of `OPTIMIZERS`.
     """
 
     steps: int = 300
@@ -63,7 +63,12 @@ class Size:
     optimizers: Sequence[str] = tuple(OPTIMIZERS)
 
     def search(self, problem: Callable[[int], Problem], steps: int | None = None) -> Search:
-        """With this much to spend."""
+        """Make the tuning search of this size.
+
+        Args:
+            problem: makes a problem from a seed.
+            steps: optimizer steps of a run; None uses `steps` of this size.
+        """
         value_extensions = 2 if self.extensions else 0
         return Search(problem, steps or self.steps, self.tuning_seeds, self.rates, self.extensions, value_extensions)
 
@@ -73,12 +78,12 @@ SMALL = Size(steps=12, tuning_seeds=(0,), seeds=(10, 11), rates=2, values=1, ext
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of a table before its numbers.
+    """One row of a table, before it has results.
 
     Attributes:
-        label: in the table.
-        setting: all but the optimizer, the learning rate and what is searched.
-        x: where it stands on the figure's axis, if there is one.
+        label: name in the table.
+        setting: everything but the optimizer, the learning rate and the searched field.
+        x: position on the figure's x axis; NaN if the figure has none.
     """
 
     label: str
@@ -86,7 +91,7 @@ class Variant:
     x: float = math.nan
 
     def searched(self) -> tuple[str, Sequence[float]]:
-        """The field besides the learning rate that is tuned, and its values."""
+        """Name and values of the field that is tuned besides the learning rate; empty if there is none."""
         if self.setting.method == "full":
             return "", ()
         if self.setting.method in ENGINES or self.setting.start == "oracle":
@@ -96,13 +101,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One line of a table.
+    """One row of a table, with its results.
 
     Attributes:
-        variant: what it is of.
-        optimizer: name.
-        tuned: its learning rate and norm or scaling.
-        runs: with these, on the reported seeds.
+        variant: the method and its settings.
+        optimizer: name of the optimizer.
+        tuned: the chosen learning rate and target norm or scaling.
+        runs: runs with these values on the reported seeds.
     """
 
     variant: Variant
@@ -111,24 +116,24 @@ class Outcome:
     runs: Sequence[Run]
 
     def lasting(self) -> list[Run]:
-        """The runs that have not diverged."""
+        """Runs that did not diverge."""
         return [run for run in self.runs if math.isfinite(run.risks[-1])]
 
     def risk(self) -> tuple[float, float]:
-        """Mean and standard error of the final risk of the runs that have not diverged."""
+        """Mean and standard error of the final risk over the runs that did not diverge."""
         risks = [run.risks[-1] for run in self.lasting()]
         if len(risks) < 2:
             return (risks[0] if risks else math.inf), math.nan
         return mean(risks), stdev(risks) / len(risks) ** 0.5
 
     def risk_cell(self) -> str:
-        """For a table, with how many runs have diverged."""
+        """Format the risk for a table, with the number of diverged runs."""
         risk, error = self.risk()
         diverged = len(self.runs) - len(self.lasting())
         return f"{risk:.3g} ± {error:.1g}" + (f", {diverged} of {len(self.runs)} diverged" if diverged else "")
 
     def cells(self) -> list[str]:
-        """For the table: optimizer, method, risk, ranks, shares, learning rate, norm or scaling."""
+        """Cells of the row: optimizer, method, risk, ranks, shares, learning rate, norm or scaling."""
         name, _ = self.variant.searched()
         runs = self.lasting() or self.runs
         value = f"{getattr(self.tuned.setting, name):g}" if name else ""
@@ -158,7 +163,7 @@ _HEADER = [
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Markdown."""
+    """Format outcomes as a Markdown table."""
     rows = [_HEADER, ["---"] * len(_HEADER), *(outcome.cells() for outcome in outcomes)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -166,7 +171,15 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def compare(
     search: Search, variants: Sequence[Variant], size: Size, log: list[Run], optimizers: Sequence[str] | None = None
 ) -> list[Outcome]:
-    """Tune every variant with every optimizer, run it on the reported seeds, and print its line."""
+    """Tune every variant with every optimizer, run it on the reported seeds, and print its row.
+
+    Args:
+        search: budget for tuning.
+        variants: rows of the table.
+        size: size of the experiment.
+        log: every run is appended to it.
+        optimizers: names of the optimizers; None uses those of `size`.
+    """
     outcomes = []
     for optimizer in optimizers or size.optimizers:
         for variant in variants:
@@ -202,14 +215,14 @@ def reach(size: Size, log: list[Run], file: Path) -> str:
 
 
 def two_layers(size: Size, log: list[Run], file: Path) -> str:
-    """Every method on the problem of two layers."""
+    """Every method on the two-layer problem."""
     outcomes = compare(size.search(TwoLayerProblem), [_FULL, _LORA, _SCALORA, _NORMALISED], size, log, _ABLATED)
     figures.curves(file, outcomes)
     return table(outcomes)
 
 
 def target_norm(size: Size, log: list[Run], file: Path) -> str:
-    """Target norms on a grid, of the analytic factors and of columns merely normalised, each with its own rate."""
+    """A grid of target norms, with analytic factors and with normalised columns, each with its own learning rate."""
     norms = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0) if size.extensions else _NORMS[: size.values]
     search, text = size.search(LinearProblem), "| optimizer | method | " + " | ".join(f"{n:g}" for n in norms) + " |\n"
     text += "|---" * (2 + len(norms)) + "|\n"
@@ -234,7 +247,7 @@ def target_norm(size: Size, log: list[Run], file: Path) -> str:
 
 
 def budget(size: Size, log: list[Run], file: Path) -> str:
-    """Is full fine-tuning reached with more steps?"""
+    """Whether more steps reach full fine-tuning."""
     text, points = "", []
     for steps in (100, 300, 1000) if size.extensions else (6, 12):
         print(f"{steps} steps", flush=True)
@@ -247,7 +260,7 @@ def budget(size: Size, log: list[Run], file: Path) -> str:
 
 
 def exact(size: Size, log: list[Run], file: Path) -> str:
-    """Without the noise of batches: every gradient is the risk's."""
+    """No batch noise: every gradient is the gradient of the risk."""
     search = size.search(partial(LinearProblem, exact=True))
     outcomes = compare(search, [_FULL, _SCALORA, _NORMALISED], size, log, _ABLATED)
     figures.curves(file, outcomes)
@@ -255,7 +268,7 @@ def exact(size: Size, log: list[Run], file: Path) -> str:
 
 
 def interval(size: Size, log: list[Run], file: Path) -> str:
-    """A rescale at every I-th step."""
+    """Rescaling at every I-th step."""
     variants = [Variant(f"I = {i}", _of("ScaLoRA", interval=i), i) for i in (1, 5, 10, 20, 50)]
     outcomes = compare(size.search(LinearProblem), variants, size, log, _ABLATED)
     figures.lines(file, outcomes, "interval I")
@@ -263,7 +276,7 @@ def interval(size: Size, log: list[Run], file: Path) -> str:
 
 
 def start(size: Size, log: list[Run], file: Path) -> str:
-    """PEFT's start, a random one taken off the base, and the SVD oracle's."""
+    """PEFT's zero start, a random start subtracted from the base, and the SVD oracle's start."""
     variants = [
         Variant(f"{method}, {start}", _of(method, start=start))
         for start in ("zero", "random", "oracle")
@@ -275,7 +288,7 @@ def start(size: Size, log: list[Run], file: Path) -> str:
 
 
 def mode(size: Size, log: list[Run], file: Path) -> str:
-    """Column scaling, scalar scaling, and the paper's choice of the two."""
+    """Column scaling, scalar scaling, and the paper's rule that chooses between them."""
     variants = [Variant(mode, _of("ScaLoRA", mode=mode)) for mode in ("auto", "column", "scalar")]
     outcomes = compare(size.search(LinearProblem), variants, size, log)
     figures.bars(file, outcomes)
@@ -283,7 +296,7 @@ def mode(size: Size, log: list[Run], file: Path) -> str:
 
 
 def transport(size: Size, log: list[Run], file: Path) -> str:
-    """With and without carrying the optimizer's state over; SGD has none."""
+    """With and without carrying over the optimizer's state; SGD has none."""
     variants = [
         Variant(f"{label}, I = {i}", _of(method, interval=i))
         for i in (1, 10)
@@ -295,7 +308,7 @@ def transport(size: Size, log: list[Run], file: Path) -> str:
 
 
 def rank(size: Size, log: list[Run], file: Path) -> str:
-    """Ranks of the adapter."""
+    """Adapters of several ranks."""
     variants = [
         Variant(f"{method} r = {r}", _of(method, rank=r), r)
         for method in ("LoRA", "ScaLoRA")
@@ -312,13 +325,19 @@ EXPERIMENTS = {
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run what is asked for."""
+    """Run the chosen experiments.
+
+    Args:
+        words: command-line arguments; None reads `sys.argv`.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", choices=[*EXPERIMENTS, "all"], default="all")
-    parser.add_argument("--output", type=Path, default=Path("runs/paper"))
-    parser.add_argument("--small", action="store_true", help="only to see that it runs: the numbers mean nothing")
+    parser.add_argument(
+        "--experiment", choices=[*EXPERIMENTS, "all"], default="all", help="experiment to run (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="output folder (default: %(default)s)")
+    parser.add_argument("--small", action="store_true", help="check that it runs; the numbers are meaningless")
     arguments = parser.parse_args(words)
-    torch.set_num_threads(1)  # more only slow matrices of this size down
+    torch.set_num_threads(1)  # more threads slow down matrices of this size
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in EXPERIMENTS if arguments.experiment == "all" else [arguments.experiment]:
         print(f"{name}: {EXPERIMENTS[name].__doc__}", flush=True)
