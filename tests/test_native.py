@@ -20,6 +20,7 @@ from torch import nn
 from scalora import ScaLora, ScaLoraConfig
 from scalora.bench.case import Case, Contender
 from scalora.rescale import kernels, native
+from scalora.rescale.native import operations
 from scalora.rescale.remainder import DenseRemainder
 
 if shutil.which(os.environ.get("CXX", "c++")) is None:
@@ -62,7 +63,7 @@ def relative(found, wanted):
 @given(LAYERS)
 def test_grams(shape):
     given_tensors = adapters(**shape)
-    for found, wanted in zip(native.grams(*given_tensors), kernels.grams(*given_tensors), strict=True):
+    for found, wanted in zip(operations.grams(*given_tensors), kernels.grams(*given_tensors), strict=True):
         assert found.dtype == wanted.dtype == torch.float64
         assert relative(found, wanted) < 1e-13
 
@@ -71,7 +72,7 @@ def test_grams_of_what_is_not_finite_are_not_finite():
     lora_B, grad_B, lora_A, grad_A = adapters(2, 7, 20, 3)
     grad_B[1][6, 2] = float("nan")
     lora_A[1][0, 19] = float("inf")
-    left, right = native.grams(lora_B, grad_B, lora_A, grad_A)
+    left, right = operations.grams(lora_B, grad_B, lora_A, grad_A)
     assert left[0].isfinite().all()
     assert right[0].isfinite().all()
     assert left[1, 5].isnan().all()
@@ -88,7 +89,7 @@ def test_a_merge_is_exact_up_to_the_rounding_of_float32(shape, dtype, seed):
     remainders = [DenseRemainder(weight, transposed=False) for weight in weights]
     before = [weight.double() for weight in weights]
     for _ in range(3):
-        native.merge(remainders, weights, lora_B, lora_A, coefficients)
+        operations.merge(remainders, weights, lora_B, lora_A, coefficients)
     for weight, remainder, start, B, A, c in zip(
         weights, remainders, before, lora_B, lora_A, coefficients, strict=True
     ):
@@ -112,7 +113,7 @@ def test_a_column_that_moves_nothing_is_left_out_whatever_it_holds(dtype):
     weights = [torch.randn(9, 37).to(dtype) for _ in lora_B]
     before = [weight.double() for weight in weights]
     remainders = [DenseRemainder(weight, transposed=False) for weight in weights]
-    native.merge(remainders, weights, lora_B, lora_A, coefficients)
+    operations.merge(remainders, weights, lora_B, lora_A, coefficients)
     rest = [0, 2, 3]
     wanted = before[0] + (lora_B[0][:, rest].double() * coefficients[0, rest]) @ lora_A[0][rest].double()
     assert relative(remainders[0].exact(weights[0]).double(), wanted) < 1e-6
@@ -125,7 +126,7 @@ def test_multiplication_is_that_of_pytorch_to_the_last_bit(shape, power, by_colu
     tensors, factors, _, _ = adapters(**shape)
     factors = torch.stack(factors)[:, :1] if by_column else torch.stack(factors)[:, :, :1]
     wanted = [tensor.clone() for tensor in tensors]
-    native.multiply(tensors, native.expand_factors(factors, tensors), power)
+    operations.multiply(tensors, operations.expand_factors(factors, tensors), power)
     kernels.multiply(wanted, kernels.expand_factors(factors, wanted), power)
     for found, target in zip(tensors, wanted, strict=True):
         assert torch.equal(found, target)
@@ -218,7 +219,7 @@ def test_no_number_of_operations_grows_with_the_layers():
 def build_elsewhere(folder, **environment):
     return subprocess.run(
         [sys.executable, "-c", "from scalora.rescale import native; native.build()"],
-        env=os.environ | {"TORCH_EXTENSIONS_DIR": str(folder)} | environment,
+        env=os.environ | {"XDG_CACHE_HOME": str(folder)} | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -226,18 +227,35 @@ def build_elsewhere(folder, **environment):
     )
 
 
-def test_without_a_compiler_it_says_what_to_do_and_a_killed_build_is_not_waited_for(tmp_path):
+def test_without_a_compiler_it_says_what_to_do_and_leaves_nothing(tmp_path):
     result = build_elsewhere(tmp_path, CXX="/nowhere/c++")
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert "native=True: the C++ can't be compiled" in last
     assert "/nowhere/c++" in last
     assert "install g++ or clang++, and scalora[native]" in last
-    (folder,) = tmp_path.iterdir()
-    (folder / "lock").touch()
-    result = build_elsewhere(tmp_path)
+    assert not list((tmp_path / "scalora" / "native").iterdir())
+
+
+def test_what_a_killed_build_left_is_not_waited_for_and_the_path_stays(tmp_path):
+    (tmp_path / "scalora" / "native" / "tmpkilled").mkdir(parents=True, mode=0o700)
+    result = build_elsewhere(tmp_path, PATH="/usr/bin:/bin")
     assert result.returncode == 0, result.stderr
-    assert list(folder.glob("*.so"))
+    assert len(list((tmp_path / "scalora" / "native").glob("*.so"))) == 1
+
+
+@pytest.mark.parametrize("place", ["scalora", "scalora/native"])
+def test_nothing_is_loaded_from_where_others_can_write(tmp_path, place):
+    assert build_elsewhere(tmp_path).returncode == 0
+    (tmp_path / place).chmod(0o777)
+    result = build_elsewhere(tmp_path)
+    assert result.returncode == 1
+    assert "other users" in result.stderr.strip().splitlines()[-1]
+    assert "chmod go-w" in result.stderr.strip().splitlines()[-1]
+    (tmp_path / place).chmod(0o700)
+    (library,) = (tmp_path / "scalora" / "native").glob("*.so")
+    library.chmod(0o666)
+    assert "other users" in build_elsewhere(tmp_path).stderr.strip().splitlines()[-1]
 
 
 def test_train_takes_the_setting(causal_folder, write_jsonl, tmp_path):
