@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import tiny_llama, with_lora
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -80,7 +80,8 @@ def test_sft_trainer_with_its_own_peft_config(causal_folder, tmp_path):
     assert trainer.state.log_history[-2]["scalora/rescales"] == 4
     trainer.save_model()
     assert {path.name for path in tmp_path.glob("*.safetensors")} >= {"scalora_state.safetensors"}
-    assert not (tmp_path / "adapter_config.json").exists()
+    with pytest.raises(KeyError, match=r"README\.md"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(causal_folder), tmp_path)
 
 
 def preferences():

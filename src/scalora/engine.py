@@ -1,7 +1,8 @@
-"""`ScaLora`: one rescale per optimizer step, in the paper's order, as a step pre-hook (paper, Algorithm 1).
+"""`ScaLora`: rescales the adapter before optimizer steps, as a step pre-hook (paper, section 5 and Algorithm 1).
 
-gradients are final → solve for v → α, β → merge ``W += s·A·diag(1 − αβ)·Bᵀ`` → scale A, B, their gradients and their
-optimizer state → the optimizer steps on Ã, B̃. `scalora.maths.reference` is the same for one bare layer.
+The order of a step: gradients are final → solve for v → α, β → merge ``W += s·A·diag(1 − αβ)·Bᵀ`` → scale A, B, their
+gradients and their optimizer state → the optimizer steps on Ã, B̃. `scalora.maths.reference` has the same step for a
+single layer.
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ from scalora.saving.state import check_base, check_content, check_fit, restore, 
 from scalora.saving.state_file import STATE_FILE, read_state, write_state
 
 PARTS = ("scalora::solve", "scalora::merge", "scalora::transport")
-"""The parts of a rescale, as a profiler's trace names them."""
+"""Names of the parts of a rescale in a profiler's trace."""
 
-# The share of a factored remainder that may be discarded before the user is told: what an exported adapter may leave
-# out as well.
+# Warn if compressions have discarded more than this share of a factored remainder. An exported adapter may leave out as
+# much.
 DISCARD_WARNING = DEFAULT_RTOL
 
 ScalingRule = Callable[..., Scaling]
-"""Chooses α and β for layers of one rank; called with their `Grams` and ``target_norm``, (layers, 2)."""
+"""Chooses α and β for layers of one rank. Called with their `Grams` and ``target_norm``, (layers, 2)."""
 
 Transport = Callable[..., None]
-"""Carries gradients and optimizer state along; called as `scale_gradients_and_states` is."""
+"""Transports gradients and optimizer state through a rescale. Has the arguments of `scale_gradients_and_states`."""
 
 
 class _Constants(NamedTuple):
-    """What the mathematics takes besides tensors of the model, for the layers of one rank."""
+    """Inputs of the solve other than parameters and gradients, for the layers of one rank."""
 
     scalings: list[float]
     target_norms: Tensor
@@ -71,26 +72,28 @@ class ScaLora:
         >>> ScaLora(model, optimizer, ScaLoraConfig())  # and train as before
 
     Args:
-        model: with PEFT LoRA layers, exactly one adapter active. With `DistributedDataParallel`, the model before it is
-            wrapped, or the wrapper.
-        optimizer: any whose state can be carried over (see `scalora.register_optimizer`). A wrapper that holds the real
-            optimizer in ``.optimizer`` (Accelerate's) is looked through.
-        config: settings; the defaults when None.
-        scaling_rule: chooses the factors of each rescale; the paper's optimum in `config.mode` when None. Another one
-            makes a control experiment.
-        transport: carries gradients and optimizer state through a rescale; exactly, unless a control experiment gives
-            another one.
+        model: a model with PEFT LoRA layers and one adapter, which is active. With `DistributedDataParallel`, the model
+            or the wrapper around it.
+        optimizer: an optimizer whose state can be transported: most of PyTorch's, bitsandbytes' and others
+            (docs/optimizers.md), or one that was added with `scalora.register_optimizer`. May be a wrapper that holds
+            the optimizer in ``.optimizer``, such as Accelerate's.
+        config: the settings. None: the defaults.
+        scaling_rule: chooses the factors of each rescale. None: the paper's optimum, with ``config.mode``. Other rules
+            are for control experiments.
+        transport: transports gradients and optimizer state through a rescale; by default exactly. Other functions are
+            for control experiments.
 
     Raises:
-        UnsupportedLayerError: a module that can't be treated, by name.
-        UnsupportedOptimizerError: an optimizer that can't be carried over, by name.
-        ValueError: the optimizer does not hold an adapter parameter, or `smoothness` is given and a learning rate is 0.
+        UnsupportedLayerError: a module is not supported; the message names it.
+        UnsupportedOptimizerError: the optimizer's state can't be transported; the message says why.
+        ValueError: the optimizer does not hold an adapter parameter, or `smoothness` is set and a base learning rate is
+            not positive.
 
     Attributes:
         config: the settings.
-        optimizer: the real one, out of its wrapper.
+        optimizer: the optimizer itself, without a wrapper.
         pairs: the adapted layers.
-        target_norms: of each layer by name, for α and for β.
+        target_norms: for each layer's name, the target norm for α and the one for β.
     """
 
     def __init__(
@@ -122,25 +125,31 @@ class ScaLora:
 
     @property
     def step(self) -> int:
-        """Optimizer steps so far; in a step, the number of that step, counted from 1."""
+        """Number of optimizer steps so far; during a step, the number of that step, counted from 1."""
         return self._progress.step
 
     def detach(self) -> None:
-        """Stop rescaling. The model goes on as plain LoRA on its base and remainder as they are now."""
+        """Stop rescaling. From now on the model trains as plain LoRA on its current base and remainder."""
         self._hook.remove()
         self._warn_about_skipped_layers()
 
     def metrics(self) -> dict[str, float]:
-        """What the last rescale did, and counts since attaching; empty before the first rescale. Waits for the device.
+        """Metrics of the last rescale, and counts since attaching. Waits for the device.
 
-        Keys: ``scalora/column_share``, ``scalora/scalar_share``, ``scalora/left_alone_share`` and
-        ``scalora/degenerate_share`` (of all layers; degenerate ones are among those left alone), quantiles of the
-        factors over all columns ``scalora/alpha_p10 … beta_p90``, ``scalora/merge_norm`` (Frobenius norm of all that
-        was merged at this rescale); counts so far: ``scalora/rescales``, and of layers left alone at a rescale
-        ``scalora/nonfinite`` (NaN or infinity in the adapter or its gradient) and ``scalora/exploding`` (factors above
-        a million or below a millionth). With a factored remainder also ``scalora/remainder_columns`` (the most of any
-        layer) and ``scalora/discarded`` (what compressions have left out, as a share of the remainder's Frobenius
-        norm).
+        Returns:
+            Nothing before the first rescale, then
+
+            - ``scalora/column_share``, ``scalora/scalar_share``, ``scalora/left_alone_share``: shares of the layers by
+              kind of scaling; ``scalora/degenerate_share``: share of the layers that were left alone because their
+              inputs have no optimum;
+            - ``scalora/alpha_p10``, ``_p50``, ``_p90``, ``scalora/beta_p10``, ``_p50``, ``_p90``: quantiles of the
+              factors over all columns;
+            - ``scalora/merge_norm``: Frobenius norm of everything that this rescale moved into the remainder;
+            - ``scalora/rescales``: number of rescales so far;
+            - ``scalora/nonfinite``, ``scalora/exploding``: how often so far a layer was left alone because of NaN or
+              infinite entries, or because of factors above a million or below a millionth;
+            - with a factored remainder, ``scalora/remainder_columns``: the largest number of columns of any layer, and
+              ``scalora/discarded``: the norm of what compressions have left out, relative to that of the remainder.
         """
         self._warn_about_skipped_layers()
         if self._last is None:
@@ -152,12 +161,12 @@ class ScaLora:
         return summarise(self._last, len(self.pairs)) | counts | remainders
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a run needs to go on exactly as if it had not stopped, as tensors, numbers and strings.
+        """Everything that a run needs to continue exactly as if it had not stopped, as tensors, numbers and strings.
 
-        The base weights where remainders were merged into them, or the factored remainders; the trained parameters; the
-        optimizer's state; the counters and settings; the states of the random number generators. Tensors are not
-        copied: `copy.deepcopy` a state that should outlive the next step. A learning-rate scheduler and the position in
-        the data belong to the training loop.
+        That is the base weights with the remainders merged into them, or the factored remainders; the trained
+        parameters; the optimizer's state; counters and settings; the states of the random number generators. The
+        learning rate scheduler and the position in the data belong to the training loop. Tensors are not copied: use
+        `copy.deepcopy` to keep a state beyond the next step.
         """
         self._warn_about_skipped_layers()
         return state_of(self._model, self.pairs) | {
@@ -166,26 +175,26 @@ class ScaLora:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` left off. A state without an optimizer (`save_pretrained`'s) restores the rest.
+        """Restore a state from `state_dict`, to continue from there.
 
         Args:
-            state: from `state_dict`.
+            state: the state. One without an optimizer, as `save_pretrained` writes it, restores everything else.
 
         Raises:
-            StateError: the state is of another base model, adapter or settings, lacks an entry, or has numbers that are
-                not finite; the model is then as it was.
+            StateError: the state belongs to another base model, adapter or settings, lacks an entry, or has NaN or
+                infinite entries. The model has not been changed then.
         """
         check_content(state)
         check_base(state, self._progress.fingerprint)
         saved = saved_config(state)
         if saved is not None and saved != self.config:
-            raise StateError(f"the state was saved with {saved}, this engine has {self.config}: use the same settings")
+            raise StateError(f"the state was saved with {saved}, but this run has {self.config}: use the same settings")
         check_fit(self._model, self.pairs, state["tensors"])
         if "random" in state:
             check_random_state(state["random"])
         if "optimizer" in state:
             try:
-                self.optimizer.load_state_dict(state["optimizer"])  # torch checks all of it before it changes anything
+                self.optimizer.load_state_dict(state["optimizer"])  # torch checks all of it before changing anything
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise StateError(
                     f"the state's optimizer does not fit {type(self.optimizer).__name__}: {error}"
@@ -196,25 +205,28 @@ class ScaLora:
         self._progress.restart(step=state["step"], rescales=state["rescales"])
 
     def save(self, folder: str | Path) -> None:
-        """Write `state_dict` to ``scalora_state.safetensors``, atomically: an older file stays until the new is whole.
+        """Write `state_dict` to ``scalora_state.safetensors`` in a folder, atomically.
 
         Args:
-            folder: is made if it does not exist.
+            folder: the folder; created if it does not exist. An earlier state in it is replaced once the new one is
+                complete.
 
         Raises:
-            OSError: it can't be written.
+            OSError: the state can't be written; an earlier one is unchanged.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_state(Path(folder) / STATE_FILE, self.state_dict())
 
     def load(self, folder: str | Path) -> None:
-        """Restore what `save`, or `save_pretrained` of an attached model, wrote.
+        """Restore a state that `save` wrote, or `save_pretrained` of a model with ScaLoRA attached.
 
         Args:
-            folder: with a ``scalora_state.safetensors``.
+            folder: a folder with a ``scalora_state.safetensors``.
 
         Raises:
-            StateError: as `load_state_dict`; or the file is missing, damaged, or of another format version.
+            StateError: the file is missing, damaged or of another format version; or the state belongs to another base
+                model, adapter or settings, lacks an entry, or has NaN or infinite entries. The model has not been
+                changed then.
         """
         self.load_state_dict(read_state(Path(folder)))
 
@@ -224,7 +236,7 @@ class ScaLora:
         self._progress.step += 1
         if not self.config.rescales_at(self._progress.step):
             return
-        # GradScaler calls a fused optimizer even when it will skip the step; whether it will, only the device knows.
+        # GradScaler calls a fused optimizer even if it is going to skip the step, which only the device knows.
         skipped = getattr(optimizer, "found_inf", None)
         self._last = [self._rescale_group(shapes, skipped) for shapes in map(_with_gradients, self._groups) if shapes]
         self._progress.count_rescale(skipped)
@@ -233,10 +245,10 @@ class ScaLora:
                 self._left_alone[reason] = count.to(scaling.alpha.device) + getattr(scaling, reason).sum()
 
     def _rescale_group(self, shapes: list[list[LoraPair]], skipped: Tensor | None) -> Rescaled:
-        """Solve, merge and carry over for layers of one rank.
+        """Solve, merge and transport for layers of one rank.
 
-        Each operation is one for all of the layers of a shape, and of all shapes in the solution, except for the merge,
-        which is one for each weight.
+        The solve is batched over all layers, the other operations over the layers of each shape, except for the merge,
+        which takes one operation per weight.
         """
         sizes = [len(pairs) for pairs in shapes]
         with record_function(PARTS[0]):
@@ -248,7 +260,7 @@ class ScaLora:
                 scaling = scaling.unless(skipped.to(scaling.alpha.device) > 0)
             dtype, exact = shapes[0][0].lora_A.dtype, scaling.alpha.dtype
             alpha, beta = scaling.alpha.to(dtype), scaling.beta.to(dtype)
-            # 1 − αβ of the factors as they are applied, in the solver's precision: the function is kept to rounding.
+            # 1 − αβ of the rounded factors, in the solver's precision, so that the function changes only by rounding.
             coefficients = constants.scaling * (1 - alpha.to(exact) * beta.to(exact))
         of_shapes = (torch.split(factors, sizes) for factors in (alpha, beta, coefficients))
         for pairs, *of_shape in zip(shapes, *of_shapes, strict=True):
@@ -256,7 +268,7 @@ class ScaLora:
         return Rescaled(scaling, remainder_energy(grams, coefficients))
 
     def _apply(self, pairs: list[LoraPair], alpha: Tensor, beta: Tensor, coefficients: Tensor) -> None:
-        """Merge the remainder of layers of one shape, then scale their factors and all that goes with them."""
+        """Merge the remainders of layers of one shape, then scale their factors, gradients and optimizer state."""
         lora_A: list[Tensor] = [p.lora_A for p in pairs]
         lora_B: list[Tensor] = [p.lora_B for p in pairs]
         with record_function(PARTS[1]):
@@ -276,9 +288,9 @@ class ScaLora:
         return native.build() if self.config.native and on_cpu else PYTORCH
 
     def _constants_of(self, pairs: list[LoraPair]) -> _Constants:
-        """Target norms and scalings on the device, sent there again only when the layers or PEFT's scaling change."""
+        """Target norms and scalings on the device, copied there only when the layers or PEFT's scalings change."""
         names, scalings = tuple(pair.name for pair in pairs), [pair.scaling for pair in pairs]
-        # Under the names alone, so that a scaling on a schedule does not leave one set behind at every step.
+        # The key does not include the scalings, so that a scheduled scaling does not fill up the cache.
         known = self._constants.get(names)
         if known is None or known.scalings != scalings:
             device = pairs[0].lora_A.device
@@ -289,18 +301,18 @@ class ScaLora:
         return known
 
     def _warn_about_skipped_layers(self) -> None:
-        """Warn once for each reason. Here and not in the step, which must not wait for the device."""
+        """Warn once for each reason. Not done during a step, which must not wait for the device."""
         for reason, explanation in LEFT_ALONE_BECAUSE.items():
             if reason not in self._warned and (count := int(self._left_alone[reason].item())):
                 self._warned.add(reason)
-                warnings.warn(f"ScaLoRA left a layer alone at {count} rescales: {explanation}", stacklevel=3)
+                warnings.warn(f"ScaLoRA left layers alone in rescales ({count} times): {explanation}", stacklevel=3)
 
     def _warn_about_discarded(self, discarded: float) -> None:
         if discarded > DISCARD_WARNING and "discarded" not in self._warned:
             self._warned.add("discarded")
             warnings.warn(
-                f"remainder_rank={self.config.remainder_rank} is too small for this run: {discarded:.1e} of the "
-                "factored remainder has been discarded; raise it, or set merge='dense'",
+                f"remainder_rank={self.config.remainder_rank} is too small for this run: compressions have discarded "
+                f"{discarded:.1e} of the factored remainder; raise it, or set merge='dense'",
                 stacklevel=3,
             )
 
@@ -310,7 +322,7 @@ def _with_gradients(shapes: list[list[LoraPair]]) -> list[list[LoraPair]]:
 
 
 def _factors_and_gradients(pairs: list[LoraPair]) -> Iterator[list[Tensor]]:
-    """lora_B, its gradients, lora_A, its gradients."""
+    """All lora_B, their gradients, all lora_A, their gradients."""
     for parameters in ([pair.lora_B for pair in pairs], [pair.lora_A for pair in pairs]):
         yield list(parameters)
         yield [p.grad for p in parameters if p.grad is not None]

@@ -1,4 +1,4 @@
-"""Starts that are taken off the base weight, so that the function does not change: the oracle's, and a random one."""
+"""Initialisations of the adapter that keep the model's function: the oracle's and a random one (paper, section 3)."""
 
 from __future__ import annotations
 
@@ -21,28 +21,32 @@ def optimal_start(
     merge: Merge = ScaLoraConfig.merge,
     remainder_rank: int = ScaLoraConfig.remainder_rank,
 ) -> None:
-    """Give every LoRA pair the optimal factors for its gradient, and take their product off the base weight.
+    """Initialise every LoRA pair with the optimal factors for its gradient, and subtract their product from the base.
 
-    The model's function does not change. Needs memory for the gradients of all adapted weights, once.
+    The model's function does not change. This needs memory for the gradients of all adapted base weights at once.
 
     Args:
-        model: with PEFT LoRA layers, before the optimizer has stepped.
-        train_step: computes the loss on a few batches and calls ``backward()``, the convention of PEFT's
-            ``preprocess_loraga``; gradients are summed over its calls.
-        target_norm: ``1/√(Lη)``, the norm of every column.
-        merge: where the product is taken off, as in `scalora.ScaLoraConfig`; the engine goes on with the same.
-        remainder_rank: likewise.
+        model: a model with PEFT LoRA layers, before the first optimizer step; modified.
+        train_step: computes the loss on a few batches and calls ``backward()`` (the convention of PEFT's
+            ``preprocess_loraga``). Called once; the gradients of its backward passes add up.
+        target_norm: ``1/√(Lη)``, the norm of every column of the factors.
+        merge: where the product is subtracted: ``"dense"`` from the base weights, ``"factored"`` in a remainder beside
+            them, ``"auto"`` as in `scalora.ScaLoraConfig`. The engine that is attached later needs the same setting.
+        remainder_rank: the most columns that a compression of a factored remainder keeps.
 
     Raises:
-        UnsupportedLayerError: as `scalora.ScaLora`.
-        ValueError: a layer got no gradient, a non-finite one, or is too small for 2·rank directions. No layer has been
-            changed then.
+        UnsupportedLayerError: a module is not supported, or its base weight is quantised and so has no gradient.
+        ValueError: a layer got no gradient or a non-finite one, or is too small for 2·rank singular directions. No
+            layer has been changed then.
     """
     pairs, _ = attach(model, merge, remainder_rank)
     starts = []
     for pair, G in zip(pairs, weight_gradients(model, pairs, train_step), strict=True):
         if G is None:
-            raise ValueError(f"module {pair.name!r} got no gradient from train_step: does it call backward()?")
+            raise ValueError(
+                f"module {pair.name!r} got no gradient: train_step must compute a loss that depends on it, and call "
+                "backward()"
+            )
         try:
             starts.append(optimal_adapter(G, pair.r, target_norm=target_norm))
         except ValueError as error:
@@ -57,18 +61,20 @@ def random_start(
     merge: Merge = ScaLoraConfig.merge,
     remainder_rank: int = ScaLoraConfig.remainder_rank,
 ) -> None:
-    """Give every LoRA pair random columns of one norm, and take their product off the base weight.
+    """Initialise every LoRA pair with random columns of one norm, and subtract their product from the base.
 
-    What the oracle's start is to be compared with: as far from zero, but blind.
+    The model's function does not change. This is the control for `optimal_start`: as far from zero, but without knowing
+    the gradient.
 
     Args:
-        model: as for `optimal_start`.
-        target_norm: of every column.
-        merge: as for `optimal_start`.
-        remainder_rank: likewise.
+        model: a model with PEFT LoRA layers, before the first optimizer step; modified.
+        target_norm: the norm of every column of the factors.
+        merge: where the product is subtracted: ``"dense"`` from the base weights, ``"factored"`` in a remainder beside
+            them, ``"auto"`` as in `scalora.ScaLoraConfig`. The engine that is attached later needs the same setting.
+        remainder_rank: the most columns that a compression of a factored remainder keeps.
 
     Raises:
-        UnsupportedLayerError: as `scalora.ScaLora`.
+        UnsupportedLayerError: a module is not supported.
     """
     pairs, _ = attach(model, merge, remainder_rank)
     starts = [
@@ -82,31 +88,35 @@ def random_start(
 
 
 def require_weight_gradients(pairs: list[LoraPair]) -> None:
-    """Check that the base weights can have gradients.
+    """Check that all base weights can have gradients.
+
+    Args:
+        pairs: the LoRA pairs to check.
 
     Raises:
-        UnsupportedLayerError: one is quantised.
+        UnsupportedLayerError: a base weight is quantised.
     """
     for pair in pairs:
         if pair.quantised:
             raise UnsupportedLayerError(
-                f"module {pair.name!r} has a quantised base weight, which has no gradient to start from: start from "
-                "PEFT's own initialisation"
+                f"module {pair.name!r} has a quantised base weight, which has no gradient to initialise the adapter "
+                "from: use PEFT's own initialisation"
             )
 
 
 def weight_gradients(model: nn.Module, pairs: list[LoraPair], train_step: Callable[[], None]) -> list[Tensor | None]:
-    """``∂ℓ/∂W`` (m, n) of every pair's base weight, None where there is none.
-
-    The model is left as frozen as it was, and without gradients.
+    """The gradients ``∂ℓ/∂W`` of base weights. Afterwards they are frozen as before, and the model has no gradients.
 
     Args:
-        model: of the pairs.
-        pairs: whose weights are meant.
-        train_step: computes the loss on a few batches and calls ``backward()``.
+        model: the model.
+        pairs: LoRA pairs of the model, whose base weights' gradients are computed.
+        train_step: computes the loss on a few batches and calls ``backward()``; called once.
+
+    Returns:
+        The gradient of each pair's base weight, (m, n); None for a weight that got none.
 
     Raises:
-        UnsupportedLayerError: a weight is quantised.
+        UnsupportedLayerError: a base weight is quantised.
     """
     require_weight_gradients(pairs)
     trained_before = [pair.weight.requires_grad for pair in pairs]
@@ -123,7 +133,12 @@ def weight_gradients(model: nn.Module, pairs: list[LoraPair], train_step: Callab
 
 @torch.no_grad()
 def replace_factors(pairs: list[LoraPair], starts: list[tuple[Tensor, Tensor]]) -> None:
-    """Give attached pairs new factors (A, B); what their product changes by goes to the remainder."""
+    """Replace the factors of LoRA pairs, and subtract the change of their product from the remainder.
+
+    Args:
+        pairs: LoRA pairs with remainders; modified.
+        starts: the new factors A, (m, r), and B, (n, r), of each pair.
+    """
     for pair, (A, B) in zip(pairs, starts, strict=True):
         pair.remainder.add(pair.weight, pair.scaling * pair.lora_B, pair.lora_A.mT)
         pair.lora_B.copy_(A)

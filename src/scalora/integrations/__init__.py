@@ -1,1 +1,1 @@
-"""Hooks into other libraries' training loops. May import `engine` and what that may."""
+"""Hooks into other libraries' training loops. May import `engine`, `start` and below."""

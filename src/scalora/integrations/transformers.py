@@ -26,31 +26,35 @@ from scalora.saving.state_file import STATE_FILE, read_state
 
 
 class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
-    """Trains with ScaLoRA in a Trainer that is otherwise unchanged.
+    """Adds ScaLoRA to a Trainer.
 
     Example:
         >>> trainer = SFTTrainer(model, args=args, train_dataset=data, peft_config=peft_config,
         ...                      callbacks=[ScaLoraCallback(ScaLoraConfig())])
 
-    Attaches at the start of training and adds the engine's metrics to every training log, so that they reach whatever
-    ``report_to`` names. Detaches at the end.
+    Attaches `ScaLora` when training starts and detaches it at the end. Its metrics are added to every training log, so
+    they reach everything in ``report_to``.
 
-    Checkpoints, ``resume_from_checkpoint`` and ``load_best_model_at_end`` work as ever: a checkpoint holds the whole
-    state (and with a factored remainder an ordinary adapter too). One that was cut off while it was written is set
-    aside when the Trainer is made, so that ``resume_from_checkpoint=True`` finds the last whole one. For both the
-    callback must be given to the Trainer's constructor, not added later.
+    Checkpoints, ``resume_from_checkpoint`` and ``load_best_model_at_end`` work as usual. A checkpoint holds the whole
+    state and, with a factored remainder, an ordinary adapter too. Incomplete checkpoints, of a run that was killed
+    while saving, are renamed when the Trainer is created: ``resume_from_checkpoint=True`` then finds the last complete
+    one. All this needs the callback to be passed to the Trainer's constructor instead of being added later.
 
     Args:
-        config: settings; the defaults when None.
-        make_engine: called with model, optimizer and config at the start of training; `ScaLora`, except in a control
-            experiment.
+        config: the settings. None: the defaults.
+        make_engine: called with model, optimizer and config when training starts; returns the engine to attach. Other
+            functions than `ScaLora` are for control experiments.
 
     Raises:
-        StateError: at the start of training, when the checkpoint to resume from does not fit; and whatever `ScaLora`
-            raises.
+        UnsupportedLayerError: when training starts: a module is not supported; the message names it.
+        UnsupportedOptimizerError: when training starts: the optimizer's state can't be transported; the message says
+            why.
+        StateError: when training starts: the checkpoint to resume from is damaged, was written without ScaLoRA, or
+            belongs to another base model, adapter or settings.
 
     Attributes:
-        engine: the attached `ScaLora`; None before training.
+        config: the settings.
+        engine: the `ScaLora` of the last training; None before training.
     """
 
     def __init__(self, config: ScaLoraConfig | None = None, *, make_engine: Callable[..., ScaLora] = ScaLora) -> None:
@@ -60,14 +64,20 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._checkpoint: Path | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Set broken checkpoints aside, and see to it that the Trainer loads whole ones through the engine.
+        """Rename incomplete checkpoints, and have the Trainer load complete ones through the engine.
 
-        TRL makes the adapter of a quantised model bfloat16, whose rounding a rescale would multiply: it is made float32
-        again.
+        Also converts the adapter back to float32: TRL makes that of a quantised model bfloat16, and a rescale would
+        multiply its rounding errors.
+
+        Args:
+            args: the Trainer's arguments.
+            state: the Trainer's state; not used.
+            control: the Trainer's control flags; not used.
+            kwargs: other arguments of the event, with the model.
         """
         set_broken_checkpoints_aside(Path(args.output_dir))
         model: nn.Module = kwargs["model"]
-        keep_out_of_broadcasts(model)  # before the Trainer wraps the model, to which the engine has no way from inside
+        keep_out_of_broadcasts(model)  # now, because the engine can't reach the wrapper from the model inside it
         if isinstance(model, PeftModel):
             promote_adapters(model)
             load_adapter = partial(self._load_adapter, model, model.load_adapter)
@@ -76,16 +86,16 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
     def _load_adapter(
         self, model: PeftModel, load_adapter: Callable[..., Any], model_id: str | Path, *args: Any, **kwargs: Any
     ) -> Any:
-        """What a model's `load_adapter` does for a ScaLoRA state: bring it back, now or as soon as the engine is there.
+        """Replaces the model's `load_adapter`: loads a ScaLoRA state, now or as soon as the engine is attached.
 
-        The Trainer resumes before its callbacks see the beginning of training, and loads the best model after it.
+        The Trainer resumes before the event `on_train_begin`, and loads the best model after it.
         """
         if not (Path(model_id) / STATE_FILE).is_file():
             return load_adapter(model_id, *args, **kwargs)
         self._checkpoint = Path(model_id)
         if self.engine is not None:
             self.engine.load(model_id)
-        else:  # before the Trainer loads the optimizer, whose error would not name the base
+        else:  # check the base before the Trainer loads the optimizer, whose error would not mention it
             state = read_state(self._checkpoint)
             check_content(state)
             check_base(state, fingerprint_of(model))
@@ -94,7 +104,20 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the model and optimizer that the Trainer has built."""
+        """Attach the engine to the Trainer's model and optimizer, and load the checkpoint to resume from.
+
+        Args:
+            args: the Trainer's arguments; not used.
+            state: the Trainer's state.
+            control: the Trainer's control flags; not used.
+            kwargs: other arguments of the event, with the model and the optimizer.
+
+        Raises:
+            UnsupportedLayerError: a module is not supported; the message names it.
+            UnsupportedOptimizerError: the optimizer's state can't be transported; the message says why.
+            StateError: the checkpoint to resume from is damaged, was written without ScaLoRA, or belongs to another
+                base model, adapter or settings.
+        """
         _move_before_reporters(self)
         model: nn.Module = kwargs["model"]
         optimizer: Optimizer = kwargs["optimizer"]
@@ -104,7 +127,7 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         elif state.global_step:
             raise StateError(
                 f"training resumes at step {state.global_step}, but no ScaLoRA state was loaded: the checkpoint was "
-                "written without ScaLoRA, or the callback was not given to the Trainer's constructor"
+                "written without ScaLoRA, or ScaLoraCallback was not passed to the Trainer's constructor"
             )
 
     def on_log(
@@ -115,7 +138,15 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the metrics to a training log (not to an evaluation's)."""
+        """Add the metrics to a training log; the logs of evaluations stay as they are.
+
+        Args:
+            args: the Trainer's arguments; not used.
+            state: the Trainer's state, to whose last log entry the metrics are added too.
+            control: the Trainer's control flags; not used.
+            logs: what is logged; modified.
+            kwargs: other arguments of the event; not used.
+        """
         if self.engine is None or logs is None or "loss" not in logs:
             return
         metrics = self.engine.metrics()
@@ -125,17 +156,24 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Detach: training again attaches anew."""
+        """Detach the engine. The next training attaches a new one.
+
+        Args:
+            args: the Trainer's arguments; not used.
+            state: the Trainer's state; not used.
+            control: the Trainer's control flags; not used.
+            kwargs: other arguments of the event; not used.
+        """
         self._checkpoint = None
         if self.engine is not None:
             self.engine.detach()
 
 
 def _move_before_reporters(callback: TrainerCallback) -> None:
-    """Put a callback first in the list that is calling it.
+    """Move a callback to the front of the Trainer's list of callbacks, during an event.
 
-    Reporting callbacks (TensorBoard, W&B, …) stand before the user's in the Trainer's list and would report the logs
-    before the metrics are added. A Trainer hands its callback list to no callback, so it is taken from the caller.
+    Reporting callbacks (TensorBoard, W&B, …) are before the user's in this list, and would report the logs before the
+    metrics are added. The Trainer does not pass the list to its callbacks, so it is taken from the caller's frame.
     """
     frame = inspect.currentframe()
     while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):

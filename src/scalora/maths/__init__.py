@@ -1,1 +1,1 @@
-"""The mathematics of the paper: pure functions of tensors. Imports nothing of scalora, PEFT or Transformers."""
+"""The mathematics of the paper as pure functions of tensors. Imports nothing from scalora, PEFT or Transformers."""

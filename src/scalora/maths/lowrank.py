@@ -1,4 +1,4 @@
-"""Low-rank matrices as factors: compressing a product, the best factors of a dense matrix (tensors only)."""
+"""Low-rank factors: compressing a product, truncated SVDs of products and dense matrices (paper, section 6)."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 DEFAULT_RTOL = 1e-3
-"""The share of a matrix that counts as nothing: of its largest singular value for a rank, of its Frobenius norm for an
-export. Float32 training noise lies near 1e-6, three orders below; and at a thousandth the loss and the generated
-answers of the measured runs are those of the merged model (docs/export.md)."""
+"""The part of a matrix that is negligible: relative to its largest singular value for a numerical rank, to its
+Frobenius norm for an export. Float32 training noise is near 1e-6, three orders below. At this tolerance an exported
+adapter gives the loss and the generated answers of the merged model (docs/export.md)."""
 
-# Oversampling and power iterations of the randomised range finder (Halko, Martinsson, Tropp, 2011, section 4): with
-# these its error is within a few per cent of the best for the slowly decaying spectra of weight updates.
+# Oversampling and power iterations of the randomised range finder (Halko, Martinsson, Tropp, 2011, section 4). With
+# these values its error is within a few per cent of the optimum for the slowly decaying spectra of weight updates.
 _OVERSAMPLING = 10
 _POWER_ITERATIONS = 4
 
-# Eigenvalues of a Gram matrix below this many roundings of the largest are rounding errors: singular values below 6e-8
-# of the largest, which is float32's own rounding.
+# Eigenvalues of a Gram matrix below this many machine epsilons of the largest one are rounding errors. The singular
+# values, their square roots, are then below 6e-8 of the largest, which is float32's own rounding.
 _ROUNDINGS = 16
 
 
 class Factors(NamedTuple):
-    """``left @ right.T`` by its singular values.
+    """A truncated singular value decomposition, ``U·diag(σ)·Vᵀ``.
 
     Attributes:
-        left: U, (m, k), orthonormal columns.
-        values: σ, (k,), descending.
-        right: V, (n, k), orthonormal columns.
-        energy: squared Frobenius norm of the whole matrix, of which the k values may be only a part.
+        left: U, (m, k), with orthonormal columns.
+        values: σ, (k,), in descending order.
+        right: V, (n, k), with orthonormal columns.
+        energy: squared Frobenius norm of the whole matrix, including what the k values leave out.
     """
 
     left: Float[Tensor, "m k"]
@@ -40,20 +40,26 @@ class Factors(NamedTuple):
     energy: Float[Tensor, ""]
 
     def truncated(self, rank: int) -> Factors:
-        """Only the `rank` largest values."""
+        """Keep only the largest singular values.
+
+        Args:
+            rank: how many to keep.
+        """
         return Factors(self.left[:, :rank], self.values[:rank], self.right[:, :rank], self.energy)
 
     def discarded(self) -> Float[Tensor, ""]:
-        """Squared Frobenius norm of what the values leave out."""
+        """Squared Frobenius norm of what the singular values leave out."""
         return (self.energy - self.values.square().sum()).clamp_min(0)
 
 
 def factors_of_product(left: Float[Tensor, "m k"], right: Float[Tensor, "n k"]) -> Factors:
-    """Singular values of ``left @ right.T`` from thin QRs and a k × k SVD, in float64: never m × n.
+    """The singular value decomposition of ``left @ right.T``, from thin QRs and a k × k SVD in float64.
+
+    Nothing of size m × n is formed.
 
     Args:
-        left: finite, any float dtype.
-        right: likewise.
+        left: left factor, (m, k), finite, any float dtype.
+        right: right factor, (n, k), finite, any float dtype.
     """
     q_left, r_left = torch.linalg.qr(left.double())
     q_right, r_right = torch.linalg.qr(right.double())
@@ -64,20 +70,21 @@ def factors_of_product(left: Float[Tensor, "m k"], right: Float[Tensor, "n k"]) 
 def compressed_products(
     products: Sequence[tuple[Float[Tensor, "_m k"], Float[Tensor, "_n k"]]], *, rtol: float, max_rank: int
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Products ``left @ right.T`` with fewer columns, all that have k of them together; never m × n.
+    """Approximate products ``left @ right.T`` by products of fewer columns, without forming anything of size m × n.
 
-    From k × k Grams in float64 and the eigenvectors of these, which a batch of them shares one operation for: thin QRs
-    and SVDs, layer by layer, take several times as long on a CPU. That resolves singular values down to 6e-8 of the
-    largest, float32's own rounding; for smaller ones there is `factors_of_product`.
+    Computed in float64 from k × k Gram matrices and their eigenvectors, batched over all products: thin QRs and SVDs,
+    layer by layer, take several times as long on a CPU. This resolves singular values down to 6e-8 of the largest,
+    which is float32's own rounding; `factors_of_product` resolves smaller ones.
 
     Args:
-        products: of any m and n, and one k; finite.
-        rtol: what is left out may have this share of the Frobenius norm, if `max_rank` allows.
-        max_rank: most columns to keep.
+        products: pairs (left, right) of shapes (m, k) and (n, k), finite; m and n may differ between pairs, k may not.
+        rtol: the largest error allowed, relative to the product's Frobenius norm.
+        max_rank: the largest number of columns to keep, even if the error then exceeds `rtol`.
 
     Returns:
-        for each product the new left and right in its dtype, balanced (``left.T @ left = right.T @ right``, diagonal,
-        descending), and the squared Frobenius norm of what is left out, in float64.
+        For each product, the new left and right factors in the dtypes of the old ones, balanced
+        (``left.T @ left = right.T @ right``, diagonal, descending), and the squared Frobenius norm of what is left out,
+        in float64.
     """
     gram_left = torch.stack([_gram(left) for left, _ in products])
     gram_right = torch.stack([_gram(right) for _, right in products])
@@ -93,7 +100,7 @@ def compressed_products(
     top = max(ranks)
     directions, squares = root @ vectors[..., :top], squares[..., :top]
     inverse_root = torch.where(squares > 0, squares, 1).pow(-0.25)
-    # uᵢ = left·directionᵢ/σᵢ, and the product's transpose maps it to σᵢ·vᵢ; each takes √σᵢ.
+    # uᵢ = left·directionᵢ/σᵢ, and the product's transpose maps uᵢ to σᵢ·vᵢ; each factor gets √σᵢ.
     to_left = directions * inverse_root[..., None, :]
     to_right = gram_left @ directions * inverse_root.pow(3)[..., None, :]
     return [
@@ -112,12 +119,12 @@ def _gram(factor: Float[Tensor, "m k"]) -> Float[Tensor, "k k"]:
 
 
 def factors_of_dense(matrix: Float[Tensor, "m n"], rtol: float, max_rank: int) -> Factors:
-    """The leading singular values of a dense matrix by randomised SVD, as many as `rtol` needs and `max_rank` allows.
+    """A truncated randomised SVD of a dense matrix, of the smallest rank that meets a tolerance.
 
     Args:
-        matrix: finite; computed in float64.
-        rtol: the part left out may have at most this share of the Frobenius norm.
-        max_rank: at least 1.
+        matrix: (m, n), finite, any float dtype; the computation is in float64.
+        rtol: the largest error allowed, relative to the Frobenius norm.
+        max_rank: the largest rank to return, even if the error then exceeds `rtol`; at least 1.
     """
     matrix = matrix.double()
     full, energy = min(matrix.shape), matrix.square().sum()
@@ -127,10 +134,10 @@ def factors_of_dense(matrix: Float[Tensor, "m n"], rtol: float, max_rank: int) -
             U, values, Vh = torch.linalg.svd(matrix, full_matrices=False)
             V = Vh.mT
         else:
-            with torch.random.fork_rng():  # the same result each time, and the caller's random numbers untouched
+            with torch.random.fork_rng():  # reproducible, and leaves the caller's random state alone
                 torch.manual_seed(0)
                 U, values, V = torch.svd_lowrank(matrix, q=guess + _OVERSAMPLING, niter=_POWER_ITERATIONS)
-        # The last values of a randomised SVD are the inexact ones, so they are not used.
+        # The trailing singular values of a randomised SVD are inexact: drop the oversampled ones.
         found = Factors(U, values, V, energy).truncated(full if len(values) == full else guess)
         rank = min(rank_for_tolerance(found, rtol), max_rank)
         if rank < len(found.values) or len(found.values) in (full, max_rank):
@@ -139,9 +146,14 @@ def factors_of_dense(matrix: Float[Tensor, "m n"], rtol: float, max_rank: int) -
 
 
 def rank_for_tolerance(factors: Factors, rtol: float) -> int:
-    """The least rank whose truncation leaves out at most `rtol` of the Frobenius norm; 0 for a zero matrix.
+    """The smallest rank at which a truncation leaves out at most `rtol` of the Frobenius norm; 0 for a zero matrix.
 
-    All of the values when even they leave out more.
+    Args:
+        factors: a decomposition, truncated or not.
+        rtol: the largest error allowed, relative to the Frobenius norm of the whole matrix.
+
+    Returns:
+        The rank; the number of singular values in `factors` if even all of them leave out more than `rtol`.
     """
     return int(_ranks_for_tolerance(factors.values.square(), factors.energy, rtol))
 

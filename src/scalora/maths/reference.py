@@ -1,8 +1,8 @@
-"""The whole step on one bare layer as the paper writes it (Algorithm 1, with Adam): to read, and to test against.
+"""One step of ScaLoRA on a single layer, written as in the paper (Algorithm 1, with Adam): for reading and for tests.
 
-Everything is dense and in the order of the paper: G itself, a least squares over m·n equations for the scaling, the
-merge, the transport, Adam. It costs what the method avoids and shares no code with it. `scalora.ScaLora` does the same
-for all layers of a model from LoRA's own gradients.
+Everything is dense and in the paper's order: G itself, a least-squares problem of m·n equations for the scaling, the
+merge, the transport, Adam. This costs what the method avoids, and shares no code with it. `scalora.ScaLora` does the
+same for all layers of a model, from LoRA's own gradients.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ class LayerState(NamedTuple):
     """A layer ``W + s·A·Bᵀ`` and Adam's moments of its factors.
 
     Attributes:
-        weight: W, the frozen part, (m, n).
+        weight: W, the frozen weight, (m, n).
         A: PEFT's ``lora_B.weight``, (m, r).
         B: PEFT's ``lora_A.weight`` transposed, (n, r).
         first_A: Adam's first moment of A, (m, r).
         first_B: Adam's first moment of B, (n, r).
         second_A: Adam's second moment of A, (m, r).
         second_B: Adam's second moment of B, (n, r).
-        step: steps taken.
+        step: number of steps taken.
     """
 
     weight: Float[Tensor, "m n"]
@@ -39,12 +39,12 @@ class LayerState(NamedTuple):
 
     @classmethod
     def start(cls, weight: Float[Tensor, "m n"], A: Float[Tensor, "m r"], B: Float[Tensor, "n r"]) -> LayerState:
-        """A layer before its first step, with empty moments.
+        """A layer before its first step, with zero moments.
 
         Args:
-            weight: W, (m, n).
-            A: (m, r), not zero: a zero factor has no optimum and is left alone.
-            B: (n, r).
+            weight: W, the frozen weight, (m, n).
+            A: PEFT's ``lora_B.weight``, (m, r). Not zero: a zero factor has no optimal scaling.
+            B: PEFT's ``lora_A.weight`` transposed, (n, r). Not zero.
         """
         zero_A, zero_B = torch.zeros_like(A), torch.zeros_like(B)
         return cls(weight, A, B, zero_A, zero_B, zero_A, zero_B, 0)
@@ -53,13 +53,16 @@ class LayerState(NamedTuple):
 def reference_factors(
     G: Float[Tensor, "m n"], A: Float[Tensor, "m r"], B: Float[Tensor, "n r"], target_norm: float
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:
-    """α and β of the paper's rule: the column optimum if it is positive, else the scalar one if it is, else ones.
+    """α and β by the paper's rule: the column optimum if it is positive, else the scalar one if it is, else ones.
 
     Args:
         G: gradient of the loss in the layer's whole weight, (m, n).
-        A: (m, r).
-        B: (n, r).
+        A: PEFT's ``lora_B.weight``, (m, r).
+        B: PEFT's ``lora_A.weight`` transposed, (n, r).
         target_norm: ``1/√(Lη)``.
+
+    Returns:
+        α, (r,), and β, (r,).
     """
     r = A.shape[1]
     # G ≈ Σᵢ vᵢ·aᵢ(Gᵀaᵢ)ᵀ + Σⱼ v₍ᵣ₊ⱼ₎·(G bⱼ)bⱼᵀ
@@ -89,13 +92,16 @@ def reference_step(
     """One step of ScaLoRA with Adam.
 
     Args:
-        state: of the layer.
+        state: the layer before the step; it is not modified.
         G: gradient of the loss in the layer's whole weight ``W + s·A·Bᵀ``, (m, n).
-        scaling: s.
-        learning_rate: of this step.
-        target_norm: ``1/√(Lη)`` with η the base learning rate.
-        betas: Adam's.
-        eps: Adam's.
+        scaling: s, the adapter's scaling (PEFT's ``lora_alpha / r``).
+        learning_rate: learning rate of this step.
+        target_norm: ``1/√(Lη)``, with η the base learning rate.
+        betas: Adam's decay rates of the first and second moment.
+        eps: Adam's epsilon.
+
+    Returns:
+        The layer after the step.
     """
     W, A, B, first_A, first_B, second_A, second_B, step = state
     grad_A, grad_B = scaling * G @ B, scaling * G.T @ A
@@ -104,7 +110,7 @@ def reference_step(
     scaled_A, scaled_B = A * alpha, B * beta
     W = W + scaling * A @ B.T - scaling * scaled_A @ scaled_B.T
 
-    # ∂ℓ/∂Ã = (∂ℓ/∂A)·diag(β) and ∂ℓ/∂B̃ = (∂ℓ/∂B)·diag(α); moments are of degree 1 and 2 in the gradient.
+    # ∂ℓ/∂Ã = (∂ℓ/∂A)·diag(β) and ∂ℓ/∂B̃ = (∂ℓ/∂B)·diag(α); the moments have degree 1 and 2 in the gradient.
     grad_A, first_A, second_A = grad_A * beta, first_A * beta, second_A * beta**2
     grad_B, first_B, second_B = grad_B * alpha, first_B * alpha, second_B * alpha**2
 

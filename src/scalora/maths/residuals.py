@@ -1,6 +1,7 @@
-"""What one step would leave uncaptured of a layer's gradient: the loss bound's residual (paper, section 3).
+"""Residuals of the loss bound: how much of a layer's gradient one step leaves uncaptured (paper, section 3).
 
-Yardsticks that need G, (m, n), which the step itself never forms; `scalora inspect` shows them for the layers of a run.
+Diagnostics: most need the full gradient G, (m, n), which a training step never forms. `scalora inspect` shows them for
+the layers of a run.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ def captured_energy(
     """How much of ``‖G‖²`` the step with v captures, ``‖G‖² − ‖G − Σ vₖ Xₖ‖² = 2λᵀv − vᵀMv``, without G.
 
     Args:
-        equations: of the layers.
-        v: column (…, 2r) or scalar (…, 2) values of ``Lη·[α²; β²]``.
+        equations: the normal equations of the layers, from `scalora.normal_equations`.
+        v: ``Lη·[α²; β²]`` with a factor for each column, (…, 2r), or one for A and one for B, (…, 2).
+
+    Returns:
+        The captured part of ``‖G‖²`` of each layer, (…), in the dtype of the equations.
     """
     v = _per_column(v, equations.rhs.shape[-1]).to(equations.rhs.dtype)
     return 2 * (equations.rhs * v).sum(-1) - torch.einsum("...i,...ij,...j->...", v, equations.matrix, v)
@@ -41,15 +45,20 @@ def relative_residual(
     B: Float[Tensor, "*layers n r"],
     v: Float[Tensor, "*layers 2*r"] | Float[Tensor, "*layers 2"] | None = None,
 ) -> Float[Tensor, "*layers"]:
-    """What the loss bound leaves uncaptured, ``‖ΔW·L + G‖² / ‖G‖²``, for any choice of v (0 is perfect, 1 is nothing).
+    """How much of the gradient a step leaves uncaptured, ``‖ΔW·L + G‖² / ‖G‖²``, for any v.
 
-    A yardstick that needs G, (…, m, n); the step itself never does.
+    A diagnostic that needs G; training steps don't.
 
     Args:
-        G: gradient of the loss in W.
-        A: adapter factor, (…, m, r).
-        B: adapter factor, (…, n, r).
-        v: ``Lη·[α²; β²]``, (…, 2r) or (…, 2); ones (the adapter as it is, for Lη = 1) when None.
+        G: gradient of the loss in W, (…, m, n), not zero.
+        A: PEFT's ``lora_B.weight``, (…, m, r).
+        B: PEFT's ``lora_A.weight`` transposed, (…, n, r).
+        v: ``Lη·[α²; β²]`` with a factor for each column, (…, 2r), or one for A and one for B, (…, 2). None: ones, that
+            is, the adapter as it is, with Lη = 1.
+
+    Returns:
+        The residual of each layer, (…), in float64 (float32 on devices without it): 0 if all of the gradient is
+        captured, 1 if nothing is, more if the step is too long.
     """
     dtype = solver_dtype(G.device)
     G, A, B = G.to(dtype), A.to(dtype), B.to(dtype)
@@ -60,14 +69,14 @@ def relative_residual(
 
 
 class StepResiduals(NamedTuple):
-    """What the loss bound leaves of a layer's gradient, ``‖ΔW·L + G‖² / ‖G‖²``: 0 is perfect, 1 is nothing.
+    """Residuals ``‖ΔW·L + G‖² / ‖G‖²`` of one layer: 0 if all of the gradient is captured, 1 if nothing is.
 
     Attributes:
-        none: the adapter as it is; a step that is too long for the bound leaves more than 1.
-        scalar: the optimum of one factor for A and one for B, positive or not.
-        column: the optimum of a factor for each column, positive or not.
-        chosen: what `scalora.choose_scaling` takes; `none` where that leaves the layer alone.
-        oracle: the best adapter of all, from the SVD of G.
+        none: of the adapter as it is; above 1 if its step is too long for the bound.
+        scalar: of the best factor for A and for B, whether or not both are positive.
+        column: of the best factor for each column, whether or not all are positive.
+        chosen: of the scaling that `scalora.choose_scaling` chooses; equal to `none` if it leaves the layer alone.
+        oracle: of the best adapter of the given rank, from the SVD of G.
     """
 
     none: float
@@ -86,21 +95,21 @@ def step_residuals(
     mode: Mode = "auto",
     oracle_rank: int | None = None,
 ) -> StepResiduals:
-    """How much of a gradient one more step of an adapter would leave uncaptured, by how it is scaled before.
+    """How much of a gradient one more step of an adapter leaves uncaptured, for each kind of scaling before the step.
 
-    Needs G and its SVD: a yardstick, not a part of the method.
+    A diagnostic that needs G and its SVD; not a part of the method.
 
     Args:
         G: gradient of the loss in the layer's whole weight, (m, n), any float dtype.
         A: PEFT's ``lora_B.weight``, (m, r).
         B: PEFT's ``lora_A.weight`` transposed, (n, r).
-        target_norm: ``1/√(Lη)`` (``1/(s·√(Lη))`` with PEFT's scaling s), which says how long the step of the adapter
-            as it is would be.
-        mode: which scalings may be chosen.
-        oracle_rank: of the best adapter; r when None.
+        target_norm: ``1/√(Lη)``, or ``1/(s·√(Lη))`` with PEFT's scaling s: determines the length of the unscaled
+            adapter's step.
+        mode: which scalings may be chosen: ``"auto"`` (the paper's rule), ``"column"`` or ``"scalar"``.
+        oracle_rank: rank of the oracle's adapter; r if None.
 
     Raises:
-        ValueError: G has NaN or infinite entries, or is zero, so that there is nothing to capture.
+        ValueError: G is zero, or has NaN or infinite entries.
     """
     if not G.isfinite().all():
         raise ValueError("the gradient has NaN or infinite entries")

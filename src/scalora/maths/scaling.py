@@ -1,16 +1,16 @@
 """The optimal scaling of a LoRA adapter (ScaLoRA, arXiv 2510.23818, section 3): tensors only.
 
 Notation is the paper's: the layer's weight is ``W (m × n)``, the adapter adds ``A Bᵀ`` with ``A (m × r)`` (PEFT's
-``lora_B.weight``) and ``B (n × r)`` (PEFT's ``lora_A.weight`` transposed), and ``G = ∂ℓ/∂W`` is the gradient that
-nobody forms: LoRA's own gradients are ``GB = G·B`` and ``GtA = Gᵀ·A`` up to the adapter's scaling.
+``lora_B.weight``) and ``B (n × r)`` (PEFT's ``lora_A.weight`` transposed). ``G = ∂ℓ/∂W`` is the full gradient, which is
+never formed: LoRA's own gradients are ``GB = G·B`` and ``GtA = Gᵀ·A``, up to the adapter's scaling s.
 
 One gradient step on ``Ã = A·diag(α)``, ``B̃ = B·diag(β)`` moves W by ``−η(G B̃B̃ᵀ + ÃÃᵀ G)``. With
 ``v = Lη·[α²; β²]`` the loss bound of an L-smooth loss is a least squares in v over 2r rank-one matrices:
 
     minimise ‖G − Σᵢ vᵢ·aᵢ(Gᵀaᵢ)ᵀ − Σⱼ v₍ᵣ₊ⱼ₎·(G bⱼ)bⱼᵀ‖²      whose normal equations are  M v = λ.
 
-Everything is batched over leading dimensions, so layers of one shape are solved together, and is free of
-data-dependent branches. Integer and complex inputs are not meant; every float dtype is.
+Everything is batched over leading dimensions, so that layers of one shape are solved together, and has no
+data-dependent branches. Inputs may be of any floating-point dtype.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torch import Tensor
 
 from scalora.maths.mode import COLUMN, LEFT_ALONE, SCALAR, Mode
 
-# v carries a relative error of about eps / pivot, where pivot is the smallest squared Cholesky pivot of the
-# unit-diagonal system. Below this one fewer than about four digits of v are left in float64: not an optimum any more.
+# The relative error of v is about eps / pivot, where pivot is the smallest squared Cholesky pivot of the unit-diagonal
+# system. Below this pivot, fewer than about four digits of v are correct in float64: v is no longer an optimum.
 _SMALLEST_PIVOT = 1e-12
 
-# A factor outside this range squares to less than 1e-12 or more than 1e12 and pushes float32 second moments
-# (typically 1e-16 … 1e-4) out of range; the paper's "never zero a column" is the lower end of it.
+# A factor outside this range has a square below 1e-12 or above 1e12, which pushes float32 second moments (typically
+# 1e-16 … 1e-4) out of range. The lower end implements the paper's "never zero a column".
 _FACTOR_RANGE = (1e-6, 1e6)
 
 
 class Grams(NamedTuple):
-    """Inner products of the columns of ``S_A = [A, GB]`` and of ``S_B = [GtA, B]``: all that the optimum depends on.
+    """Inner products of the columns of ``S_A = [A, GB]`` and of ``S_B = [GtA, B]``, which determine the optimum.
 
     Attributes:
         left: S_AᵀS_A, (…, 2r, 2r), in the solver's dtype.
-        right: S_BᵀS_B, (…, 2r, 2r).
+        right: S_BᵀS_B, (…, 2r, 2r), in the solver's dtype.
     """
 
     left: Float[Tensor, "*layers k k"]
@@ -45,7 +45,7 @@ class Grams(NamedTuple):
 
     @property
     def of_factors(self) -> tuple[Float[Tensor, "*layers r r"], Float[Tensor, "*layers r r"]]:
-        """AᵀA and BᵀB."""
+        """``AᵀA`` and ``BᵀB``, (…, r, r) each."""
         r = self.left.shape[-1] // 2
         return self.left[..., :r, :r], self.right[..., r:, r:]
 
@@ -55,9 +55,9 @@ class NormalEquations(NamedTuple):
 
     Attributes:
         matrix: M, (…, 2r, 2r), symmetric positive semi-definite, in the solver's dtype.
-        rhs: λ, (…, 2r).
+        rhs: λ, (…, 2r), in the solver's dtype.
         usable: whether the layer's inputs are finite and none of the 2r rank-one matrices is zero, (…).
-        finite: whether they are finite, (…).
+        finite: whether the layer's inputs are finite, (…).
     """
 
     matrix: Float[Tensor, "*layers k k"]
@@ -67,16 +67,16 @@ class NormalEquations(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """What to do with each layer at this step.
+    """The factors for each layer at one step, and how they were chosen.
 
     Attributes:
-        alpha: factors of A's columns, (…, r), positive; exactly 1 where the layer is left alone.
-        beta: factors of B's columns, (…, r), likewise.
+        alpha: factors of A's columns, (…, r), positive; exactly 1 for a layer that is left alone.
+        beta: factors of B's columns, (…, r), positive; exactly 1 for a layer that is left alone.
         choice: `COLUMN`, `SCALAR` or `LEFT_ALONE` for each layer, (…).
-        degenerate: whether the layer was left alone because its inputs have no optimum (zero A, zero B, zero or
-            non-finite gradient), as against an optimum that came out negative or out of range, (…).
-        nonfinite: whether it was left alone because of a NaN or infinity, (…).
-        exploding: whether it was left alone because the factors of its optimum, positive as it should be, are too far
+        degenerate: whether a layer was left alone because its inputs have no optimum (a zero column in A, B, G·B or
+            Gᵀ·A, or non-finite entries) rather than because its optimum is negative or out of range, (…).
+        nonfinite: whether a layer was left alone because of NaN or infinite entries, (…).
+        exploding: whether a layer was left alone because the factors of its optimum, although positive, are too far
             from 1 to be applied, (…).
     """
 
@@ -88,7 +88,14 @@ class Scaling(NamedTuple):
     exploding: Bool[Tensor, "*layers"]
 
     def unless(self, skipped: Bool[Tensor, ""]) -> Scaling:
-        """The same, or a scaling that leaves every layer alone where `skipped`; nothing waits for the device."""
+        """Leave every layer alone if the optimizer skips its step. Does not wait for the device.
+
+        Args:
+            skipped: whether the step is skipped; a scalar on the device of the factors.
+
+        Returns:
+            This scaling, or one with all factors 1 if `skipped`.
+        """
         return Scaling(
             torch.where(skipped, 1.0, self.alpha),
             torch.where(skipped, 1.0, self.beta),
@@ -100,7 +107,11 @@ class Scaling(NamedTuple):
 
 
 def solver_dtype(device: torch.device) -> torch.dtype:
-    """Float64 wherever the device has it: the normal equations square the adapter's condition number."""
+    """The dtype to solve in: float64 where the device has it, because the equations square the condition number.
+
+    Args:
+        device: the device of the tensors.
+    """
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -110,10 +121,19 @@ def grams(
     GB: Float[Tensor, "*layers m r"],
     GtA: Float[Tensor, "*layers n r"],
 ) -> Grams:
-    """The inner products of the columns; cost O((m+n)r²), nothing of size m × n.
+    """The inner products that determine the optimum, at a cost of O((m + n)·r²) and without forming G.
+
+    Args:
+        A: PEFT's ``lora_B.weight``, (…, m, r), any float dtype.
+        B: PEFT's ``lora_A.weight`` transposed, (…, n, r), any float dtype.
+        GB: ``G·B``, (…, m, r): the gradient of ``lora_B.weight``, divided by PEFT's scaling s.
+        GtA: ``Gᵀ·A``, (…, n, r): the transposed gradient of ``lora_A.weight``, divided by PEFT's scaling s.
+
+    Returns:
+        ``[A, GB]ᵀ[A, GB]`` and ``[GtA, B]ᵀ[GtA, B]``, in the solver's dtype.
 
     Raises:
-        ValueError: the four shapes do not belong together.
+        ValueError: the four shapes don't match.
     """
     _check_shapes(A, B, GB, GtA)
     return Grams(_gram_of_both(A, GB), _gram_of_both(GtA, B))
@@ -125,23 +145,39 @@ def normal_equations(
     GB: Float[Tensor, "*layers m r"],
     GtA: Float[Tensor, "*layers n r"],
 ) -> NormalEquations:
-    """Build ``M = (S_AᵀS_A) ⊙ (S_BᵀS_B)`` and λ, with S_A and S_B as in `Grams`; see `equations_of_grams`.
+    """The normal equations ``M v = λ`` of the column scaling.
+
+    ``M = (S_AᵀS_A) ⊙ (S_BᵀS_B)`` with ``S_A = [A, GB]`` and ``S_B = [GtA, B]``; ``λ = [‖Gᵀaᵢ‖²; ‖G bⱼ‖²]``.
+
+    Args:
+        A: PEFT's ``lora_B.weight``, (…, m, r), any float dtype.
+        B: PEFT's ``lora_A.weight`` transposed, (…, n, r), any float dtype.
+        GB: ``G·B``, (…, m, r): the gradient of ``lora_B.weight``, divided by PEFT's scaling s.
+        GtA: ``Gᵀ·A``, (…, n, r): the transposed gradient of ``lora_A.weight``, divided by PEFT's scaling s.
+
+    Returns:
+        M and λ. Layers that are not `usable` (zero or non-finite input) get the identity and λ = 0, which every solver
+        takes without producing a NaN.
 
     Raises:
-        ValueError: the four shapes do not belong together.
+        ValueError: the four shapes don't match.
     """
     return equations_of_grams(grams(A, B, GB, GtA))
 
 
 def equations_of_grams(grams: Grams) -> NormalEquations:
-    """Build M and λ. Layers that are not `usable` get the identity and λ = 0, which pass any solver without a NaN.
+    """The normal equations ``M v = λ`` of the column scaling, from known inner products.
 
     Args:
-        grams: of the layers.
+        grams: the inner products of the layers.
+
+    Returns:
+        M and λ. Layers that are not `usable` (zero or non-finite input) get the identity and λ = 0, which every solver
+        takes without producing a NaN.
     """
     left, right = grams
     r = left.shape[-1] // 2
-    # A NaN or infinity in a column makes its square one: no need to look through the columns themselves.
+    # The square of a column with a NaN or infinity is not finite either: no need to check the columns themselves.
     finite = (left.isfinite() & right.isfinite()).all(-1).all(-1)
     matrix = left * right
     # λᵢ = ⟨G, aᵢ(Gᵀaᵢ)ᵀ⟩ = ‖Gᵀaᵢ‖² and ⟨G, (G bⱼ)bⱼᵀ⟩ = ‖G bⱼ‖².
@@ -158,20 +194,20 @@ def column_scaling(
     GB: Float[Tensor, "*layers m r"],
     GtA: Float[Tensor, "*layers n r"],
 ) -> Float[Tensor, "*layers 2*r"]:
-    """The unconstrained optimum ``v = Lη·[α²; β²]`` of scaling every column on its own, before any choice.
+    """The unconstrained optimum ``v = Lη·[α²; β²]`` with a factor for each column.
 
     Args:
-        A: (…, m, r), PEFT's ``lora_B.weight``.
-        B: (…, n, r), PEFT's ``lora_A.weight`` transposed.
-        GB: ``G·B``, (…, m, r), up to any common factor: v does not change when G is scaled.
+        A: PEFT's ``lora_B.weight``, (…, m, r), any float dtype.
+        B: PEFT's ``lora_A.weight`` transposed, (…, n, r), any float dtype.
+        GB: ``G·B``, (…, m, r). Any common positive factor of GB and GtA is allowed: the result does not depend on it.
         GtA: ``Gᵀ·A``, (…, n, r), up to the same factor.
 
     Returns:
-        v, (…, 2r), float64 (float32 on devices without it). Where v ≥ 0 it is the global optimum. A layer without an
-        optimum (zero or non-finite input, singular system) gets zeros, which no choice accepts: never NaN.
+        v, (…, 2r), in float64 (float32 on devices without it). Where v ≥ 0 it is the global optimum. A layer without an
+        optimum (zero or non-finite input, singular system) gets zeros, which `choose_scaling` rejects; never NaN.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the four shapes don't match.
     """
     equations = normal_equations(A, B, GB, GtA)
     v, _ = _solve(equations.matrix, equations.rhs)
@@ -184,10 +220,22 @@ def scalar_scaling(
     GB: Float[Tensor, "*layers m r"],
     GtA: Float[Tensor, "*layers n r"],
 ) -> Float[Tensor, "*layers 2"]:
-    """The optimum ``v = Lη·[α²; β²]`` of one factor for all of A and one for all of B, before any choice.
+    """The unconstrained optimum ``v = Lη·[α²; β²]`` with one factor for A and one for B.
 
-    It is the column system summed over its blocks: ``‖AAᵀG‖²``, ``‖AᵀGB‖²`` and ``‖GBBᵀ‖²`` are the block sums of M.
-    Arguments, degenerate inputs and errors as for `column_scaling`; returns (…, 2).
+    It solves the column system summed over its blocks: the sums of M are ``‖AAᵀG‖²``, ``‖AᵀGB‖²`` and ``‖GBBᵀ‖²``.
+
+    Args:
+        A: PEFT's ``lora_B.weight``, (…, m, r), any float dtype.
+        B: PEFT's ``lora_A.weight`` transposed, (…, n, r), any float dtype.
+        GB: ``G·B``, (…, m, r). Any common positive factor of GB and GtA is allowed: the result does not depend on it.
+        GtA: ``Gᵀ·A``, (…, n, r), up to the same factor.
+
+    Returns:
+        v, (…, 2), in float64 (float32 on devices without it). Where v ≥ 0 it is the global optimum. A layer without an
+        optimum (zero or non-finite input, singular system) gets zeros, which `choose_scaling` rejects; never NaN.
+
+    Raises:
+        ValueError: the four shapes don't match.
     """
     v, _ = _solve(*_summed_over_blocks(normal_equations(A, B, GB, GtA)))
     return v
@@ -202,30 +250,37 @@ def choose_scaling(
     target_norm: float | Float[Tensor, "*layers 2"],
     mode: Mode = "auto",
 ) -> Scaling:
-    """The factors to use: the column optimum if it is positive, else the scalar one if it is, else none.
+    """The factors to use: the column optimum if it is positive, else the scalar one if it is, else ones.
 
     Args:
-        A: as for `column_scaling`; so are `B`, `GB` and `GtA`.
-        B: see `A`.
-        GB: see `A`.
-        GtA: see `A`.
-        target_norm: ``1/√(Lη)``, the size that the factors are measured in: ``[α; β] = √v · target_norm``. One number,
-            or (…, 2) with one for α and one for β where the two are trained with different learning rates.
+        A: PEFT's ``lora_B.weight``, (…, m, r), any float dtype.
+        B: PEFT's ``lora_A.weight`` transposed, (…, n, r), any float dtype.
+        GB: ``G·B``, (…, m, r). Any common positive factor of GB and GtA is allowed: the result does not depend on it.
+        GtA: ``Gᵀ·A``, (…, n, r), up to the same factor.
+        target_norm: ``1/√(Lη)``, in ``[α; β] = √v · target_norm``. One number for all, or (…, 2) with one for α and one
+            for β, for factors that are trained with different learning rates.
         mode: ``"auto"`` is the paper's rule; ``"column"`` and ``"scalar"`` try only the one.
 
     Returns:
-        `Scaling`; layers left alone have factors of exactly 1.
+        The factors and how they were chosen. A layer without a usable optimum is left alone, with factors of exactly 1.
+
+    Raises:
+        ValueError: the four shapes don't match.
     """
     return scaling_of_grams(grams(A, B, GB, GtA), target_norm=target_norm, mode=mode)
 
 
 def scaling_of_grams(grams: Grams, *, target_norm: float | Float[Tensor, "*layers 2"], mode: Mode = "auto") -> Scaling:
-    """`choose_scaling` of layers whose inner products are known.
+    """The factors to use for layers whose inner products are known, as `choose_scaling` chooses them.
 
     Args:
-        grams: of the layers.
-        target_norm: see `choose_scaling`; so is `mode`.
-        mode: see `target_norm`.
+        grams: the inner products of the layers.
+        target_norm: ``1/√(Lη)``, in ``[α; β] = √v · target_norm``. One number for all, or (…, 2) with one for α and one
+            for β, for factors that are trained with different learning rates.
+        mode: ``"auto"`` is the paper's rule; ``"column"`` and ``"scalar"`` try only the one.
+
+    Returns:
+        The factors and how they were chosen. A layer without a usable optimum is left alone, with factors of exactly 1.
     """
     equations = equations_of_grams(grams)
     r = equations.rhs.shape[-1] // 2
@@ -256,7 +311,7 @@ def scaling_of_grams(grams: Grams, *, target_norm: float | Float[Tensor, "*layer
 def _gram_of_both(
     first: Float[Tensor, "*layers rows r"], second: Float[Tensor, "*layers rows r"]
 ) -> Float[Tensor, "*layers 2*r 2*r"]:
-    """Inner products of the columns of both, by blocks: what is on hand in two tensors is not copied into one."""
+    """Inner products of the columns of ``[first, second]``, block by block, without concatenating the two."""
     dtype = solver_dtype(first.device)
     first, second = first.to(dtype), second.to(dtype)
     mixed = first.mT @ second
@@ -267,9 +322,9 @@ def _gram_of_both(
 def _solve(
     matrix: Float[Tensor, "*layers k k"], rhs: Float[Tensor, "*layers k"]
 ) -> tuple[Float[Tensor, "*layers k"], Bool[Tensor, "*layers"]]:
-    """Solve by Cholesky after Jacobi scaling with one step of refinement; zeros where M is not positive definite.
+    """Solve by Cholesky after Jacobi scaling, with one step of refinement; zeros where M is not positive definite.
 
-    Returns the solution and whether the system is regular enough for it to be an optimum.
+    Returns the solution, and whether the system is regular enough for it to be an optimum.
     """
     scale = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
     unit = matrix * scale[..., :, None] * scale[..., None, :]
@@ -299,7 +354,7 @@ def _summed_over_blocks(
 def _factors(
     v: Float[Tensor, "*layers k"], regular: Bool[Tensor, "*layers"], norms: Float[Tensor, "*layers k"]
 ) -> tuple[Float[Tensor, "*layers k"], Bool[Tensor, "*layers"], Bool[Tensor, "*layers"]]:
-    """The factors of v, whether v is a positive optimum, and whether the factors can be applied."""
+    """The factors of v, whether v is a positive optimum, and whether the factors are also in range."""
     factors = v.clamp_min(0).sqrt() * norms
     low, high = _FACTOR_RANGE
     positive = regular & (v > 0).all(-1)
@@ -309,6 +364,6 @@ def _factors(
 def _check_shapes(A: Tensor, B: Tensor, GB: Tensor, GtA: Tensor) -> None:
     if A.shape != GB.shape or B.shape != GtA.shape or A.shape[-1] != B.shape[-1] or A.shape[:-2] != B.shape[:-2]:
         raise ValueError(
-            "expected A and GB of one shape (…, m, r), B and GtA of one shape (…, n, r); got "
+            "A and GB must both be of shape (…, m, r), B and GtA both of shape (…, n, r); got "
             f"A {tuple(A.shape)}, B {tuple(B.shape)}, GB {tuple(GB.shape)}, GtA {tuple(GtA.shape)}"
         )

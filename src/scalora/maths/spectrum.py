@@ -1,4 +1,4 @@
-"""What the singular values of an update say: its ranks and its norm (tensors only)."""
+"""Ranks and norm of an update from its singular values, as in the paper's analysis of ranks (Figure 2(b))."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from scalora.maths.lowrank import DEFAULT_RTOL
 
-# Eigenvalues of a Gram matrix below this share of the largest are rounding errors. The singular values, their roots, are
-# then below 6e-8 of the largest: float32's own rounding.
+# Eigenvalues of a Gram matrix below this share of the largest one are rounding errors. The singular values, their
+# square roots, are then below 6e-8 of the largest, which is float32's own rounding.
 _GRAM_ROUNDING = 16 * torch.finfo(torch.float64).eps
 
 
 class UpdateFigures(NamedTuple):
-    """What an update's singular values say.
+    """Ranks and norm of an update.
 
     Attributes:
-        numerical_rank: how many exceed `rtol` times the largest, as `scalora.numerical_rank`; 0 for a zero update.
-        effective_rank: ``exp`` of the entropy of their shares, as `scalora.effective_rank`; 0 for a zero update.
-        norm: the Frobenius norm.
-        adapter_rank: the columns of an ordinary adapter that leaves out at most `rtol` of the Frobenius norm.
+        numerical_rank: number of singular values above `rtol` times the largest; 0 for a zero update.
+        effective_rank: ``exp`` of the entropy of the normalised singular values; 0 for a zero update.
+        norm: Frobenius norm.
+        adapter_rank: rank of the smallest ordinary adapter that leaves out at most `rtol` of the Frobenius norm.
     """
 
     numerical_rank: int
@@ -32,15 +32,15 @@ class UpdateFigures(NamedTuple):
 
 
 def update_figures(singular_values: Float[Tensor, " k"], rtol: float = DEFAULT_RTOL) -> UpdateFigures:
-    """Ranks and norm of an update from its singular values, so that one decomposition is enough for all of them.
+    """Ranks and norm of an update from one decomposition.
 
     Args:
-        singular_values: descending; all of those that are not 0.
-        rtol: of the numerical rank and of the adapter's error; the default is the one of `scalora.numerical_rank` and
-            of `scalora.export_adapter`.
+        singular_values: all non-zero singular values of the update, in descending order.
+        rtol: tolerance of the numerical rank, relative to the largest singular value, and of the adapter's error,
+            relative to the Frobenius norm.
     """
     values = singular_values.double()
-    left_out = values.square().flip(0).cumsum(0).flip(0)  # by an adapter with 0, 1, 2, … columns
+    left_out = values.square().flip(0).cumsum(0).flip(0)  # by adapters of rank 0, 1, 2, …
     return UpdateFigures(
         numerical_rank=rank_of_values(values, rtol),
         effective_rank=effective_rank_of_values(values),
@@ -50,17 +50,16 @@ def update_figures(singular_values: Float[Tensor, " k"], rtol: float = DEFAULT_R
 
 
 def singular_values(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " k"]:
-    """All singular values of a matrix in float64, as the roots of the eigenvalues of its smaller Gram matrix.
+    """All singular values of a matrix in float64, as square roots of the eigenvalues of its smaller Gram matrix.
 
-    Several times faster than a singular value decomposition, at the price of precision: the error is about 1e-16 of the
-    largest *square*, so values down to 1e-4 of the largest have eight correct digits, and those below 6e-8 of it are
-    returned as 0.
+    Several times faster than a singular value decomposition and less precise: the error is about 1e-16 of the largest
+    *square*. Values down to 1e-4 of the largest have eight correct digits; values below 6e-8 of it are returned as 0.
 
     Args:
-        matrix: finite. On a device without float64 (MPS), it is moved to the CPU.
+        matrix: (m, n), finite, any float dtype. On a device without float64 (MPS), it is moved to the CPU.
 
     Returns:
-        the values in descending order, ``min(m, n)`` of them.
+        The ``min(m, n)`` singular values in descending order.
 
     Raises:
         torch.linalg.LinAlgError: the matrix has NaN or infinite entries.
@@ -73,30 +72,43 @@ def singular_values(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " k"]:
 
 
 def numerical_rank(matrix: Float[Tensor, "m n"], rtol: float = DEFAULT_RTOL) -> int:
-    """How many singular values exceed ``rtol`` times the largest (computed in float64); 0 for a zero matrix.
+    """The number of singular values above ``rtol`` times the largest; 0 for a zero matrix.
 
-    The default is the one that the project's figures use: float32 training noise sits near 1e-6 of the largest value,
-    three orders below it.
+    Args:
+        matrix: (m, n), finite, any float dtype; the computation is in float64.
+        rtol: threshold relative to the largest singular value. Float32 training noise is near 1e-6 of the largest
+            value, three orders below the default.
     """
     return rank_of_values(torch.linalg.svdvals(matrix.double()), rtol)
 
 
 def rank_of_values(values: Float[Tensor, " k"], rtol: float = DEFAULT_RTOL) -> int:
-    """`numerical_rank` of a matrix with these singular values, in descending order."""
+    """The number of singular values above ``rtol`` times the largest; 0 if all are zero.
+
+    Args:
+        values: singular values in descending order, at least one.
+        rtol: threshold relative to the largest singular value.
+    """
     return int((values > rtol * values[0]).sum())
 
 
 def effective_rank(matrix: Float[Tensor, "m n"]) -> float:
     """``exp`` of the entropy of the normalised singular values (Roy and Vetterli, 2007): a rank without a threshold.
 
-    It is what a high-rank method is judged by where no threshold is agreed on (paper, Figure 2(b)); 0 for a zero
-    matrix.
+    A measure of high-rank updates where no threshold is agreed on (paper, Figure 2(b)); 0 for a zero matrix.
+
+    Args:
+        matrix: (m, n), finite, any float dtype; the computation is in float64.
     """
     return effective_rank_of_values(torch.linalg.svdvals(matrix.double()))
 
 
 def effective_rank_of_values(values: Float[Tensor, " k"]) -> float:
-    """`effective_rank` of a matrix with these singular values."""
+    """``exp`` of the entropy of the normalised singular values; 0 if all are zero.
+
+    Args:
+        values: singular values, not negative, in any order.
+    """
     if not values.any():
         return 0.0
     return float(torch.special.entr(values / values.sum()).sum().exp())

@@ -1,1 +1,1 @@
-"""All knowledge of PEFT's layers: finding LoRA pairs, placing remainders. May import `config`, `rescale`, `maths`."""
+"""PEFT's layers: finding LoRA pairs, attaching remainders. May import `config`, `rescale` and below."""

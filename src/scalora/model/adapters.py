@@ -1,7 +1,7 @@
-"""Finds the LoRA pairs of a PEFT model, in the paper's orientation, and refuses by name those that can't be treated.
+"""Finds the LoRA pairs of a PEFT model, in the paper's notation (section 3), and refuses unsupported layers by name.
 
-All knowledge of PEFT's LoRA layers is in this folder. A new kind of layer is a line in `scalora.model.layers` and,
-where its factors or its weight lie elsewhere, a branch in `_checked_pair`.
+All knowledge of PEFT's LoRA layers is in this folder. To support a new kind of layer, add it to `scalora.model.layers`
+and, if PEFT keeps its factors or its weight elsewhere, to `_checked_pair`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scalora.rescale.remainder import HALF, Remainder
 
 
 class UnsupportedLayerError(ValueError):
-    """A module that can't be treated; the message names the module, the reason and a way out."""
+    """A module that ScaLoRA does not support. The message names the module, the reason and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +30,12 @@ class LoraPair:
 
     Attributes:
         name: the module's name in the model.
-        lora_A: PEFT's parameter, (r, n): the paper's Bᵀ.
-        lora_B: PEFT's parameter, (m, r): the paper's A.
-        weight: the frozen base weight, (m, n), or (n, m) when `transposed`; in a packed format when `quantised`.
-        quantised: whether the base weight can't be added to.
-        transposed: whether the base stores its weight transposed (Conv1D, embeddings).
-        layer: the PEFT layer; its scaling is read at each step because PEFT lets users change it.
+        lora_A: PEFT's ``lora_A.weight``, (r, n): the paper's Bᵀ.
+        lora_B: PEFT's ``lora_B.weight``, (m, r): the paper's A.
+        weight: the frozen base weight, (m, n), or (n, m) if `transposed`; in a packed format if `quantised`.
+        quantised: whether the base weight is quantised, so that nothing can be merged into it.
+        transposed: whether the base weight is stored transposed (Conv1D, embeddings).
+        layer: the PEFT layer. Its scaling is read at each step, because PEFT lets users change it.
         adapter: the adapter's name.
     """
 
@@ -65,19 +65,19 @@ class LoraPair:
 
     @property
     def scaling(self) -> float:
-        """s: alpha/r, or alpha/√r with rsLoRA."""
+        """s: PEFT's ``lora_alpha / r``, or ``lora_alpha / √r`` with rsLoRA."""
         return float(self.layer.scaling[self.adapter])
 
     @property
     def keys(self) -> tuple[str, str]:
-        """The names of `lora_A` and `lora_B` among the model's parameters."""
+        """The names of `lora_A` and `lora_B` in ``model.named_parameters()``."""
         if self.adapter in self.layer.lora_embedding_A:
             return f"{self.name}.lora_embedding_A.{self.adapter}", f"{self.name}.lora_embedding_B.{self.adapter}"
         return f"{self.name}.lora_A.{self.adapter}.weight", f"{self.name}.lora_B.{self.adapter}.weight"
 
     @property
     def remainder(self) -> Remainder:
-        """Where this layer's remainders go; `scalora.model.placement.place_remainders` has put it there."""
+        """The layer's remainder, which `scalora.model.placement.place_remainders` has attached."""
         remainder: Remainder = getattr(self.layer, REMAINDER)
         return remainder
 
@@ -87,24 +87,24 @@ class LoraPair:
         return self.lora_A.grad is not None and self.lora_B.grad is not None
 
     def oriented(self, matrix: Tensor) -> Tensor:
-        """Convert between the base's storage order and the paper's (m, n), in either direction.
+        """Convert a matrix from the base weight's storage order to the paper's (m, n), or back.
 
         Args:
-            matrix: as the base stores its weight, or (m, n).
+            matrix: in the storage order of the base weight, or (m, n).
         """
         return matrix.mT if self.transposed else matrix
 
 
 def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
-    """Find all LoRA pairs of a model and check each of them.
+    """Find all LoRA pairs of a model and check that each is supported.
 
     Args:
-        model: a `PeftModel`, or any module with PEFT LoRA layers injected.
+        model: a `PeftModel`, or any module into which PEFT has injected LoRA layers.
 
     Raises:
-        UnsupportedLayerError: there is no LoRA layer, or one that can't be treated: DoRA and other variants,
-            convolutions, attention modules, sharded weights, tied base weights, half-precision, frozen or tied adapter
-            weights, merged or disabled adapters, more adapters than the one that is active.
+        UnsupportedLayerError: there is no LoRA layer, or an unsupported one: DoRA and other variants, convolutions,
+            attention modules, sharded weights, tied base weights, adapter weights that are in half precision, frozen or
+            tied, a merged or disabled adapter, more than one adapter.
     """
     owners = _owners_of_parameters(model)
     pairs = []
@@ -112,7 +112,7 @@ def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
         if isinstance(module, LoraLayer):
             pairs.append(_checked_pair(name, module, owners))
         elif isinstance(module, BaseTunerLayer):
-            refuse(name, f"{type(module).__name__} is not a LoRA layer", "adapt the model with LoraConfig")
+            refuse(name, f"{type(module).__name__} is not a LoRA layer", "adapt the model with peft.LoraConfig")
     if not pairs:
         raise UnsupportedLayerError(
             "the model has no LoRA layers: wrap it with peft.get_peft_model(model, LoraConfig(...)) first"
@@ -124,15 +124,15 @@ def refuse(name: str, reason: str, way_out: str) -> None:
     """Raise `UnsupportedLayerError` for a module.
 
     Args:
-        name: of the module.
-        reason: why it can't be treated, as a clause.
+        name: name of the module.
+        reason: why it is not supported, as a clause.
         way_out: what the user can do, as an imperative.
     """
-    raise UnsupportedLayerError(f"can't treat module {name!r}: {reason}; {way_out}")
+    raise UnsupportedLayerError(f"module {name!r} is not supported: {reason}; {way_out}")
 
 
 def _owners_of_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """Names under which each parameter is reachable, by the parameter's id: more than one means tied."""
+    """All names of each parameter, by the parameter's id. A parameter with more than one name is tied."""
     owners = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].append(name)
@@ -147,7 +147,7 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> 
         refuse(
             name,
             f"its base weight is tied ({' = '.join(names)})",
-            "leave it out of target_modules, or untie it",
+            "leave the module out of target_modules, or untie the weight",
         )
     if isinstance(layer, Embedding):
         lora_A, lora_B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
@@ -156,7 +156,7 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> 
         lora_A, lora_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         transposed = bool(getattr(layer, "fan_in_fan_out", False))
     for key, parameter in (("base weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        # FSDP2 and tensor parallelism, FSDP, ZeRO-3.
+        # In this order: FSDP2 and tensor parallelism; FSDP; ZeRO-3.
         if hasattr(parameter, "device_mesh") or "_fsdp_wrapped_module" in name or parameter.numel() == 0:
             refuse(name, f"its {key} is sharded", "train with DistributedDataParallel")
     for key, parameter in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -165,7 +165,7 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> 
 
 
 def _only_adapter(name: str, layer: LoraLayer) -> str:
-    """The one adapter of a layer, which must be active, enabled and unmerged."""
+    """The only adapter of a layer, which must be active, enabled and not merged."""
     adapters = layer.active_adapters
     if len(adapters) != 1:
         refuse(name, f"{len(adapters)} active adapters ({', '.join(adapters) or 'none'})", "activate exactly one")
@@ -173,8 +173,8 @@ def _only_adapter(name: str, layer: LoraLayer) -> str:
     if others := sorted({*layer.lora_A, *layer.lora_embedding_A} - {adapter}):
         refuse(
             name,
-            f"it also holds adapter {others[0]!r}, which would be wrong once the base weight has changed",
-            f"call delete_adapter({others[0]!r}); to a trainer that keeps a reference (DPO, KTO, GRPO) pass ref_model",
+            f"it also has adapter {others[0]!r}, which would be wrong once the base weight has changed",
+            f"call delete_adapter({others[0]!r}); for a trainer with a reference (DPO, KTO, GRPO), pass a ref_model",
         )
     if layer.merged:
         refuse(name, "its adapter is merged", "call unmerge_adapter() first")
@@ -186,7 +186,7 @@ def _only_adapter(name: str, layer: LoraLayer) -> str:
 def _check_plain_lora(name: str, layer: LoraLayer, adapter: str) -> None:
     """Refuse variants of LoRA whose update is not ``s·A·Bᵀ``."""
     if layer.use_dora.get(adapter):
-        refuse(name, "DoRA's magnitude makes the update non-linear in A and B", "set use_dora=False")
+        refuse(name, "with DoRA's magnitude the update is not linear in A and B", "set use_dora=False")
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, WithRemainder):
         refuse(name, f"the LoRA variant {type(variant).__name__} changes the update", "use plain LoRA")
@@ -214,7 +214,7 @@ def _check_factor(name: str, key: str, parameter: nn.Parameter, owners: dict[int
     if parameter.dtype in HALF:
         refuse(
             name,
-            f"{key} is {parameter.dtype}, whose rounding a rescale would multiply",
+            f"{key} is {parameter.dtype}, and a rescale would multiply its rounding errors",
             "keep the adapter in float32 (PEFT's autocast_adapter_dtype=True)",
         )
     if len(names := owners[id(parameter)]) > 1:
@@ -222,10 +222,10 @@ def _check_factor(name: str, key: str, parameter: nn.Parameter, owners: dict[int
 
 
 def promote_adapters(model: nn.Module) -> None:
-    """Convert half-precision adapter weights to float32 in place, as PEFT itself does by default.
+    """Convert half-precision adapter weights to float32 in place, as PEFT does by default.
 
     Args:
-        model: with PEFT LoRA layers.
+        model: a model with PEFT LoRA layers; modified.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -236,10 +236,10 @@ def promote_adapters(model: nn.Module) -> None:
 
 
 def by_rank(pairs: list[LoraPair]) -> list[list[LoraPair]]:
-    """Group pairs whose scalings can be solved for together: of one rank, dtype and device.
+    """Group pairs whose scalings can be solved for together, by rank, dtype and device.
 
     Args:
-        pairs: of one model.
+        pairs: the LoRA pairs of one model.
     """
     groups: dict[tuple[int, torch.dtype, torch.device], list[LoraPair]] = defaultdict(list)
     for pair in pairs:
@@ -248,10 +248,10 @@ def by_rank(pairs: list[LoraPair]) -> list[list[LoraPair]]:
 
 
 def by_shape(pairs: list[LoraPair]) -> list[list[LoraPair]]:
-    """Group pairs that can be stacked: of one shape, dtype and device.
+    """Group pairs that can be stacked, by shape, dtype and device.
 
     Args:
-        pairs: of one model.
+        pairs: LoRA pairs.
     """
     groups: dict[tuple[int, int, int, torch.dtype, torch.device], list[LoraPair]] = defaultdict(list)
     for pair in pairs:

@@ -1,7 +1,7 @@
-"""A LoRA layer with a factored remainder: PEFT's forward pass, merge and unmerge with the remainder added.
+"""LoRA layers with a factored remainder: PEFT's forward pass, merge and unmerge plus the remainder (paper, section 6).
 
-Built on PEFT's `LoraVariant`, the hook that DoRA uses too. Checked with PEFT 0.21, where `_embed` and
-`_get_embed_scale` of its embedding layer are private.
+Built on PEFT's `LoraVariant`, the hook that DoRA also uses. Checked with PEFT 0.21, where `_embed` and
+`_get_embed_scale` of the embedding layer are private.
 """
 
 from __future__ import annotations
@@ -13,26 +13,29 @@ from peft.tuners.lora.layer import Embedding, LoraVariant
 from torch import Tensor, nn
 
 REMAINDER = "frozen_remainder"
-"""The submodule of a PEFT layer that holds its remainder."""
+"""Name of the submodule of a PEFT layer that holds its remainder."""
 
 
 class WithRemainder(LoraVariant):  # type: ignore[misc]
-    """Plain LoRA plus the layer's factored remainder, which sees the input without dropout, as a base weight would."""
+    """Plain LoRA plus the layer's factored remainder, which gets the input without dropout, like the base weight."""
 
     def supports_lora_conversion(self) -> bool:
-        """Whether PEFT may convert the adapter to plain LoRA by itself; not without the remainder."""
+        """Whether PEFT may convert the adapter to plain LoRA: no, because the remainder would be lost."""
         return False
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """Add the adapter's and the remainder's output to `result`, the base layer's.
+        """Add the outputs of the adapter and of the remainder to the base layer's output.
 
         Args:
             module: the PEFT layer.
             active_adapter: the adapter's name.
-            x: the layer's input, (…, n), or token ids of an embedding.
+            x: the layer's input, (…, n), or token ids for an embedding.
             result: the base layer's output, (…, m).
-            kwargs: of PEFT's hook, not used.
+            kwargs: other arguments of PEFT's hook; not used.
+
+        Returns:
+            The layer's output, (…, m).
         """
         remainder = getattr(module, REMAINDER)
         if isinstance(module, Embedding):
@@ -50,29 +53,41 @@ class WithRemainder(LoraVariant):  # type: ignore[misc]
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """A copy of the base weight with the whole update added.
+        """A copy of the base weight with the whole update added, the adapter and the remainder.
 
         Args:
             module: the PEFT layer.
             active_adapter: the adapter's name.
-            orig_weight: the base weight as stored.
+            orig_weight: the base weight, as stored; not modified.
         """
         merged: Tensor = orig_weight + _whole_update(module, active_adapter).to(orig_weight.dtype)
         return merged
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        """Add the whole update to the base weight in place; arguments as for `merge_safe`."""
+        """Add the whole update, the adapter and the remainder, to the base weight in place.
+
+        Args:
+            module: the PEFT layer.
+            active_adapter: the adapter's name.
+            orig_weight: the base weight, as stored; modified.
+        """
         orig_weight.data += _whole_update(module, active_adapter)
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """A copy of the weight with the whole update taken off; arguments as for `merge_safe`."""
+        """A copy of the merged weight with the whole update subtracted, the adapter and the remainder.
+
+        Args:
+            module: the PEFT layer.
+            active_adapter: the adapter's name.
+            orig_weight: the merged weight, as stored; not modified.
+        """
         return orig_weight - _whole_update(module, active_adapter).to(orig_weight.dtype)
 
 
 def _whole_update(module: LoraLayer, adapter: str) -> Tensor:
-    """The update of the adapter and the remainder together, stored as the base weight is."""
+    """The update of the adapter and the remainder together, in the base weight's storage order."""
     remainder = getattr(module, REMAINDER).dense()
     stored_transposed = isinstance(module, Embedding) or getattr(module, "fan_in_fan_out", False)
     update: Tensor = module.get_delta_weight(adapter) + (remainder.mT if stored_transposed else remainder)

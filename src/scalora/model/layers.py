@@ -1,4 +1,4 @@
-"""The kinds of layer that LoRA adapts, and where PEFT keeps what is quantised: one place for their names."""
+"""The types of layers that can be adapted, and PEFT's classes for quantised ones."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 LINEAR = (nn.Linear, Conv1D)
-"""Layers with a weight matrix; Conv1D (GPT-2's) stores it transposed."""
+"""Linear layers. Conv1D (GPT-2) stores its weight transposed."""
 
 ADAPTABLE = (*LINEAR, nn.Embedding)
-"""Layers whose update is ``s·A·Bᵀ``; an embedding's weight is stored transposed."""
+"""Layers whose update is ``s·A·Bᵀ``. An embedding stores its weight transposed."""
 
-# Checked with PEFT 0.21. Layers over quantised weights whose forward pass goes through a `LoraVariant` if there is one,
-# which is what the factored remainder needs (bitsandbytes, GPTQ, HQQ, torchao); AWQ's, EETQ's and AQLM's do not.
+# Checked with PEFT 0.21. The factored remainder needs a forward pass that calls a `LoraVariant`: those of bitsandbytes,
+# GPTQ, HQQ and torchao layers do, those of AWQ, EETQ and AQLM layers do not.
 QUANTISED = ("Linear4bit", "Linear8bitLt", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear")
-"""Class names of PEFT's LoRA layers over quantised weights that can be treated."""
+"""Class names of PEFT's LoRA layers over quantised weights that are supported."""

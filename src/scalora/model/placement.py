@@ -1,4 +1,4 @@
-"""Decides where each layer's remainder goes, merged into the base weight or kept beside it, and puts it there."""
+"""Chooses between dense and factored remainders and attaches one to each layer (paper, section 6)."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from scalora.model.adapters import LoraPair, refuse
 from scalora.model.factored_layer import REMAINDER, WithRemainder
 from scalora.rescale.remainder import HALF, DenseRemainder, FactoredRemainder
 
-# Of an entry of a factored remainder: float32.
+# Bytes per entry of a factored remainder: float32.
 _BYTES_OF_FACTORS = 4
 
-# Of what a dense remainder keeps beside an entry of a half-precision weight.
+# Bytes that a dense remainder keeps per entry of a half-precision weight.
 _BYTES_ROUNDED_OFF = 2
 
 
 def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
-    """Replace ``"auto"`` by what it means for a model: ``"dense"`` or ``"factored"``.
+    """Resolve ``"auto"`` to ``"dense"`` or ``"factored"`` for a model.
 
-    A model that has been attached to before keeps what it has. Quantised weights can't take a merge: factored. Float32
-    and float64 weights can, at no cost in memory or time: dense, the paper's way. Half-precision weights can with 2
-    more bytes an entry, whereas the factors take 4 bytes an entry of theirs, and time in every forward and backward
-    pass: factored where that saves at least half of the memory, which also bounds the time (docs/cost.md).
+    - A model that already has remainders keeps their kind.
+    - Quantised weights can't be merged into: factored.
+    - Float32 and float64 weights can, at no cost in memory or time: dense, as in the paper.
+    - Dense takes 2 bytes per entry of a half-precision weight; factored takes 4 bytes per entry of the factors and time
+      in every forward and backward pass. Factored where it takes at most half of the memory, which also bounds the time
+      (docs/cost.md).
 
     Args:
-        pairs: of one model, at least one.
-        merge: the setting; anything but ``"auto"`` is returned as it is.
+        pairs: the LoRA pairs of one model, at least one.
+        merge: the setting. ``"dense"`` and ``"factored"`` are returned unchanged.
         max_rank: columns that a factored remainder would keep.
     """
     if merge != "auto":
@@ -40,16 +42,16 @@ def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
 
 
 def place_remainders(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None:
-    """Give every layer a place for its remainders; a layer that already has one keeps it.
+    """Attach a remainder to every layer. A layer that already has one keeps it.
 
     Args:
-        pairs: of one model.
-        merge: ``"dense"``, ``"factored"``, or ``"auto"``, see `resolve_merge`.
-        max_rank: columns that a factored remainder keeps.
+        pairs: the LoRA pairs of one model, at least one.
+        merge: kind of the remainder: ``"dense"``, ``"factored"``, or ``"auto"`` to choose by the base weights.
+        max_rank: the most columns that a compression of a factored remainder keeps; also set on existing remainders.
 
     Raises:
-        UnsupportedLayerError: dense on a quantised weight, or the layer already has a remainder of the other kind. No
-            layer has been changed then.
+        UnsupportedLayerError: the remainder would be dense and a weight is quantised, or a layer already has a
+            remainder of the other kind. No layer has been changed then.
     """
     factored = resolve_merge(pairs, merge, max_rank) == "factored"
     for pair in pairs:
@@ -76,4 +78,4 @@ def _check_place(pair: LoraPair, *, factored: bool) -> None:
     present = getattr(pair.layer, REMAINDER, None)
     if present is not None and isinstance(present, FactoredRemainder) != factored:
         wanted, other = ("factored", "dense") if factored else ("dense", "factored")
-        refuse(pair.name, f"it already has a {other} remainder", f"set merge={other!r}, not {wanted!r}")
+        refuse(pair.name, f"it already has a {other} remainder", f"set merge={other!r} instead of merge={wanted!r}")

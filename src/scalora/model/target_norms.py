@@ -1,4 +1,4 @@
-"""The target norms ``1/(s·√(Lη))`` of each layer, from the optimizer's base learning rates (paper, section 3)."""
+"""Target norms ``1/(s·√(Lη))`` of each layer, from the optimizer's base learning rates (paper, section 3)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from scalora.model.adapters import LoraPair
 
 
 def target_norms(pairs: list[LoraPair], optimizer: Optimizer, config: ScaLoraConfig) -> dict[str, tuple[float, float]]:
-    """The target norms for α and for β of every layer, by the layer's name.
+    """The target norms of every layer.
 
     Args:
-        pairs: of one model.
-        optimizer: holds their parameters; its base (unscheduled) learning rates are taken.
-        config: says which target norm is wanted.
+        pairs: the LoRA pairs of one model.
+        optimizer: the optimizer of their parameters. With `smoothness`, its base (unscheduled) learning rates are used.
+        config: the settings, with `target_norm` or `smoothness`.
+
+    Returns:
+        For each layer's name, the target norm for α and the one for β.
 
     Raises:
-        ValueError: the optimizer does not hold an adapter parameter, or `smoothness` is given and a learning rate is 0.
+        ValueError: the optimizer does not hold an adapter parameter, or `smoothness` is set and a base learning rate is
+            not positive.
     """
     rates = _base_learning_rates(optimizer)
     return {pair.name: _target_norms(pair, rates, config) for pair in pairs}
@@ -26,7 +30,7 @@ def target_norms(pairs: list[LoraPair], optimizer: Optimizer, config: ScaLoraCon
 def _base_learning_rates(optimizer: Optimizer) -> dict[int, float]:
     """The unscheduled learning rate of each parameter, by the parameter's id.
 
-    A scheduler keeps it in ``initial_lr``: with the scheduled rate a decay would blow the factors up.
+    A scheduler keeps it in ``initial_lr``. With the scheduled rate, a decay to zero would make the factors explode.
     """
     return {
         id(parameter): float(group.get("initial_lr", group["lr"]))
@@ -39,15 +43,15 @@ def _target_norms(pair: LoraPair, rates: dict[int, float], config: ScaLoraConfig
     for key, parameter in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
         if id(parameter) not in rates:
             raise ValueError(
-                f"the optimizer does not hold {key} of module {pair.name!r}: build it from the parameters of this model"
+                f"the optimizer does not hold {key} of module {pair.name!r}: create it from this model's parameters"
             )
-    # α's term of the loss bound, aᵢ(Gᵀaᵢ)ᵀ, comes from the step on B, so it goes with the learning rate of lora_A.
+    # α's term of the loss bound, aᵢ(Gᵀaᵢ)ᵀ, comes from the step on B, so it belongs to the learning rate of lora_A.
     norms = []
     for rate in (rates[id(pair.lora_A)], rates[id(pair.lora_B)]):
         if config.smoothness is not None and rate <= 0:
             raise ValueError(
-                f"smoothness={config.smoothness} needs the base learning rate, which is {rate} for module "
-                f"{pair.name!r}: attach after setting it, or give target_norm"
+                f"smoothness={config.smoothness} needs a positive base learning rate, but it is {rate} for module "
+                f"{pair.name!r}: set it before attaching ScaLoRA, or give target_norm instead"
             )
         norms.append(config.column_norm(pair.scaling, rate))
     return norms[0], norms[1]

@@ -1,4 +1,4 @@
-"""The whole update of a layer since the start of training: ``W_T − W_0 + s·A·Bᵀ``, dense or as factors."""
+"""The whole update of a layer since the start of training, ``W_T − W_0 + s·A·Bᵀ`` (paper, section 6)."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ def dense_update(
     lora_A: Float[Tensor, "r n"],
     lora_B: Float[Tensor, "m r"],
 ) -> Float[Tensor, "m n"]:
-    """The update of a layer whose remainder is merged into its base weight, in float64.
+    """The update of a layer with a dense remainder, in float64.
 
     Args:
-        pair: says how the weight is stored and what the scaling is.
-        trained: the remainder, which knows what rounding has left out of the trained weight.
-        weight: W_T as stored.
-        base_weight: W_0 as stored.
-        lora_A: PEFT's parameter.
-        lora_B: PEFT's parameter.
+        pair: the layer; only its scaling and the storage order of its weight are used.
+        trained: the layer's remainder, with the rounding errors of the trained weight.
+        weight: the trained weight W_T, as stored.
+        base_weight: the original weight W_0, as stored.
+        lora_A: PEFT's ``lora_A.weight``, (r, n).
+        lora_B: PEFT's ``lora_B.weight``, (m, r).
     """
     merged = pair.oriented(trained.exact(weight).double() - base_weight.double())
     return merged + pair.scaling * lora_B.double() @ lora_A.double()
 
 
 def factored_update(pair: LoraPair) -> Factors:
-    """The update of a layer whose remainder is factored, ``s·A·Bᵀ`` and the remainder, by singular values.
+    """The update of a layer with a factored remainder, ``s·A·Bᵀ`` plus the remainder, as an SVD in float64.
 
     Args:
-        pair: with a factored remainder.
+        pair: the layer, with a factored remainder.
     """
     assert isinstance(pair.remainder, FactoredRemainder)
     left = torch.cat([pair.scaling * pair.lora_B.detach().double(), pair.remainder.left.double()], dim=1)

@@ -1,1 +1,1 @@
-"""What knows of other processes: DistributedDataParallel today. May import `model` and what that may."""
+"""Training in several processes: DistributedDataParallel. May import `model` and below."""

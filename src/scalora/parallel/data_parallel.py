@@ -1,4 +1,4 @@
-"""DistributedDataParallel: looking through the wrapper, and keeping remainders out of its broadcasts."""
+"""DistributedDataParallel: unwrapping models, and keeping remainders out of its broadcasts (paper, section 6)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from scalora.rescale.remainder import REMAINDER_BUFFERS
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a DDP wrapper, whose broadcasts are told to leave remainders out; else the model itself.
+    """The model inside a DDP wrapper, after excluding its remainders from broadcasts; else the model itself.
 
     Args:
-        model: with LoRA layers, wrapped or not.
+        model: a model with LoRA layers, wrapped in DDP or not.
     """
     if not isinstance(model, DistributedDataParallel):
         return model
@@ -26,22 +26,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def keep_out_of_broadcasts(model: nn.Module) -> None:
     """Exclude the buffers of remainders from DDP's broadcasts.
 
-    Before every forward pass DDP sends the first process's buffers to all others, and the remainders of a
-    half-precision base are as large as the base itself. They are the same in all processes, because the gradients that
-    they come from are.
+    Before every forward pass, DDP sends the buffers of the first process to all others, and the remainders of a
+    half-precision base are as large as the base. There is no need to: they are equal in all processes, because they are
+    computed from gradients that are.
 
     Args:
-        model: with LoRA layers; DDP is around a part of it already, or will be around it, or never.
+        model: a model with LoRA layers. DDP may already wrap parts of it, or wrap all of it later.
     """
     for wrapper in model.modules():
         if isinstance(wrapper, DistributedDataParallel):
             wrapper.parameters_to_ignore |= _names_of_remainders(wrapper.module)
-    # Read by DDP's constructor; there is no public name for it (PyTorch issue 43690, checked with torch 2.13).
+    # DDP's constructor reads this attribute, which has no public name (PyTorch issue 43690; checked with torch 2.13).
     ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ())) | _names_of_remainders(model)
     model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
 
 
 def _names_of_remainders(model: nn.Module) -> set[str]:
-    """The names that the buffers of remainders have or will have."""
+    """The names of the buffers of all remainders, whether or not they are attached yet."""
     layers = (name for name, module in model.named_modules() if isinstance(module, LoraLayer))
     return {f"{layer}.{REMAINDER}.{buffer}" for layer in layers for buffer in REMAINDER_BUFFERS}

@@ -1,1 +1,1 @@
-"""What a rescale does to tensors and to optimizer state: remainder, transport, metrics. May import `maths`."""
+"""What a rescale does to tensors and to optimizer state: remainders, transport, metrics. May import `maths`."""

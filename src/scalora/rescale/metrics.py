@@ -1,4 +1,4 @@
-"""What a rescale did, as numbers to log: made when they are read, because a step must not wait for the device."""
+"""Metrics of a rescale (paper, section 5), computed when they are read: a step must not wait for the device."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from scalora.maths.scaling import Grams, Scaling
 from scalora.rescale.remainder import FactoredRemainder, Remainder
 
 QUANTILES = (0.1, 0.5, 0.9)
-"""Of the factors over all columns."""
+"""Quantiles that are logged of the factors over all columns."""
 
 LEFT_ALONE_BECAUSE = {
-    "nonfinite": "its adapter or its gradient had NaN or infinite entries; check the loss, the data and the learning "
+    "nonfinite": "the adapter or its gradient has NaN or infinite entries; check the loss, the data and the learning "
     "rate",
-    "exploding": "its optimal factors were above a million or below a millionth; check target_norm or smoothness",
+    "exploding": "the optimal factors are above a million or below a millionth; check target_norm or smoothness",
 }
-"""For each field of `Scaling` that says why a layer was skipped, the reason and what to look at."""
+"""For each field of `Scaling` that says why a layer was left alone, the reason and what to check."""
 
 
 class Rescaled(NamedTuple):
-    """What one rescale did to the layers of one rank.
+    """The outcome of one rescale for the layers of one rank.
 
     Attributes:
         scaling: the factors and how they were chosen.
-        energy: squared Frobenius norm of each layer's remainder, (layers,).
+        energy: squared Frobenius norm of what each layer's rescale moved into the remainder, (layers,).
     """
 
     scaling: Scaling
@@ -38,23 +38,23 @@ class Rescaled(NamedTuple):
 
 
 def remainder_energy(grams: Grams, coefficients: Float[Tensor, "layers r"]) -> Float[Tensor, " layers"]:
-    """``‖A·diag(coefficients)·Bᵀ‖²`` of each layer, from its Grams.
+    """``‖A·diag(coefficients)·Bᵀ‖²`` of each layer, from its inner products.
 
     Args:
-        grams: of the layers.
-        coefficients: (layers, r); 0 for a column that stays as it is.
+        grams: the inner products of the layers before the rescale.
+        coefficients: ``s·(1 − α⊙β)``, (layers, r); 0 for a column that is left alone.
     """
     AtA, BtB = grams.of_factors
     products = coefficients[:, :, None] * coefficients[:, None, :]
-    # A layer that is left alone because it is not finite has moved nothing.
+    # A layer that is left alone moves nothing, even if it has NaN or infinite entries.
     return torch.where(products == 0, 0, products * AtA * BtB).sum((-2, -1))
 
 
 def summarise(parts: Sequence[Rescaled], total: int) -> dict[str, float]:
-    """The metrics of one rescale; waits for the device.
+    """The metrics of one rescale. Waits for the device.
 
     Args:
-        parts: one for each rank, of the layers that had gradients.
+        parts: the outcome for the layers that had gradients, one entry for each rank.
         total: number of layers, with and without gradients.
     """
     if not parts:
@@ -78,14 +78,15 @@ def summarise(parts: Sequence[Rescaled], total: int) -> dict[str, float]:
 
 
 def factored_metrics(remainders: Sequence[Remainder]) -> dict[str, float]:
-    """Size and loss of factored remainders; empty if there is none. Waits for the device.
+    """The size of factored remainders, and what compressions have left out of them. Waits for the device.
 
     Args:
-        remainders: of all layers.
+        remainders: the remainders of all layers.
 
     Returns:
-        ``scalora/remainder_columns``, the most of any layer, and ``scalora/discarded``, what compressions have left out
-        as a share of the remainders' Frobenius norm.
+        ``scalora/remainder_columns``, the largest number of columns of any layer, and ``scalora/discarded``, the
+        Frobenius norm of what compressions have left out, relative to that of the remainders. Empty without factored
+        remainders.
     """
     factored = [remainder for remainder in remainders if isinstance(remainder, FactoredRemainder)]
     if not factored:

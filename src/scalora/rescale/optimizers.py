@@ -1,7 +1,7 @@
-"""Which optimizers can be carried through a rescale, and how: a table of each, state key → degree in the gradient.
+"""Which optimizers' states can be transported through a rescale, by degree in the gradient (paper, section 4).
 
-A new optimizer is one `register_optimizer` call at the end of this file; one that can't be carried, a line in
-`_REFUSED_BY_NAME`, so that the user learns why and not only that.
+For each optimizer a table maps the keys of its state to degrees. To add an optimizer, call `register_optimizer` at the
+end of this file. To refuse one, add a line to `_REFUSED_BY_NAME`, so that the error says why.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 Refusal = Callable[[Mapping[str, Any]], str | None]
-"""Looks at one parameter group and says in a clause why its settings can't be carried, or returns None."""
+"""Called with a parameter group; returns why the state can't be transported with its settings, or None if it can."""
 
 _DEGREES: dict[str, Mapping[str, int]] = {}
 _REFUSALS: dict[str, Refusal] = {}
@@ -22,19 +22,19 @@ USE_INSTEAD = "use torch.optim.AdamW instead, or plain LoRA with this optimizer"
 
 _FACTORED = "its second moment is factored over rows and columns"
 _PRECONDITIONED = "its preconditioner mixes columns"
-_PROJECTED = "its moments live in a projected space of their own"
+_PROJECTED = "its moments are kept in a projected space"
 _PARAMETER_AVERAGE = (
-    "it averages the parameters themselves, and the function at the averaged point would not survive the merge into "
-    "the base; a learning rate schedule does what the averaging is for"
+    "it averages the parameters themselves, and a merge into the base would change the function at the average; a "
+    "learning rate schedule serves the same purpose"
 )
-_IN_BACKWARD = "it updates the weights inside the backward pass, before there is a step to rescale at"
+_IN_BACKWARD = "it updates the weights during the backward pass, before a rescale could take place"
 _TWO_MOMENTS_IN_ONE = "it stacks two first moments in one entry that does not have the parameter's shape"
-_STEP_FROM_START = "its step size comes from the distance to the parameters' start, which a rescale moves"
+_STEP_FROM_START = "its step size depends on the distance from the starting point, which a rescale changes"
 _TENSOR_SUBCLASS = (
-    "its state is a quantised tensor of its own kind; the optimizer of this name in bitsandbytes is carried"
+    "its state is a tensor subclass with its own quantisation; bitsandbytes' optimizer of the same name is supported"
 )
 
-# Known optimizers that can't be carried, by class or qualified name: so that the user learns why and not only that.
+# Known optimizers whose state can't be transported, by class name or qualified name, with the reason.
 _REFUSED_BY_NAME = {
     "Adafactor": _FACTORED,
     "SM3": _FACTORED,
@@ -44,7 +44,7 @@ _REFUSED_BY_NAME = {
     "DistributedShampoo": _PRECONDITIONED,
     "SOAP": _PRECONDITIONED,
     "LBFGS": "its curvature pairs span all parameters",
-    # GaLore and APOLLO export classes that are called plain AdamW inside.
+    # The classes that GaLore and APOLLO export are internally called AdamW.
     "galore_torch.adamw.AdamW": _PROJECTED,
     "galore_torch.adamw8bit.AdamW8bit": _PROJECTED,
     "apollo_torch.apollo.AdamW": _PROJECTED,
@@ -52,7 +52,7 @@ _REFUSED_BY_NAME = {
     "Lomo": _IN_BACKWARD,
     "AdaLomo": _IN_BACKWARD,
     "LayerWiseDummyOptimizer": _IN_BACKWARD,
-    "GrokAdamW": "it keeps its moments in the parameter group instead of the state, out of reach of a rescale",
+    "GrokAdamW": "it keeps its moments in the parameter group instead of the state",
     "AdEMAMix": _TWO_MOMENTS_IN_ONE,
     "AdEMAMix8bit": _TWO_MOMENTS_IN_ONE,
     "AdEMAMix32bit": _TWO_MOMENTS_IN_ONE,
@@ -66,30 +66,30 @@ _REFUSED_BY_NAME = {
     "SGDScheduleFree": _PARAMETER_AVERAGE,
     "ASGD": _PARAMETER_AVERAGE,
     "Prodigy": _STEP_FROM_START,
-    "Adamax": "its state adds eps to the gradient before the maximum, so it does not scale",
-    "Adadelta": "its state adds eps inside both averages, so it does not scale",
-    "SparseAdam": "it takes only sparse gradients, which LoRA does not have",
-    "LoraFAOptimizer": "it freezes lora_A, so only one of the two factors has a gradient",
+    "Adamax": "it adds eps to the gradient before taking the maximum, so its state does not scale with the gradient",
+    "Adadelta": "it adds eps to both averages, so its state does not scale with the gradient",
+    "SparseAdam": "it takes only sparse gradients, and LoRA's are dense",
+    "LoraFAOptimizer": "it freezes lora_A, and ScaLoRA needs the gradients of both factors",
 }
 
 
 class UnsupportedOptimizerError(ValueError):
-    """The optimizer's state can't be carried through a rescale exactly; the message says why and what to use."""
+    """The optimizer's state can't be transported exactly through a rescale. The message says why and what to use."""
 
 
 def register_optimizer(
     optimizer: type[Optimizer] | str, degrees: Mapping[str, int], *, refuse: Refusal | None = None
 ) -> None:
-    """Teach scalora an optimizer whose state is elementwise in the gradient.
+    """Register an optimizer whose state is elementwise in the gradient.
 
     Args:
-        optimizer: the class, or its qualified name ``"module.Class"`` if it should not be imported. Subclasses are not
-            covered: a subclass may do anything in its step.
+        optimizer: the class, or its qualified name ``"module.Class"`` to avoid importing it. Subclasses need a
+            registration of their own, because a subclass may change what a step does.
         degrees: for each entry of the per-parameter state that has the parameter's shape, the power of the gradient
-            that it scales with: 1 for a first moment, 2 for a second, 0 for what does not change. Entries of other
-            shapes (step counts) are never touched.
-        refuse: optional, called with each parameter group at attach time; returns why its settings can't be carried
-            (a coupled weight decay, say) or None.
+            that it scales with: 1 for a first moment, 2 for a second moment, 0 for what does not change. Entries of
+            other shapes, such as step counts, are never changed.
+        refuse: called with each parameter group when ScaLoRA is attached; returns why its settings rule out an exact
+            transport (a coupled weight decay, for example), or None. By default no settings are refused.
 
     Raises:
         ValueError: a degree is not a non-negative integer.
@@ -99,17 +99,21 @@ def register_optimizer(
     """
     for key, degree in degrees.items():
         if not isinstance(degree, int) or degree < 0:
-            raise ValueError(f"degree of state {key!r} must be a non-negative integer, got {degree!r}")
+            raise ValueError(f"the degree of state {key!r} must be a non-negative integer, got {degree!r}")
     name = optimizer if isinstance(optimizer, str) else _qualified_name(optimizer)
     _DEGREES[name] = dict(degrees)
     _REFUSALS[name] = refuse or (lambda group: None)
 
 
 def state_degrees(optimizer: Optimizer) -> Mapping[str, int]:
-    """The table of an optimizer's state.
+    """The degree in the gradient of each entry of an optimizer's state.
+
+    Args:
+        optimizer: the optimizer itself, not a wrapper.
 
     Raises:
-        UnsupportedOptimizerError: its state, or the settings of one of its groups, can't be carried exactly.
+        UnsupportedOptimizerError: its state can't be transported exactly, in general or with the settings of one of its
+            parameter groups.
     """
     name, short = _qualified_name(type(optimizer)), type(optimizer).__name__
     if name not in _DEGREES:
@@ -119,7 +123,8 @@ def state_degrees(optimizer: Optimizer) -> Mapping[str, int]:
             or "it is not registered; if its state is elementwise in the gradient, call scalora.register_optimizer"
         )
         raise UnsupportedOptimizerError(
-            f"optimizer {short} ({name}) can't be carried through a ScaLoRA rescale: {reason}; {USE_INSTEAD}"
+            f"the state of optimizer {short} ({name}) can't be transported through a ScaLoRA rescale: {reason}; "
+            f"{USE_INSTEAD}"
         )
     for index, group in enumerate(optimizer.param_groups):
         if refusal := _REFUSALS[name](group):
@@ -128,30 +133,30 @@ def state_degrees(optimizer: Optimizer) -> Mapping[str, int]:
 
 
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:
-    """The real optimizer, out of a wrapper that holds it in ``.optimizer`` (Accelerate's).
+    """The optimizer inside a wrapper that holds it in ``.optimizer``, such as Accelerate's; else the optimizer itself.
 
     Args:
-        optimizer: the optimizer, or its wrapper.
+        optimizer: an optimizer, or a wrapper.
     """
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
 
 
 def refuse_closure(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Check, in a step pre-hook, that the gradients are there already.
+    """Check, in a step pre-hook, that ``optimizer.step`` was called without a closure.
 
     Args:
-        method: what an error calls the hook's owner.
-        args: of the hook; torch hands it the optimizer itself as the first of them.
-        kwargs: of the hook.
+        method: name of the method that the hook belongs to, for the error message.
+        args: positional arguments that the hook got; torch passes the optimizer as the first one.
+        kwargs: keyword arguments that the hook got.
 
     Raises:
-        ValueError: the step was given a closure.
+        ValueError: the step was given a closure, which would compute the gradients after the hook.
     """
     if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
         raise ValueError(
-            f"optimizer.step(closure) computes the gradients after {method} has to see them: call backward() first "
-            "and optimizer.step() without a closure"
+            f"optimizer.step(closure) computes the gradients too late, {method} needs them before the step: call "
+            "backward() first and optimizer.step() without a closure"
         )
 
 
@@ -163,22 +168,23 @@ def _coupled_decay(group: Mapping[str, Any]) -> str | None:
     if group.get("weight_decay", 0) and not group.get("decoupled_weight_decay", False):
         return (
             f"weight_decay={group['weight_decay']} is added to the gradient, so the state is not a function of the "
-            "gradient alone; set weight_decay=0 or use a decoupled decay (AdamW)"
+            "gradient alone; set weight_decay=0 or use a decoupled weight decay (AdamW)"
         )
     return None
 
 
 def _adagrad_settings(group: Mapping[str, Any]) -> str | None:
     if group.get("initial_accumulator_value", 0):
-        return "initial_accumulator_value is not a gradient and does not scale; set it to 0"
+        value = group["initial_accumulator_value"]
+        return f"initial_accumulator_value={value} does not scale with the gradient; set it to 0"
     return _coupled_decay(group)
 
 
 def _bitsandbytes_lion_decay(group: Mapping[str, Any]) -> str | None:
-    # Coupled in the 32-bit kernels of CUDA, Triton and MPS before 0.50 (bitsandbytes issue 1992), decoupled elsewhere.
+    # Coupled in the 32-bit kernels for CUDA, Triton and MPS before 0.50 (bitsandbytes issue 1992), decoupled elsewhere.
     if group.get("weight_decay", 0):
         return (
-            f"weight_decay={group['weight_decay']}: some versions of bitsandbytes add Lion's decay to the gradient, so "
+            f"weight_decay={group['weight_decay']} is added to the gradient by some versions of bitsandbytes' Lion, so "
             "the state is not a function of the gradient alone; set weight_decay=0 or use lion_pytorch.Lion"
         )
     return None
@@ -190,8 +196,8 @@ def _stable_adamw_settings(group: Mapping[str, Any]) -> str | None:
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in group["params"])
     if half and group.get("kahan_sum") is not False:
         return (
-            "kahan_sum keeps rounding remainders of the parameters, which scale as they do and not as the gradient; "
-            "set kahan_sum=False or train the adapters in float32"
+            "kahan_sum keeps the rounding errors of the parameters, which scale with the parameters and not with the "
+            "gradient; set kahan_sum=False or train the adapters in float32"
         )
     return None
 
@@ -203,7 +209,7 @@ register_optimizer(torch.optim.AdamW, _ADAM)
 register_optimizer(torch.optim.NAdam, _ADAM, refuse=_coupled_decay)
 register_optimizer(torch.optim.RAdam, _ADAM, refuse=_coupled_decay)
 register_optimizer(torch.optim.SGD, {"momentum_buffer": 1}, refuse=_coupled_decay)
-# RMSprop's momentum sums gradients already divided by their root mean square: degree 0 (exact up to eps).
+# RMSprop's momentum sums gradients that are already divided by their root mean square: degree 0 (exact up to eps).
 register_optimizer(torch.optim.RMSprop, {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 0}, refuse=_coupled_decay)
 register_optimizer(torch.optim.Adagrad, {"sum": 2}, refuse=_adagrad_settings)
 register_optimizer("lion_pytorch.lion_pytorch.Lion", {"exp_avg": 1})
@@ -211,9 +217,12 @@ register_optimizer("optimi.stableadamw.StableAdamW", {"exp_avg": 1, "exp_avg_sq"
 
 
 def _register_bitsandbytes() -> None:
-    """Its optimizers by name: each class keeps 32-bit state for small parameters whatever its bits."""
+    """Register the optimizers of bitsandbytes by name.
+
+    The tables hold for 32-bit and 8-bit state: 8-bit classes keep the state of small parameters in 32 bits.
+    """
     families: list[tuple[str, str, bool, Mapping[str, int], Refusal | None]] = [
-        # The decay of Adam is decoupled there, as AdamW's is: the two classes run the same kernel.
+        # Adam's weight decay is decoupled here, like AdamW's: the two classes run the same kernel.
         ("adam", "Adam", True, {"state1": 1, "state2": 2}, None),
         ("adamw", "AdamW", True, {"state1": 1, "state2": 2}, None),
         ("lion", "Lion", True, {"state1": 1}, _bitsandbytes_lion_decay),

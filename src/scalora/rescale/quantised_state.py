@@ -1,7 +1,7 @@
-"""Scales optimizer state that is kept as 8-bit codes with one maximum per block (bitsandbytes).
+"""Scales 8-bit optimizer state with one maximum per block, as bitsandbytes keeps it (paper, section 4).
 
 Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861), in the layout of
-bitsandbytes: ``value = qmap[code] · absmax[block]``, a block being 256 consecutive elements.
+bitsandbytes: ``value = qmap[code] · absmax[block]``, where a block is 256 consecutive elements.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 BLOCK_SIZE = 256
+"""Elements per block."""
 
 COMPANIONS = {"state1": ("absmax1", "qmap1"), "state2": ("absmax2", "qmap2")}
-"""Where an optimizer of bitsandbytes keeps the maxima and the code book of each quantised entry."""
+"""For each quantised entry of a bitsandbytes optimizer's state, the keys of its block maxima and its code book."""
 
 
 def scale_block_quantised(
@@ -22,36 +23,36 @@ def scale_block_quantised(
     qmap: Float[Tensor, " entries"],
     factor: Tensor,
 ) -> None:
-    """Multiply a quantised matrix by a factor, in place.
+    """Multiply a quantised matrix by factors, in place.
 
-    A block whose elements share one factor keeps its codes and scales its maximum: exact to float32 rounding. Any other
-    is decoded, scaled and coded again by bitsandbytes' own rule (divide by the largest magnitude, take the nearest
-    entry of the same code book), save that nothing but zero becomes zero.
+    A block whose elements have the same factor keeps its codes; only its maximum is scaled, exactly up to float32
+    rounding. Any other block is dequantised, scaled and quantised again as bitsandbytes does (divide by the largest
+    magnitude, take the nearest entry of the code book), except that non-zero values never become zero.
 
     Args:
-        codes: in the parameter's shape.
-        absmax: the largest magnitude of each block.
-        qmap: the sorted values that the codes stand for; signed or unsigned.
-        factor: broadcastable against the codes, positive.
+        codes: the 8-bit codes, in the parameter's shape; modified.
+        absmax: the largest magnitude in each block, float32; modified.
+        qmap: the code book, the values that the codes stand for in ascending order; signed or unsigned.
+        factor: positive, broadcastable to the shape of the codes.
 
     Raises:
-        ValueError: the number of maxima is not that of blocks of 256 elements.
+        ValueError: the number of maxima does not match blocks of 256 elements.
     """
     if absmax.numel() != -(-codes.numel() // BLOCK_SIZE):
         raise ValueError(
-            f"{codes.numel()} quantised elements have {absmax.numel()} maxima: only blocks of {BLOCK_SIZE} are known, "
-            "which bitsandbytes uses since 0.44"
+            f"{codes.numel()} quantised elements have {absmax.numel()} maxima: only blocks of {BLOCK_SIZE} are "
+            "supported, which bitsandbytes uses since 0.44"
         )
-    # Codes in paged memory count as the host's; the arithmetic is done where the maxima are.
+    # Codes in paged memory are on the CPU; compute where the maxima are.
     code_blocks = _blocks(codes.to(absmax.device))
     factors = _blocks(factor.to(absmax).expand(codes.shape))
     uniform = factors.amin(-1) == factors.amax(-1)
     values = qmap[code_blocks.long()] * absmax[:, None] * factors
     largest = values.abs().amax(-1)
-    # A block of zeros has no scale of its own; any divisor codes it as zeros.
+    # A block of zeros has no scale; any divisor gives zeros.
     normalised = values / torch.where(largest > 0, largest, 1)[:, None]
     nearest = torch.bucketize(normalised, (qmap[1:] + qmap[:-1]) / 2)
-    # Zero is not near to a second moment, which is divided by: what was not zero takes the entry beside it.
+    # The optimizer divides by second moments, so a non-zero value must not become zero: take the next code instead.
     nearest += torch.where(qmap[nearest] == 0, normalised.sign(), 0).long()
     new_codes = torch.where(uniform[:, None], code_blocks, nearest.to(codes.dtype))
     absmax.copy_(torch.where(uniform, absmax * factors[:, 0], largest))
@@ -59,6 +60,6 @@ def scale_block_quantised(
 
 
 def _blocks(matrix: Tensor) -> Tensor:
-    """One block per row; the last is filled up with copies of the last element, which change no maximum."""
+    """One block per row. The last row is padded with copies of the last element, which leave its maximum unchanged."""
     flat = matrix.flatten()
     return torch.cat([flat, flat[-1:].expand(-flat.numel() % BLOCK_SIZE)]).view(-1, BLOCK_SIZE)

@@ -1,8 +1,8 @@
-"""Where the remainder of a rescale goes, ``Σ A·diag(c)·Bᵀ`` with ``c = s·(1 − α⊙β)``: tensors only.
+"""Where rescales put the remainder ``Σ A·diag(c)·Bᵀ``, ``c = s·(1 − α⊙β)`` (paper, section 6): tensors only.
 
-Two places. `DenseRemainder` adds it to the base weight in place, the paper's way: no memory, no time in the forward
-pass, but the base weight changes and must be able to take it. `FactoredRemainder` keeps it beside the untouched base as
-a frozen low-rank product that the forward pass adds.
+There are two places. `DenseRemainder` adds it to the base weight in place, as the paper does: this takes no time in the
+forward pass and, in float32, no memory, but changes the base weight, which must not be quantised. `FactoredRemainder`
+keeps it beside the unchanged base weight, as a frozen low-rank product that the forward pass adds.
 """
 
 from __future__ import annotations
@@ -18,31 +18,37 @@ from torch import Tensor, nn
 from scalora.maths.lowrank import compressed_products
 
 HALF = (torch.bfloat16, torch.float16)
-"""The dtypes that a merge would wear down without the bits that `DenseRemainder` keeps beside them."""
+"""Half-precision dtypes: rounding every merge to them would add up, so `DenseRemainder` keeps the rounding errors."""
 
-# Bits of float16's significand, the implicit one included.
+# Bits of float16's significand, including the implicit one.
 _SIGNIFICAND = 11
 
-# Rows of a half-precision weight are merged in blocks of about this many entries: the float32 copy that the sum is
-# rounded from stays at 64 MiB however large the weight is, and at 4 on a CPU, whose caches it should fit.
+# Half-precision weights are merged in blocks of rows with about this many entries. This limits the float32 copy, from
+# which the sum is rounded, to 64 MiB, and on a CPU to 4 MiB, so that it fits into the caches.
 _BLOCK, _BLOCK_ON_CPU = 1 << 24, 1 << 20
 
-# Singular values that together carry less than this share of the product are float32 noise: twice its rounding.
+# Singular values that together amount to less than this share of the product's Frobenius norm are float32 noise: twice
+# its rounding.
 _NEGLIGIBLE = 1e-7
 
 
 class DenseRemainder(nn.Module):
-    """Adds to the base weight in place. In float32 and float64 that is all.
+    """Adds remainders to the base weight in place. For float32 and float64 weights, that is all.
 
-    In bfloat16 and float16 a weight that is rounded at every merge random-walks away from what was learned. So the
-    rounding error of each entry is kept in 16 bits (`rounded_off`, 2 bytes an entry), added back before the next merge,
-    and rounded off again after it: the pair carries float32's 24 bits, and the weight itself is never more than one
-    rounding away from that. For bfloat16 they are the lower half of the float32 itself ("Split SGD" of Intel's
-    extension for PyTorch); for float16, whose exponent is shorter, they are a fraction of the rounding interval.
+    A bfloat16 or float16 weight that is rounded at every merge would random-walk away from the exact sum. So the
+    rounding error of each entry is kept in 16 bits (`rounded_off`, 2 bytes per entry) and added back before the next
+    merge: weight and error together have float32's 24 bits, and the weight is never more than one rounding away from
+    their sum. For bfloat16 the 16 bits are the low half of the float32 sum (as in "Split SGD" of Intel's extension for
+    PyTorch); for float16, whose exponent is shorter, they are a fraction of the rounding interval.
 
     Args:
-        weight: the base weight, (m, n), or (n, m) when `transposed`.
-        transposed: whether it is stored transposed (Conv1D, embeddings).
+        weight: the base weight, (m, n), or (n, m) if `transposed`; not quantised.
+        transposed: whether the base weight is stored transposed (Conv1D, embeddings).
+
+    Attributes:
+        transposed: whether the base weight is stored transposed.
+        rounded_off: the rounding error of each entry, int16, of the weight's shape; None for a float32 or float64
+            weight.
     """
 
     rounded_off: Int[Tensor, "rows columns"] | None
@@ -55,12 +61,12 @@ class DenseRemainder(nn.Module):
 
     @torch.no_grad()
     def add(self, weight: Tensor, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
-        """Add ``left @ right.T`` to `weight` in place, without a temporary of its size.
+        """Add ``left @ right.T`` to the base weight in place, without a temporary tensor of its size.
 
         Args:
-            weight: the base weight, always the same one.
-            left: (m, r), in the adapter's dtype; see `scale_columns`.
-            right: (n, r).
+            weight: the base weight, the same one at every call.
+            left: left factor, (m, r), in the adapter's dtype.
+            right: right factor, (n, r), in the adapter's dtype.
         """
         if self.transposed:
             left, right = right, left
@@ -74,7 +80,11 @@ class DenseRemainder(nn.Module):
             _split(_join(block, low).addmm_(left[start : start + rows], right), block, low)
 
     def exact(self, weight: Tensor) -> Tensor:
-        """The weight with all the bits that are kept: float32 for half precision, else the weight itself."""
+        """The base weight without its rounding error: in float32 for half precision, else the weight itself.
+
+        Args:
+            weight: the base weight, as stored.
+        """
         return weight if self.rounded_off is None else _join(weight, self.rounded_off)
 
 
@@ -82,16 +92,16 @@ def _join(rounded: Tensor, low: Tensor) -> Tensor:
     """The float32 numbers that `_split` was given: exactly for bfloat16, to 2⁻²⁶ relative for float16."""
     exact = rounded.float()
     if rounded.dtype == torch.bfloat16:
-        # bfloat16 is the upper half of a float32: its bits and those that were rounded off are one number's.
+        # bfloat16 is the upper half of a float32: adding the bits that were rounded off restores the float32.
         exact.view(torch.int32).add_(low)
         return exact
     return exact + low.float() / 32767 * _interval(rounded)
 
 
 def _split(exact: Tensor, rounded: Tensor, low: Tensor) -> None:
-    """Write float32 numbers, which are used up, as half-precision ones and what their rounding leaves out."""
+    """Split float32 numbers into half-precision ones and their rounding errors. Overwrites `exact`."""
     if rounded.dtype == torch.bfloat16:
-        # The lower half, taken for a signed number, is what the float32 is over or short of the nearest bfloat16.
+        # The lower half, read as a signed integer, is the distance of the float32 from the nearest bfloat16.
         bits = exact.view(torch.int32)
         low.copy_(bits)
         rounded.view(torch.int16).copy_(bits.add_(1 << 15).bitwise_right_shift_(16))
@@ -102,25 +112,31 @@ def _split(exact: Tensor, rounded: Tensor, low: Tensor) -> None:
 
 
 def _interval(rounded: Tensor) -> Tensor:
-    """Half the spacing of float16 at each entry, as float32: the largest error that rounding to it can make."""
+    """Half the spacing of float16 at each entry, in float32: the largest possible rounding error."""
     smallest = torch.frexp(torch.tensor(torch.finfo(torch.float16).tiny)).exponent.to(rounded.device)
     exponent = torch.maximum(torch.frexp(rounded.float()).exponent, smallest)
     return torch.ldexp(torch.ones((), device=rounded.device).expand(exponent.shape), exponent - _SIGNIFICAND - 1)
 
 
 class FactoredRemainder(nn.Module):
-    """Keeps the sum as ``left @ right.T`` in the adapter's dtype and never touches the base weight.
+    """Keeps the sum of the remainders as a product ``left @ right.T`` and leaves the base weight unchanged.
 
-    Columns are appended at every rescale. When there are more than twice `max_rank` of them, the product is compressed
-    to its `max_rank` largest singular values (from Gram matrices of its columns, never m × n); what that leaves out is
-    counted in `discarded`. A product that needs fewer columns keeps fewer, and then nothing is lost.
+    Every rescale appends columns. When there are more than twice `max_rank`, the product is compressed to its
+    `max_rank` largest singular values, from Gram matrices of its columns and without forming anything of size m × n. A
+    product of lower rank keeps fewer columns, and nothing is lost.
 
     Args:
-        m: rows of the weight (out_features).
-        n: columns of the weight (in_features).
-        max_rank: columns kept by a compression.
-        dtype: of the adapter, float32 or better.
-        device: of the adapter.
+        m: rows of the base weight (out_features).
+        n: columns of the base weight (in_features).
+        max_rank: the most columns that a compression keeps.
+        dtype: dtype of the factors, the adapter's: float32 or float64.
+        device: device of the factors, the adapter's.
+
+    Attributes:
+        max_rank: the most columns that a compression keeps.
+        left: left factor, (m, k).
+        right: right factor, (n, k).
+        discarded: sum over all compressions of the squared Frobenius norm of what they left out.
     """
 
     left: Float[Tensor, "m k"]
@@ -136,31 +152,42 @@ class FactoredRemainder(nn.Module):
 
     @torch.no_grad()
     def add(self, weight: Tensor, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
-        """Add ``left @ right.T`` to the product; arguments as for `DenseRemainder.add`, `weight` unused."""
+        """Add ``left @ right.T`` to the product, and compress it if it has become too wide.
+
+        Args:
+            weight: the base weight; not used. It is here for a common signature with `DenseRemainder.add`.
+            left: left factor, (m, r), in the adapter's dtype.
+            right: right factor, (n, r), in the adapter's dtype.
+        """
         self.append(left, right)
         if self.is_full:
             compress([self])
 
     def append(self, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
-        """As `add`, with as many columns more."""
+        """Add ``left @ right.T`` to the product by appending columns, without compressing it.
+
+        Args:
+            left: left factor, (m, r), in the adapter's dtype.
+            right: right factor, (n, r), in the adapter's dtype.
+        """
         self.left = torch.cat([self.left, left], dim=1)
         self.right = torch.cat([self.right, right], dim=1)
 
     @property
     def is_full(self) -> bool:
-        """Whether it has more columns than it should."""
+        """Whether the product has more than twice `max_rank` columns and should be compressed."""
         return self.left.shape[1] > 2 * self.max_rank
 
     def energy(self) -> Float[Tensor, ""]:
-        """Squared Frobenius norm of the product, from k × k Grams."""
+        """Squared Frobenius norm of the product, from k × k Gram matrices."""
         return ((self.left.mT @ self.left) * (self.right.mT @ self.right)).sum()
 
     def dense(self) -> Float[Tensor, "m n"]:
-        """The product itself, for merging at the end."""
+        """The product itself, (m, n)."""
         return self.left @ self.right.mT
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # A checkpoint has as many columns as it had when it was written.
+        # The number of columns in a checkpoint can differ from the current one.
         for name in ("left", "right"):
             if (saved := state_dict.get(prefix + name)) is not None:
                 setattr(self, name, getattr(self, name).new_empty(saved.shape))
@@ -168,22 +195,23 @@ class FactoredRemainder(nn.Module):
 
 
 Remainder = DenseRemainder | FactoredRemainder
+"""A layer's remainder, of either kind."""
 
 REMAINDER_BUFFERS = ("rounded_off", "left", "right", "discarded")
-"""The names of their buffers."""
+"""The names of the buffers of both kinds of remainder."""
 
 
 @torch.no_grad()
 def add_to_all(
     remainders: Sequence[Remainder], weights: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]
 ) -> None:
-    """`DenseRemainder.add` and `FactoredRemainder.add` for some layers of one device, with what they can share.
+    """Add ``left @ right.T`` to the remainder of each layer, with one compression for all factored remainders.
 
     Args:
-        remainders: of the layers.
-        weights: their base weights.
-        lefts: (m, r) each.
-        rights: (n, r) each.
+        remainders: the remainders of layers on one device.
+        weights: the base weight of each layer.
+        lefts: the left factor of each layer, (m, r), in the adapter's dtype.
+        rights: the right factor of each layer, (n, r), in the adapter's dtype.
     """
     for remainder, weight, left, right in zip(remainders, weights, lefts, rights, strict=True):
         if isinstance(remainder, FactoredRemainder):
@@ -195,7 +223,11 @@ def add_to_all(
 
 @torch.no_grad()
 def compress(remainders: Sequence[FactoredRemainder]) -> None:
-    """Reduce products to at most `max_rank` columns each, balanced between the two factors."""
+    """Reduce factored remainders to at most `max_rank` columns each, with both factors of equal norm.
+
+    Args:
+        remainders: the remainders, of any shapes; those with equal numbers of columns are compressed together.
+    """
     alike = defaultdict(list)
     for remainder in remainders:
         alike[remainder.left.shape[1], remainder.max_rank].append(remainder)
@@ -209,12 +241,16 @@ def compress(remainders: Sequence[FactoredRemainder]) -> None:
 def scale_columns(
     A: Float[Tensor, "*layers m r"], B: Float[Tensor, "*layers n r"], coefficients: Float[Tensor, "*layers r"]
 ) -> tuple[Float[Tensor, "*layers m r"], Float[Tensor, "*layers n r"]]:
-    """``A·diag(coefficients)`` and B: the factors of what a rescale moves into the remainder.
+    """The factors ``A·diag(coefficients)`` and B of what a rescale moves into the remainder.
 
     Args:
-        A: (…, m, r).
-        B: (…, n, r).
-        coefficients: (…, r); columns with exactly 0 become exactly 0 in both, whatever A and B hold.
+        A: PEFT's ``lora_B.weight``, (…, m, r).
+        B: PEFT's ``lora_A.weight`` transposed, (…, n, r).
+        coefficients: ``s·(1 − α⊙β)``, (…, r). Where one is exactly 0, the column becomes exactly 0 in both factors,
+            even if A or B has NaN or infinite entries there.
+
+    Returns:
+        The two factors, (…, m, r) and (…, n, r).
     """
     coefficients = coefficients[..., None, :]
     left = torch.where(coefficients == 0, 0, A * coefficients.to(A.dtype))

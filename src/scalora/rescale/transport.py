@@ -1,9 +1,9 @@
-"""Carries gradients and optimizer state through a column scaling, exactly (paper, section 4).
+"""Transports gradients and optimizer state through a column scaling, exactly (paper, section 4).
 
 After ``Ã = A·diag(α)``, ``B̃ = B·diag(β)`` the gradients are ``∂ℓ/∂Ã = (∂ℓ/∂A)·diag(β)`` and
-``∂ℓ/∂B̃ = (∂ℓ/∂B)·diag(α)``: A's gradient takes β and B's takes α. A statistic that is elementwise in the gradient
-and homogeneous of degree k takes the k-th power of that factor, and is then what it would have been had the adapter
-been scaled from the start. `scalora.rescale.optimizers` says of which degree the entries of an optimizer's state are.
+``∂ℓ/∂B̃ = (∂ℓ/∂B)·diag(α)``: A's gradient is multiplied by β and B's by α. A statistic that is elementwise in the
+gradient and homogeneous of degree k is multiplied by the k-th power of that factor; it is then what it would be if the
+adapter had been scaled from the start. `scalora.rescale.optimizers` has the degrees of each optimizer's state.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ def scale_gradients_and_states(
     factors: Sequence[Tensor],
     multiply: Multiply = multiply,
 ) -> None:
-    """Multiply the gradients and the state of some parameters in place by powers of their factors.
+    """Multiply the gradients and the state of parameters in place by powers of their factors.
 
-    Exact for floating-point state; 8-bit codes are coded again where they have to be (see `quantised_state`). One
-    operation for each entry of the state, whatever the number of parameters, save for 8-bit codes.
+    Exact for floating-point state. 8-bit state is quantised again where the factor varies within a block
+    (`scalora.rescale.quantised_state`). Each entry of the state takes one operation for all parameters together, except
+    for 8-bit state.
 
     Args:
-        optimizer: that holds the state.
-        degrees: from `state_degrees`.
+        optimizer: the optimizer that holds the state.
+        degrees: degree in the gradient of each entry of its state, from `state_degrees`.
         parameters: adapter matrices.
-        factors: one of each parameter's shape, positive: 1 on the columns that are left alone.
-        multiply: how: `scalora.rescale.native.multiply` where that is built.
+        factors: the factors of each parameter, of its shape, positive; 1 for columns that are left alone.
+        multiply: multiplies lists of tensors in place, from the `Kernels` in use. Default: PyTorch's.
 
     Raises:
-        UnsupportedOptimizerError: the state has an entry of the parameter's shape that the table does not name, or one
-            of integers that are not the block-wise codes of bitsandbytes; nothing has been changed then.
+        UnsupportedOptimizerError: the state has an entry of the parameter's shape that `degrees` does not name, or an
+            integer entry that is not in the block-wise format of bitsandbytes. Nothing has been changed then.
     """
     gradients = [(p.grad, factor) for p, factor in zip(parameters, factors, strict=True) if p.grad is not None]
     entries: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
@@ -54,21 +55,21 @@ def scale_gradients_and_states(
                 continue
             if key not in degrees:
                 raise UnsupportedOptimizerError(
-                    f"{type(optimizer).__name__} keeps a state {key!r} of the parameter's shape that its entry does "
-                    f"not name (it names {sorted(degrees)}): register it with scalora.register_optimizer"
+                    f"{type(optimizer).__name__} has a state {key!r} of the parameter's shape that is not registered "
+                    f"(registered: {sorted(degrees)}): add it with scalora.register_optimizer"
                 )
             if degrees[key] == 0:
                 continue
             if value.is_floating_point():
-                # To the entry's device too: a paged one counts as the host's.
+                # Also moves the factor to the state's device: paged state is on the CPU.
                 entries[key].append((value, factor.to(value)))
             elif key in COMPANIONS and all(name in state for name in COMPANIONS[key]):
                 absmax, qmap = (state[name] for name in COMPANIONS[key])
                 codes.append((value, absmax, qmap, factor.to(qmap) ** degrees[key]))
             else:
                 raise UnsupportedOptimizerError(
-                    f"{type(optimizer).__name__} keeps its state {key!r} as {value.dtype}, without the maxima and the "
-                    f"code book that bitsandbytes keeps beside such codes; {USE_INSTEAD}"
+                    f"{type(optimizer).__name__} keeps its state {key!r} as {value.dtype}, but without the block "
+                    f"maxima and the code book of bitsandbytes' format; {USE_INSTEAD}"
                 )
     if gradients:
         multiply(*zip(*gradients, strict=True))

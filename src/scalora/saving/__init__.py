@@ -1,1 +1,1 @@
-"""What is written and read: states, checkpoints, adapters, merged models. May import `parallel` and what that may."""
+"""Saving and loading: states, checkpoints, adapters, merged models. May import `parallel` and below."""

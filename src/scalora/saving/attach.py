@@ -1,9 +1,9 @@
-"""Keeps uses of an adapter that assume the original base weights from being silently wrong.
+"""Attaches remainders to a model, and guards against uses that assume the original base (paper, section 6).
 
-Once ScaLoRA is attached, the adapter alone is not the update: the remainder belongs to it. With a factored remainder
-the base is untouched, so saving writes the whole update as an ordinary adapter and everything else works as ever. With
-a dense one the base itself changes: saving writes a state that only scalora reads, and what needs the original base
-raises.
+With ScaLoRA the adapter alone is not the whole update: the remainder belongs to it. With a factored remainder the base
+is unchanged, so saving writes the whole update as an ordinary adapter, and everything else works as usual. With a dense
+remainder the base itself changes: saving writes a state that only scalora reads, and methods that need the original
+base raise an error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,30 +28,37 @@ from scalora.parallel.data_parallel import keep_out_of_broadcasts
 from scalora.rescale.remainder import FactoredRemainder
 from scalora.saving.files import atomic_write
 from scalora.saving.ordinary_adapter import write_adapter
+from scalora.saving.readme import write_readme
 from scalora.saving.state import base_fingerprint, gather
 from scalora.saving.state_file import STATE_FILE, write_state
 
 _NEEDS_THE_BASE = {
-    "disable_adapter": "would give the changed base, not the original model: set merge='factored', or give a trainer "
-    "that needs a reference model (DPO, KTO, GRPO) a separate ref_model",
-    "unload": "would give the changed base, not the original model: reload that instead",
-    "push_to_hub": "would upload the adapter alone, which is wrong on any other copy of the base: push "
-    "model.merge_and_unload(), or what `scalora export` makes",
+    "disable_adapter": "would give the changed base, not the original model: set merge='factored', or pass a separate "
+    "ref_model to a trainer that needs a reference model (DPO, KTO, GRPO)",
+    "unload": "would return the changed base, not the original model: load the original again instead",
+    "push_to_hub": "would upload the adapter alone, which is wrong on any other copy of the base: push the result of "
+    "model.merge_and_unload() or of `scalora export` instead",
 }
 
 
+_NOT_AN_ADAPTER = (
+    "a ScaLoRA state, not a PEFT adapter: make one with scalora.export_adapter(base, folder, output), see README.md in "
+    "this folder"
+)
+
+
 class ChangedBaseError(RuntimeError):
-    """Something needs the original base weights, and ScaLoRA has changed them; the message says what to do."""
+    """A method needs the original base weights, which ScaLoRA has changed. The message says what to do instead."""
 
 
 @dataclass
 class Attachment:
-    """What a model that ScaLoRA works on remembers, from one engine to the next.
+    """What ScaLoRA keeps on a model, from one engine to the next.
 
     Attributes:
-        fingerprint: of the base before the first change.
-        config: of the engine that was attached last; None before the first.
-        step: optimizer steps that this engine has seen.
+        fingerprint: fingerprint of the base before it was first changed.
+        config: settings of the engine that was attached last; None before the first.
+        step: number of optimizer steps of the run.
     """
 
     fingerprint: str
@@ -61,36 +69,61 @@ class Attachment:
 
     @property
     def rescales(self) -> int:
-        """How often it has rescaled. Waits for the device if a GradScaler may have skipped steps."""
+        """Number of rescales of the run. Waits for the device if GradScaler is in use."""
         return self._rescales - int(self._skipped)
 
     def count_rescale(self, skipped: Tensor | None) -> None:
-        """Count one, without waiting for the device to know whether the optimizer skips the step."""
+        """Count a rescale, without waiting for the device.
+
+        Args:
+            skipped: a scalar that is positive if the optimizer skips the step; None if it can't.
+        """
         self._rescales += 1
         if skipped is not None:
             self._skipped = self._skipped + skipped.bool()
 
     def restart(self, *, step: int, rescales: int) -> None:
-        """Count from here."""
+        """Set the counts.
+
+        Args:
+            step: number of optimizer steps.
+            rescales: number of rescales.
+        """
         self.step, self._rescales, self._skipped = step, rescales, 0
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """What the model remembers; None if nothing of ScaLoRA has touched it."""
+    """What ScaLoRA keeps on a model; None if it has never been attached.
+
+    Args:
+        model: the model.
+    """
     return getattr(model, "_scalora", None)
 
 
 def fingerprint_of(model: nn.Module) -> str:
-    """`base_fingerprint` of a model as it was before ScaLoRA changed its base."""
+    """The fingerprint of a model's base, as it was before ScaLoRA changed it.
+
+    Args:
+        model: a model with PEFT layers, with or without ScaLoRA attached.
+    """
     attachment = attachment_of(model)
     return attachment.fingerprint if attachment else base_fingerprint(model)
 
 
 def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[LoraPair], Attachment]:
-    """Find the LoRA pairs, give each a place for its remainder, and see to it that saving is right from now on.
+    """Find the LoRA pairs of a model, attach their remainders, and replace the methods that would now be wrong.
+
+    Args:
+        model: a model with PEFT LoRA layers; modified.
+        merge: kind of the remainders: ``"dense"``, ``"factored"``, or ``"auto"`` to choose by the base weights.
+        remainder_rank: the most columns that a compression of a factored remainder keeps.
+
+    Returns:
+        The pairs, and what ScaLoRA keeps on the model.
 
     Raises:
-        UnsupportedLayerError: as `find_lora_pairs` and `place_remainders`; the model is as it was.
+        UnsupportedLayerError: a module is not supported; the message names it. The model has not been changed then.
     """
     pairs = find_lora_pairs(model)
     attachment = attachment_of(model)
@@ -108,7 +141,15 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
 
 
 def state_of(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Any]:
-    """The whole trained state of a model: every tensor that training changes, and what they are changes to."""
+    """The state of a model with ScaLoRA attached: every trained tensor, and which base they belong to.
+
+    Args:
+        model: the model.
+        pairs: its LoRA pairs.
+
+    Returns:
+        A tree of dicts, numbers, strings and tensors, which are not copied.
+    """
     attachment = attachment_of(model)
     assert attachment is not None
     adapter = getattr(model, "peft_config", {}).get(pairs[0].adapter)
@@ -128,34 +169,45 @@ def _plain(value: Any) -> Any:
 
 
 def _save_pretrained(model: nn.Module, save_directory: str | Path, **settings: Any) -> None:
-    """What `save_pretrained` of an attached model does.
+    """Replaces `save_pretrained` of a model with ScaLoRA attached.
 
-    Always writes the whole state (`scalora_state.safetensors`), from which training goes on exactly and from which
-    `scalora export` makes the other forms. With a factored remainder it also writes the whole update as an ordinary
-    adapter. With a dense one the adapter file is a placeholder that PEFT refuses to load: the Trainer looks for a file
-    of that name before it resumes, and nobody must take it for the update.
+    Writes the whole state (`scalora_state.safetensors`), from which training can continue exactly and `scalora export`
+    makes the other forms. With a factored remainder, also writes the whole update as an ordinary adapter. With a dense
+    one, it writes a README and placeholders for the adapter's files, which PEFT refuses to load.
     """
     if not settings.get("is_main_process", True):
         return
     folder = Path(save_directory)
     if folder.is_file():
-        raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
+        raise ValueError(f"{str(folder)!r} is a file: choose a folder to save the model in")
     folder.mkdir(parents=True, exist_ok=True)
     pairs = find_lora_pairs(model)
+    state = state_of(model, pairs)
     if isinstance(pairs[0].remainder, FactoredRemainder):
         write_adapter(model, pairs, folder)
     else:
-        first = pairs[0]
-        empty = {f"{first.name}.lora_A.weight": torch.empty(0, first.lora_A.shape[1])}
-        note = "the update of a ScaLoRA run is in scalora_state.safetensors; `scalora export` makes an adapter of it"
-        with atomic_write(folder / SAFETENSORS_WEIGHTS_NAME) as temporary:
-            save_file(empty, temporary, metadata={"format": "pt", "scalora": note})
-    write_state(folder / STATE_FILE, state_of(model, pairs))
+        _write_placeholders(pairs[0], folder)
+        write_readme(folder, state)
+    write_state(folder / STATE_FILE, state)
+
+
+def _write_placeholders(pair: LoraPair, folder: Path) -> None:
+    """Write adapter files that nothing loads, and whose errors say what to do instead.
+
+    The Trainer looks for a weights file of this name before it resumes. PEFT and Transformers show the peft_type, or
+    the base model's name, in the error that they raise for it.
+    """
+    config = {"peft_type": _NOT_AN_ADAPTER, "base_model_name_or_path": _NOT_AN_ADAPTER}
+    with atomic_write(folder / PEFT_CONFIG_NAME) as temporary:
+        temporary.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    empty = {f"{pair.name}.lora_A.weight": torch.empty(0, pair.n)}
+    with atomic_write(folder / SAFETENSORS_WEIGHTS_NAME) as temporary:
+        save_file(empty, temporary, metadata={"format": "pt", "scalora": _NOT_AN_ADAPTER})
 
 
 def _refuse(method: str, *args: Any, **kwargs: Any) -> NoReturn:
     raise ChangedBaseError(
-        f"ScaLoRA merges part of the update into the base weights: {method} {_NEEDS_THE_BASE[method]}"
+        f"ScaLoRA has merged part of the update into the base weights: {method} {_NEEDS_THE_BASE[method]}"
     )
 
 

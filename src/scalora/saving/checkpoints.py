@@ -1,4 +1,4 @@
-"""Which of a Trainer's checkpoint folders are whole: a process can be killed at any moment, while saving too."""
+"""Recognises incomplete checkpoints of a Trainer: a process can be killed at any moment, even while saving."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ from scalora.saving.state_file import STATE_FILE, check_state
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
-# Written by the Trainer after everything else, so where it is whole the rest has been written too.
+# The Trainer writes this file last, so if it is complete, the others have been written too.
 _WRITTEN_LAST = "trainer_state.json"
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The latest whole checkpoint in a Trainer's output folder, for ``resume_from_checkpoint``; None if there is none.
+    """The latest complete checkpoint in a Trainer's output folder, for ``resume_from_checkpoint``.
 
-    Later ones that were cut off while they were written are skipped with a warning.
+    Later ones that are incomplete or damaged are skipped with a warning.
+
+    Args:
+        output_dir: the Trainer's output folder; need not exist.
+
+    Returns:
+        The checkpoint's folder; None if there is no complete checkpoint.
     """
     for folder in reversed(_checkpoints(Path(output_dir))):
         if (flaw := _flaw(folder)) is None:
@@ -34,10 +40,13 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def set_broken_checkpoints_aside(output_dir: Path) -> None:
-    """Rename what `last_checkpoint` would skip to ``incomplete-checkpoint-N``, with a warning: nothing is deleted.
+    """Rename incomplete or damaged checkpoints to ``incomplete-checkpoint-N``, with a warning. Nothing is deleted.
 
-    The Trainer's own search for the last checkpoint then finds a whole one. Checkpoints that are whole, and such as
-    were written without ScaLoRA, stay.
+    The Trainer's own search for the last checkpoint then finds a complete one. Finished checkpoints of runs without
+    ScaLoRA stay as they are.
+
+    Args:
+        output_dir: the Trainer's output folder; need not exist.
     """
     for folder in _checkpoints(output_dir):
         flaw = _flaw(folder)
@@ -60,7 +69,7 @@ def _checkpoints(output_dir: Path) -> list[Path]:
 
 
 def _flaw(folder: Path) -> str | None:
-    """Why training can't go on from a folder; None if it can."""
+    """Why training can't resume from a folder; None if it can."""
     try:
         progress = json.loads((folder / _WRITTEN_LAST).read_text(encoding="utf-8"))
     except OSError:
@@ -68,7 +77,7 @@ def _flaw(folder: Path) -> str | None:
     except ValueError:
         return f"its {_WRITTEN_LAST} is cut short"
     if not isinstance(progress, dict) or not isinstance(progress.get("global_step"), int):
-        return f"its {_WRITTEN_LAST} names no global_step"
+        return f"its {_WRITTEN_LAST} has no global_step"
     if os.path.lexists(folder / STATE_FILE):
         try:
             check_state(folder)
@@ -81,21 +90,21 @@ def _flaw(folder: Path) -> str | None:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            return f"its {path.name} is not a whole safetensors file: {error}"
+            return f"its {path.name} is not a complete safetensors file: {error}"
     for name in ("optimizer.pt", "scheduler.pt"):
         if not (folder / name).is_file():
             return f"it has no {name}"
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
         if not _can_be_loaded(path):
-            return f"its {path.name} is cut short, or is not a file of tensors"
+            return f"its {path.name} is cut short or is not a file of tensors"
     return None
 
 
 def _can_be_loaded(path: Path) -> bool:
-    """Whether the Trainer's own `torch.load`, which executes nothing, will take a file; its tensors are not read."""
+    """Whether `torch.load` accepts a file, as the Trainer calls it: without executing anything. Reads no tensors."""
     try:
-        with safe_globals():  # NumPy's random state, as in the Trainer
+        with safe_globals():  # allows NumPy's random state, as the Trainer does
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # whatever a damaged file makes of the unpickler
+    except Exception:  # a damaged file can make the unpickler raise anything
         return False
     return True

@@ -1,4 +1,4 @@
-"""`StateError`, and how an error message shows a value."""
+"""`StateError`, and values in error messages."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 
 class StateError(ValueError):
-    """A saved state can't be used: missing, damaged, of another format or of another base; the message says which."""
+    """A saved state can't be used: it is missing, damaged, of another format or for another base (see the message)."""
 
 
 def short_repr(value: Any, length: int = 40) -> str:
-    """``repr(value)``, cut off where it gets too long for an error message.
+    """``repr(value)``, truncated for an error message.
 
     Args:
-        value: anything.
-        length: characters that are kept.
+        value: any value.
+        length: maximum number of characters.
     """
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]}…"

@@ -1,6 +1,6 @@
-"""From a saved state and its base to what others load: the live model, an ordinary adapter, a merged model.
+"""Makes a live model, an ordinary adapter or a merged model from a saved state and its base (paper, section 6).
 
-Only one whole model is ever in memory: the base, into which the state is read layer by layer.
+Only one whole model is in memory at a time: the base, into which the state is read layer by layer.
 """
 
 from __future__ import annotations
@@ -31,18 +31,21 @@ from scalora.saving.state_file import read_state
 
 
 class ExportError(RuntimeError):
-    """The exported files failed verification; the message says how. Nothing is left at the target."""
+    """The exported files failed verification; the message says how. They have been removed."""
 
 
 def load_model(base: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """The model that a state describes, on its base: to look at, or to attach `scalora.ScaLora` to and train on.
+    """Load a saved state into its base, to use the model or to attach `scalora.ScaLora` and continue training.
 
     Args:
-        base: the model that the run started from, in the dtype and quantisation that it was trained in. It is changed.
-        folder: with a ``scalora_state.safetensors``.
+        base: the model that the run started from, in the dtype and quantisation of the run; modified.
+        folder: a folder with a ``scalora_state.safetensors``.
+
+    Returns:
+        The trained model.
 
     Raises:
-        StateError: the state is damaged, or belongs to another base.
+        StateError: the state is missing or damaged, or belongs to another base.
     """
     state = read_state(Path(folder))
     model, pairs = _wrap(base, state)
@@ -60,26 +63,27 @@ def export_adapter(
     per_layer: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[PeftModel, AdapterReport]:
-    """Write the whole update of a state as an ordinary LoRA adapter.
+    """Write the whole update of a saved state as an ordinary LoRA adapter, which PEFT loads without scalora.
 
-    From the factors where the remainder is factored, else by randomised SVD of the difference to the base, layer by
-    layer.
+    The update is factored layer by layer: from the factors of a factored remainder, or by a randomised SVD of the
+    difference from the base.
 
     Args:
-        base: as for `load_model`.
-        folder: with a ``scalora_state.safetensors``.
-        output: folder of the adapter; must not exist, or be empty.
-        rtol: share of the Frobenius norm of each layer's update that may be left out.
-        max_rank: never more than this rank, whatever `rtol` asks for; the report shows the error.
-        per_layer: each layer the rank that it needs (PEFT's ``rank_pattern``) instead of one for all.
-        dtype: of the adapter's tensors.
+        base: the model that the run started from, in the dtype and quantisation of the run; modified.
+        folder: a folder with a ``scalora_state.safetensors``.
+        output: the adapter's folder; must be empty or not exist.
+        rtol: the largest error allowed in each layer, relative to the Frobenius norm of its update.
+        max_rank: the largest rank allowed, even if errors then exceed `rtol`. None: no limit.
+        per_layer: whether each layer has its own rank (PEFT's ``rank_pattern``). By default all have the largest one.
+        dtype: dtype of the adapter's tensors.
 
     Returns:
-        The live model (the base with the state in it) and the report.
+        The trained model (the base with the state loaded into it), and a report of the adapter's ranks and errors.
 
     Raises:
-        StateError: as `load_model`.
-        OSError: `output` is in use or can't be written.
+        StateError: the state is missing or damaged, or belongs to another base.
+        ExportError: the written tensors are empty or not finite. The files have been removed.
+        OSError: `output` is not empty, or can't be written to.
     """
     _require_unused(Path(output))
     state = read_state(Path(folder))
@@ -110,23 +114,23 @@ def export_merged(
 ) -> PreTrainedModel:
     """Write the model with the whole update merged in, as sharded safetensors that ``from_pretrained`` loads.
 
-    A quantised base is de-quantised first, so that the merged model is the one that was trained and not the update on
-    other weights.
+    A quantised base is dequantised first, so that the update is added to the weights that it was trained on.
 
     Args:
-        base: as for `load_model`.
-        folder: with a ``scalora_state.safetensors``.
-        output: folder of the model; must not exist, or be empty.
-        dtype: of its weights.
-        max_shard_size: of one file, as in ``PreTrainedModel.save_pretrained``.
-        with_model: is called with the live model before it is merged (and, if the base was quantised, de-quantised).
+        base: the model that the run started from, in the dtype and quantisation of the run; modified.
+        folder: a folder with a ``scalora_state.safetensors``.
+        output: the model's folder; must be empty or not exist.
+        dtype: dtype of the model's weights.
+        max_shard_size: maximum size of each file, as in ``PreTrainedModel.save_pretrained``.
+        with_model: called with the trained model before it is dequantised and merged.
 
     Returns:
         The merged model.
 
     Raises:
-        StateError: as `load_model`.
-        OSError: `output` is in use or can't be written.
+        StateError: the state is missing or damaged, or belongs to another base.
+        ExportError: the written tensors are empty or not finite. The files have been removed.
+        OSError: `output` is not empty, or can't be written to.
     """
     _require_unused(Path(output))
     state = read_state(Path(folder))
@@ -135,7 +139,7 @@ def export_merged(
     if with_model is not None:
         with_model(model)
     if any(pair.quantised for pair in pairs):
-        model.state_dict()  # brings 4-bit weights back from the layout of bitsandbytes' inference on CPUs
+        model.state_dict()  # converts 4-bit weights back from the layout that bitsandbytes uses for inference on CPUs
         model, pairs = _wrap(model.unload().dequantize(), state, check=False)
         restore(model, pairs, state["tensors"])
     while pairs:
@@ -150,14 +154,17 @@ def export_merged(
 
 
 def check_tensors(folder: Path) -> None:
-    """See to it that the safetensors files of a folder hold something, all of it finite.
+    """Check that a folder has safetensors files, and that no tensor in them is empty or non-finite.
+
+    Args:
+        folder: the folder that has been written.
 
     Raises:
-        ExportError: names the tensor.
+        ExportError: there is no such file, one can't be read, or a tensor is empty or has NaN or infinite entries.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ExportError(f"{str(folder)!r} holds no safetensors file")
+        raise ExportError(f"{str(folder)!r} has no safetensors file")
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
@@ -168,11 +175,11 @@ def check_tensors(folder: Path) -> None:
                     if tensor.is_floating_point() and not tensor.isfinite().all():
                         raise ExportError(f"{name!r} in {path.name} has NaN or infinite entries")
         except SafetensorError as error:
-            raise ExportError(f"{path.name} can't be read again: {error}") from None
+            raise ExportError(f"{path.name} can't be read back: {error}") from None
 
 
 def _wrap(base: PreTrainedModel, state: dict[str, Any], *, check: bool = True) -> tuple[PeftModel, list[LoraPair]]:
-    """The base with an empty adapter and remainder like the state's, into which its tensors fit."""
+    """The base with an adapter and remainders that the state's tensors fit."""
     check_content(state)
     config = saved_config(state) or ScaLoraConfig()
     model = _with_adapter(base, state["adapter"] or {})
@@ -186,9 +193,11 @@ def _wrap(base: PreTrainedModel, state: dict[str, Any], *, check: bool = True) -
 
 
 def _with_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> PeftModel:
-    """The base with a new adapter of a state's settings; what this PEFT does not know of them is left out."""
+    """The base with a new adapter with a state's settings, except for those that this version of PEFT does not have."""
     if settings.get("megatron_config"):
-        raise StateError("the state's adapter sets megatron_config, with which PEFT imports what the file names")
+        raise StateError(
+            "the state's adapter sets megatron_config, which would make PEFT import a module that the file names"
+        )
     known = {field.name for field in fields(LoraConfig) if field.init}
     settings = {key: value for key, value in settings.items() if key in known}
     try:
@@ -208,7 +217,7 @@ def _merge_exactly(pair: LoraPair, dtype: torch.dtype) -> None:
 
 
 def _dense_update_of(pair: LoraPair, tensors: dict[str, Tensor]) -> Tensor:
-    """The update of one layer, (m, n), with W_0 read from the base and the rest from a state."""
+    """The update of one layer, (m, n), from its original weight in the base and the tensors of a state."""
     device = pair.weight.device
     weight = tensors[f"weight.{pair.name}"].to(device)
     trained = DenseRemainder(weight, transposed=pair.transposed)
@@ -220,4 +229,4 @@ def _dense_update_of(pair: LoraPair, tensors: dict[str, Tensor]) -> Tensor:
 
 def _require_unused(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{str(output)!r} is not an empty folder: choose another, or remove it first")
+        raise FileExistsError(f"{str(output)!r} is not an empty folder: choose another one, or remove it first")

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whatever goes wrong while they are written."""
+"""Atomic writing of files and folders: they appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from safetensors import SafetensorError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, put in its place if all went well; gone if not.
+    """Context manager to write a file atomically: yields a temporary path, and renames it on success.
+
+    After an error the temporary file is removed, and a file that was at `path` before is unchanged.
+
+    Args:
+        path: the file to write, in a folder that exists; replaced if it exists.
 
     Raises:
-        OSError: the disk is full, the folder is read-only, …; whatever was at `path` before is still there.
+        OSError: the file can't be written (the disk is full, the folder is read-only, …). The message names `path`.
     """
     temporary = _temporary(path)
     try:
@@ -30,10 +35,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """An empty temporary folder beside `path`, put in its place if all went well; gone if not.
+    """Context manager to write a folder atomically: yields an empty temporary folder, and renames it on success.
+
+    After an error the temporary folder is removed, and a folder that was at `path` before is unchanged.
+
+    Args:
+        path: the folder to write; replaced if it exists. Its parents are created.
 
     Raises:
-        OSError: as `atomic_write`.
+        OSError: the folder can't be written (the disk is full, the parent is read-only, …). The message names `path`.
     """
     temporary, earlier = _temporary(path), path.with_name(f".{path.name}.earlier")
     for leftover in (temporary, earlier):
@@ -61,9 +71,16 @@ def _temporary(path: Path) -> Path:
 
 @contextmanager
 def naming_errors(path: Path) -> Iterator[None]:
-    """Make of whatever stops the writing an `OSError` that says what could not be written.
+    """Context manager that turns write errors into an `OSError` with the path that the user knows.
 
-    A full disk alone has no name, what is written first has a temporary one, and safetensors has an error of its own.
+    The error of a full disk names no file, other errors name the temporary file, and safetensors has its own error
+    class.
+
+    Args:
+        path: the file or folder that is written.
+
+    Raises:
+        OSError: something in the context raised an `OSError` or a `SafetensorError`.
     """
     prefix = "can't be written: "
     try:

@@ -1,7 +1,7 @@
-"""Writes the whole update of a run as an ordinary LoRA adapter, which PEFT loads on the untouched base without scalora.
+"""Writes the whole update as an ordinary LoRA adapter, which PEFT loads on the original base (paper, section 6).
 
-Dull on purpose, so that everything that takes PEFT adapters takes it: one rank for all layers, alpha equal to it (a
-scaling of 1), no rsLoRA, nothing in ``modules_to_save`` that was not trained there.
+The adapter uses no special features, so that everything that takes PEFT adapters takes it: one rank for all layers,
+alpha equal to the rank (a scaling of 1), no rsLoRA, and only modules that were trained in ``modules_to_save``.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from scalora.model.adapters import LoraPair
 from scalora.model.factored_layer import REMAINDER
 from scalora.model.update import factored_update
 from scalora.saving.files import naming_errors
+from scalora.saving.readme import README, is_own_readme
 
-# The ranks that vLLM's --max-lora-rank takes (its LoRAConfig, version 0.11).
+# The values that vLLM accepts for --max-lora-rank (LoRAConfig, version 0.11).
 _SERVING_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class AdapterReport(NamedTuple):
-    """What was written.
+    """Ranks and errors of an adapter that was written.
 
     Attributes:
-        ranks: of each layer in the file.
-        needed: the rank that each layer needs for the tolerance.
-        errors: what is left out of each layer's update, as a share of its Frobenius norm.
+        ranks: rank of each layer in the file, by the layer's name.
+        needed: rank that each layer needs for the tolerance.
+        errors: Frobenius norm of what is left out of each layer's update, relative to that of the update.
         norms: Frobenius norm of each layer's update.
     """
 
@@ -44,19 +45,28 @@ class AdapterReport(NamedTuple):
 
     @property
     def serving_rank(self) -> int:
-        """The maximum rank that a serving engine must allow (vLLM's ``--max-lora-rank``)."""
+        """The smallest maximum rank of a serving engine that accepts the adapter (vLLM's ``--max-lora-rank``)."""
         largest = max(self.ranks.values())
         return next((rank for rank in _SERVING_RANKS if rank >= largest), largest)
 
     @property
     def error(self) -> float:
-        """What is left out of the whole update, all layers together, as a share of its Frobenius norm."""
+        """Frobenius norm of what is left out of all layers together, relative to that of the whole update."""
         lost = sum((self.errors[name] * norm) ** 2 for name, norm in self.norms.items())
         return math.sqrt(lost / total) if (total := sum(norm**2 for norm in self.norms.values())) else 0.0
 
 
 def write_adapter(model: PeftModel, pairs: list[LoraPair], folder: Path) -> AdapterReport:
-    """`write_factors` of a live model with factored remainders, at the default tolerance (`save_pretrained`)."""
+    """Write the adapter of a model with factored remainders, at the default tolerance.
+
+    Args:
+        model: the PEFT model.
+        pairs: its LoRA pairs, with factored remainders.
+        folder: the folder to write to; must exist.
+
+    Returns:
+        Ranks and errors of the adapter.
+    """
     return write_factors(model, pairs, {pair.name: factored_update(pair) for pair in pairs}, folder)
 
 
@@ -71,24 +81,31 @@ def write_factors(
     per_layer: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> AdapterReport:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``; each file appears whole or not at all.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, each of them atomically.
 
     Args:
-        model: a PEFT model with the run's LoRA configuration; what it trains beside LoRA is written as it is in it.
-        pairs: of the model.
+        model: a PEFT model with the run's LoRA configuration. Modules that are trained in addition to LoRA are
+            written with their current weights.
+        pairs: the model's LoRA pairs.
         updates: the whole update of each layer, by the pair's name.
-        folder: exists.
-        rtol: share of each update's Frobenius norm that may be left out.
-        max_rank: never more than this; the tolerance may then be missed, which the report shows.
-        per_layer: each layer the rank that it needs (PEFT's ``rank_pattern``) instead of one rank for all.
-        dtype: of the adapter's tensors.
+        folder: the folder to write to; must exist. A README.md of the user's in it is not changed.
+        rtol: the largest error allowed in each layer, relative to the Frobenius norm of its update.
+        max_rank: the largest rank allowed, even if errors then exceed `rtol`. None: no limit.
+        per_layer: whether each layer has its own rank (PEFT's ``rank_pattern``). By default all have the largest one.
+        dtype: dtype of the adapter's tensors.
+
+    Returns:
+        Ranks and errors of the adapter.
+
+    Raises:
+        OSError: the folder can't be written to.
     """
     limit = max_rank or math.inf
     needed = {name: max(1, rank_for_tolerance(update, rtol)) for name, update in updates.items()}
     capped = {name: int(min(rank, limit)) for name, rank in needed.items()}
     largest = max(capped.values())
     ranks = capped if per_layer else dict.fromkeys(capped, largest)
-    # PEFT takes whatever is in its layers beside the base for the adapter's.
+    # PEFT would take the remainders for tensors of the adapter.
     state = {key: tensor for key, tensor in model.state_dict().items() if f".{REMAINDER}." not in key}
     errors, norms = {}, {}
     for pair in pairs:
@@ -113,7 +130,7 @@ def _padded(factor: Tensor, rank: int) -> Tensor:
 def _save_with_peft(
     model: PeftModel, adapter: str, state: dict[str, Tensor], ranks: dict[str, int], largest: int, folder: Path
 ) -> None:
-    """Have PEFT write another configuration and other tensors than the model's own, then move the files into place."""
+    """Have PEFT write another configuration and other tensors than the model's, then move the files to the folder."""
     own = model.peft_config[adapter]
     config = copy.deepcopy(own)
     config.r = config.lora_alpha = largest
@@ -132,6 +149,8 @@ def _save_with_peft(
             )
             for path in sorted(p for p in Path(temporary).rglob("*") if p.is_file()):
                 target = folder / path.relative_to(temporary)
+                if target.name == README and target.exists() and not is_own_readme(target):
+                    continue  # the user's, or a trainer's model card
                 target.parent.mkdir(exist_ok=True)
                 path.replace(target)
     finally:

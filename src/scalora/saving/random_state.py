@@ -1,4 +1,4 @@
-"""The random number generators of a process: their states as plain data, and back."""
+"""Saves and restores the states of a process's random number generators as plain data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scalora.saving.errors import StateError, short_repr
 
 
 def random_state() -> dict[str, Any]:
-    """The states of the random number generators of Python, NumPy, torch and its accelerators."""
+    """The states of the random number generators of Python, NumPy, torch and CUDA."""
     name, keys, *position = cast(tuple[Any, ...], numpy.random.get_state(legacy=True))
     return {
         "python": random.getstate(),
@@ -25,20 +25,31 @@ def random_state() -> dict[str, Any]:
 
 
 def check_random_state(state: Any) -> None:
-    """Raise `StateError` if `set_random_state` can't set a state."""
+    """Check that `set_random_state` can restore a state. Sets nothing.
+
+    Args:
+        state: states of the generators, from `random_state` or a file.
+
+    Raises:
+        StateError: it can't be restored.
+    """
     try:
         random.Random().setstate(state["python"])
         numpy.random.RandomState().set_state(_numpy_state(state))
         for generator in (state["torch"], *state["cuda"]):
             if not isinstance(generator, Tensor):
-                raise TypeError(f"{short_repr(generator)} is not a generator's state")
+                raise TypeError(f"{short_repr(generator)} is not the state of a generator")
         torch.Generator().set_state(state["torch"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise StateError(f"the state's random number generators can't be set: {error}") from None
+        raise StateError(f"the random number generators in the state can't be restored: {error}") from None
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """The inverse of `random_state`."""
+    """Restore the states of the random number generators of Python, NumPy, torch and, if available, CUDA.
+
+    Args:
+        state: states of the generators, from `random_state`.
+    """
     random.setstate(state["python"])
     numpy.random.set_state(_numpy_state(state))
     torch.set_rng_state(state["torch"])

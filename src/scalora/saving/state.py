@@ -1,4 +1,4 @@
-"""What makes a trained model out of its base: gathered, tied to that base, checked, put back exactly."""
+"""The state that makes a trained model out of its base: gathering, checking and restoring it (paper, section 6)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scalora.model.adapters import LoraPair
 from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.errors import StateError, short_repr
 
-# What every state holds, and of which types.
+# The entries of every state, with their types.
 _ENTRIES: dict[str, tuple[type, ...]] = {
     "base": (str,),
     "adapter": (dict, NoneType),
@@ -26,22 +26,28 @@ _ENTRIES: dict[str, tuple[type, ...]] = {
     "tensors": (dict,),
 }
 
-# Entries of each weight that the fingerprint looks at, spread evenly: any training step changes nearly all entries, so
-# a few of each are enough to tell two models apart, at no cost even for the largest.
+# Entries of each weight that go into the fingerprint, evenly spaced. A training step changes nearly all entries, so a
+# few of each weight are enough to tell models apart, and cheap for models of any size.
 _SAMPLES = 64
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """Identifies what is frozen under a PEFT model: a SHA-256 over a sample of each tensor, its name, shape and dtype.
+    """Identifies the frozen base of a PEFT model: SHA-256 over the names, shapes, dtypes and samples of its weights.
 
-    Take it before the first change to the base. Trained parameters and what PEFT put beside them do not count.
+    Parameters that are trained are not included, nor the originals that PEFT keeps of trained heads.
+
+    Args:
+        model: a PEFT model whose base has not been changed yet.
+
+    Returns:
+        The hash as 64 hexadecimal digits.
     """
-    # The tensors of the state dict and not the parameters themselves: bitsandbytes keeps a 4-bit weight in another
-    # layout once a CPU has used it for inference.
+    # From the state dict and not from the parameters: bitsandbytes changes the layout of a 4-bit weight when it is used
+    # for inference on a CPU.
     tensors = model.state_dict()
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        # PEFT keeps the head that it trains a copy of; a new head is random and differs from one load to the next.
+        # PEFT keeps the original of a head that it trains a copy of. A new head is random and differs with every load.
         if parameter.requires_grad or ".original_module." in name:
             continue
         tensor = tensors[name]
@@ -53,11 +59,16 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def gather(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Tensor]:
-    """All tensors that training changes, by name, not copied.
+    """All tensors that training changes, by name. They are not copied.
 
-    ``trained.NAME`` for every trained parameter (both factors, and heads or biases trained beside them), and for each
-    layer its remainder: ``weight.NAME`` (and ``rounded_off.NAME``) where it is dense, ``left.NAME`` and ``right.NAME``
-    where it is factored.
+    Args:
+        model: the model.
+        pairs: its LoRA pairs, with remainders.
+
+    Returns:
+        ``trained.NAME`` for every trained parameter (both factors, and heads or biases that are trained too).
+        For each layer, ``weight.NAME`` and, in half precision, ``rounded_off.NAME`` if its remainder is dense;
+        ``left.NAME``, ``right.NAME`` and ``discarded.NAME`` if it is factored.
     """
     tensors = {f"trained.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for pair in pairs:
@@ -68,10 +79,13 @@ def gather(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Tensor]:
 
 
 def check_content(state: Mapping[str, Any]) -> None:
-    """See to it that a state has what every state has.
+    """Check that a state has all entries, of the right types.
+
+    Args:
+        state: the state, from memory or from a file.
 
     Raises:
-        StateError: an entry is missing, or is not what it should be.
+        StateError: an entry is missing or invalid.
     """
     if missing := sorted(_ENTRIES.keys() - state.keys()):
         raise StateError(f"not a ScaLoRA state: it lacks {', '.join(missing)}")
@@ -80,7 +94,7 @@ def check_content(state: Mapping[str, Any]) -> None:
         if not isinstance(value, types):
             raise StateError(f"the state is damaged: its {key!r} is {short_repr(value)}")
         if isinstance(value, int) and (isinstance(value, bool) or value < 0):
-            raise StateError(f"the state is damaged: its {key!r} is {value}, not a count")
+            raise StateError(f"the state is damaged: its {key!r} is {value}, not a non-negative integer")
     if state["merge"] not in ("dense", "factored"):
         raise StateError(f"the state is damaged: its 'merge' is {state['merge']!r}, neither 'dense' nor 'factored'")
     for name, value in state["tensors"].items():
@@ -89,20 +103,34 @@ def check_content(state: Mapping[str, Any]) -> None:
 
 
 def check_base(state: Mapping[str, Any], fingerprint: str) -> None:
-    """Raise `StateError` if a state belongs to another base than that with the fingerprint."""
+    """Check that a state belongs to a base.
+
+    Args:
+        state: the state.
+        fingerprint: fingerprint of the base, from `base_fingerprint`.
+
+    Raises:
+        StateError: the state belongs to another base.
+    """
     if state["base"] != fingerprint:
         raise StateError(
-            f"the state belongs to a base model with fingerprint {state['base'][:12]}, this one has "
-            f"{fingerprint[:12]}: load the base that the run started from, in the same dtype, and adapt "
-            "the same modules of it"
+            f"the state belongs to a base model with fingerprint {state['base'][:12]}, but this one has "
+            f"{fingerprint[:12]}: load the base that the run started from, in the same dtype and quantisation, and "
+            "adapt the same modules"
         )
 
 
 def saved_config(state: Mapping[str, Any]) -> ScaLoraConfig | None:
-    """The settings that a state was saved with; None if it was saved before an engine was attached.
+    """The settings that a state was saved with.
+
+    Args:
+        state: the state.
+
+    Returns:
+        The settings; None if no engine was attached when the state was saved.
 
     Raises:
-        StateError: they are not settings of this scalora.
+        StateError: this version of scalora does not accept the settings.
     """
     if state["config"] is None:
         return None
@@ -113,28 +141,35 @@ def saved_config(state: Mapping[str, Any]) -> ScaLoraConfig | None:
 
 
 def check_fit(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tensor]) -> None:
-    """See to it that gathered tensors can be put back in a model.
+    """Check that the tensors of a state fit a model.
+
+    Args:
+        model: the model.
+        pairs: its LoRA pairs, with remainders.
+        tensors: the tensors, by the names of `gather`.
 
     Raises:
-        StateError: a tensor is missing, unknown, of another shape or dtype, or not finite.
+        StateError: a tensor is missing, unknown, of another shape or dtype, or has NaN or infinite entries.
     """
     expected = gather(model, pairs)
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise StateError(f"the state lacks {missing[0]!r} ({len(missing)} missing): it is of another model or adapter")
+        raise StateError(
+            f"the state lacks {missing[0]!r} ({len(missing)} missing): it belongs to another model or adapter"
+        )
     if unknown := sorted(tensors.keys() - expected.keys()):
         raise StateError(
-            f"the state has {unknown[0]!r} ({len(unknown)} unknown), which the model has not: it is of another "
-            "adapter, or of another merge setting"
+            f"the state has {unknown[0]!r} ({len(unknown)} unknown), which the model lacks: it belongs to another "
+            "adapter, or was saved with another merge setting"
         )
     for name, saved in tensors.items():
         wanted = expected[name]
-        if name.startswith(("left.", "right.")):  # with as many columns as there were
+        if name.startswith(("left.", "right.")):  # of any number of columns
             fits = saved.ndim == 2 and len(saved) == len(wanted)
         else:
             fits = saved.shape == wanted.shape
         if not fits or saved.dtype != wanted.dtype:
             raise StateError(
-                f"{name!r} is {saved.dtype} {tuple(saved.shape)} in the state and {wanted.dtype} "
+                f"{name!r} is {saved.dtype} {tuple(saved.shape)} in the state, but {wanted.dtype} "
                 f"{tuple(wanted.shape)} in the model"
             )
         if not saved.isfinite().all():
@@ -143,11 +178,17 @@ def check_fit(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Ten
         if (left := tensors.get(f"left.{pair.name}")) is not None and (
             left.shape[1] != tensors[f"right.{pair.name}"].shape[1]
         ):
-            raise StateError(f"the factors of {pair.name!r} have different numbers of columns")
+            raise StateError(f"the factors of {pair.name!r} in the state have different numbers of columns")
 
 
 def restore(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tensor]) -> None:
-    """Put gathered tensors, of which `check_fit` has found nothing, back in place."""
+    """Copy the tensors of a state into a model.
+
+    Args:
+        model: the model; modified.
+        pairs: its LoRA pairs, with remainders.
+        tensors: the tensors, by the names of `gather`; must have passed `check_fit`.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

@@ -1,6 +1,6 @@
-"""The file of a state: one safetensors file whose metadata holds, as JSON, everything that is not a tensor.
+"""The file of a state: one safetensors file, with everything that is not a tensor as JSON in its metadata.
 
-So it is there or not there, and reading it executes nothing.
+A single file can be replaced atomically, and reading it executes nothing.
 """
 
 from __future__ import annotations
@@ -18,16 +18,24 @@ from scalora.saving.errors import StateError
 from scalora.saving.files import atomic_write
 
 FORMAT_VERSION = 1
+"""Version of the file format that is written, and the only one that is read."""
+
 STATE_FILE = "scalora_state.safetensors"
+"""Name of the file in its folder."""
 
 _METADATA = "scalora"
 
 
 def write_state(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a tree of dicts, lists, tuples, numbers, texts and tensors to one file, atomically.
+    """Write a tree of dicts, lists, tuples, numbers, strings and tensors to one file, atomically.
+
+    Args:
+        path: the file to write, in a folder that exists; replaced if it exists.
+        content: the tree.
 
     Raises:
-        OSError: the disk is full, the folder is read-only, …; whatever was at `path` before is still there.
+        OSError: the file can't be written; an earlier one is unchanged.
+        StateError: the tree holds something else.
     """
     tensors: dict[str, Tensor] = {}
     seen: dict[tuple[Any, ...], str] = {}
@@ -38,14 +46,17 @@ def write_state(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what `write_state` wrote; tensors come on the CPU.
+    """Read what `write_state` wrote.
 
     Args:
-        path: the file, or the folder that it is in.
+        path: the file, or the folder with it.
+
+    Returns:
+        The tree, with its tensors on the CPU.
 
     Raises:
-        StateError: there is no such file, it leads out of its folder, is no safetensors file, is cut short, or is of
-            another format version.
+        StateError: the file does not exist, is a link out of its folder, is not a complete safetensors file, was not
+            written by scalora, or has another format version.
     """
     described, tensors = _open(path)
     try:
@@ -53,41 +64,49 @@ def read_state(path: Path) -> dict[str, Any]:
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise StateError(f"{str(path)!r} is damaged: its description does not fit its tensors ({error})") from None
     if not isinstance(content, dict):
-        raise StateError(f"{str(path)!r} is damaged: its description is not a table")
+        raise StateError(f"{str(path)!r} is damaged: its description is not a dict")
     return content
 
 
 def check_state(path: Path) -> None:
-    """Raise what `read_state` would, short of reading the tensors: enough to find a file that was cut short."""
+    """Check a state file without reading its tensors, which is enough to find truncated files.
+
+    Args:
+        path: the file, or the folder with it.
+
+    Raises:
+        StateError: the file does not exist, is a link out of its folder, is not a complete safetensors file, was not
+            written by scalora, or has another format version.
+    """
     _open(path)
 
 
 def _open(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """The description and the tensors of a state file; the tensors are mapped, not read, until they are used."""
+    """The description and the tensors of a state file. The tensors are memory-mapped and read when they are used."""
     path = path / STATE_FILE if path.is_dir() else path
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
-        raise StateError(f"{str(path)!r} {what}: give the folder of a ScaLoRA state, with its {STATE_FILE}")
+        raise StateError(f"{str(path)!r} {what}: give the folder of a ScaLoRA state, which holds {STATE_FILE}")
     if path.resolve().parent != path.parent.resolve():
-        raise StateError(f"{str(path)!r} is a link out of its folder: copy the file itself")
+        raise StateError(f"{str(path)!r} is a link to another folder: replace it with a copy of the file")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise StateError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
+        raise StateError(f"{str(path)!r} is not a complete safetensors file: {error}") from None
     try:
         described = json.loads(metadata[_METADATA])
         version, content = described["format_version"], described["content"]
     except (KeyError, RecursionError, TypeError, ValueError):
-        raise StateError(f"{str(path)!r} is a safetensors file, but not one that scalora wrote") from None
+        raise StateError(f"{str(path)!r} is a safetensors file, but was not written by scalora") from None
     if version != FORMAT_VERSION:
-        raise StateError(f"{str(path)!r} has format version {version!r}, this scalora reads {FORMAT_VERSION}")
+        raise StateError(f"{str(path)!r} has format version {version!r}, but this scalora reads {FORMAT_VERSION}")
     return content, tensors
 
 
 def _describe(value: Any, key: str, tensors: dict[str, Tensor], seen: dict[tuple[Any, ...], str]) -> Any:
-    """JSON for a value, with each tensor moved to `tensors` and named in its place; one storage is written once."""
+    """JSON of a value. Tensors are moved to `tensors` and replaced by their names; shared ones are stored once."""
     if isinstance(value, Tensor):
         identity = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
         name = seen.setdefault(identity, key) if value.numel() else key
