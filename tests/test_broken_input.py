@@ -847,6 +847,7 @@ def test_a_full_disk_for_the_result_of_training(trained, tmp_path):
         "config.yaml",
         "environment.json",
         "metrics.jsonl",
+        "updates.jsonl",
         "trainer",
     }
 
@@ -858,7 +859,7 @@ def test_a_full_disk_for_a_checkpoint(run, trained, tmp_path):
         result = resume(run, trained, "--max_steps", 5, "--save_steps", 5)
     assert_one_line(result, "checkpoint-5")
     after = contents(run)
-    assert {name for name in before if before[name] != after.get(name)} == {"metrics.jsonl"}
+    assert {name for name in before if before[name] != after.get(name)} == {"metrics.jsonl", "updates.jsonl"}
     whole_steps = [line for line in metrics.splitlines() if "loss" in json.loads(line)]
     assert set(whole_steps) <= set((run / "metrics.jsonl").read_text().splitlines())
     assert not [name for name in after if name.endswith(".partial")]

@@ -7,10 +7,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from scalora.bench.bench import Steps
-from scalora.bench.case import Case, Contender, interval_of
+from scalora.bench.case import Case, Contender
 from scalora.bench.floor import Work, rescale_work
 from scalora.bench.measure import interleaved_steps, rescale_parts
+from scalora.bench.results import Steps
+from scalora.bench.settings import interval_of
 from scalora.cli import app
 
 SMALL = ["--width", "64", "--layers", "1", "--sequence", "8", "--batch", "1", "--rounds", "2", "--device", "cpu"]
@@ -153,10 +154,10 @@ def test_the_floor_is_every_byte_once_and_every_operation_once():
     ("arguments", "message"),
     [
         (["--method", "lorra"], "--method 'lorra': the methods are scalora, lora,"),
-        (["--method", "scalora:0"], "--method 'scalora:0': after the colon"),
-        (["--method", "scalora:x"], "--method 'scalora:x': after the colon"),
+        (["--method", "scalora:0"], "--method 'scalora:0': the interval after the colon"),
+        (["--method", "scalora:x"], "--method 'scalora:x': the interval after the colon"),
         (["--dtype", "float8"], "--dtype 'float8': the dtypes are float32"),
-        (["--merge", "sparse"], "--merge 'sparse': the places are auto, dense, factored"),
+        (["--merge", "sparse"], "--merge 'sparse': must be one of auto, dense, factored"),
         (["--device", "abacus"], "--device 'abacus' can't be used"),
         (["--rank", "0"], "'--rank'"),
         (["no/such/model"], "no/such/model"),

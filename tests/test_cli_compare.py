@@ -128,14 +128,14 @@ BAD_STUDIES = {
     "--methods.lora.learning_rates=[1e-3]": "lora 1, scalora 2",
     "--methods.lora.learning_rates=1e-3": "methods.lora: there is no list of learning_rates",
     "--learning_rates=null": "methods.lora: there is no list of learning_rates",
-    "--learning_rates=[1e-3, 0.001]": "learning rate 0.001 is there twice",
+    "--learning_rates=[1e-3, 0.001]": "learning rate 0.001 is listed twice",
     "--methods.lora.learning_rates=[fast, 1]": "'fast' is not a number above 0",
     "--methods.lora.learning_rates=[0, 1]": "0 is not a number above 0",
     "--methods.LORA={method: lora}": "methods 'lora' and 'LORA' would share the folder 'lora'",
     "--methods.++={method: lora}": "'++' has no letter or digit",
     "--seeds=[]": "seeds=[]",
-    "--seeds=[1, 1]": "seeds: 1 is there twice",
-    "--tuning_seeds=[0, 0]": "tuning_seeds: 0 is there twice",
+    "--seeds=[1, 1]": "seeds: 1 is listed twice",
+    "--tuning_seeds=[0, 0]": "tuning_seeds: 0 is listed twice",
     "--run.data.train=nowhere.csv": "data file 'nowhere.csv' does not exist",
     "--methods.scalora.data.eval=nowhere.csv": "data file 'nowhere.csv' does not exist",
     "--run.data.eval=null": "data.eval is missing",
@@ -275,7 +275,7 @@ def test_a_metric_that_the_evaluations_do_not_give_stops_at_the_first_run(write_
     result = scalora("compare", write_study(), "--metric", "eval_acuracy", "--cores", 1)
     assert result.exit_code == 2
     assert errors(result) == [
-        "error: metric 'eval_acuracy' is none that the evaluations give; they give eval_loss, eval_accuracy"
+        "error: metric 'eval_acuracy' is not among the scores of the evaluations, which are eval_loss, eval_accuracy"
     ]
     assert len(finished()) == 1
 

@@ -227,7 +227,7 @@ def test_an_export_that_is_not_the_run_is_refused_and_removed(train, tmp_path, m
     monkeypatch.setattr(scalora.saving.ordinary_adapter, "_save_with_peft", corrupted)
     result = command("export", run, "--output", tmp_path / "out")
     assert result.exit_code == 1
-    assert "differ from the run's" in result.stderr
+    assert "differ from those of the run" in result.stderr
     assert not (tmp_path / "out").exists()
 
     def broken(model, adapter, state, *rest):

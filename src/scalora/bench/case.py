@@ -1,4 +1,4 @@
-"""`Case`: one setting that is measured, and the models of the methods in it, ready to step."""
+"""`Case`: one setting to measure, and `Contender`: the model of one method in it, ready to train."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerControl, TrainerState, TrainingArguments
 
-from scalora.config import LORA_DEFAULTS, Merge, ScaLoraConfig
+from scalora.bench.settings import method_and_interval
+from scalora.config import LORA_DEFAULTS, Dtype, Merge, ScaLoraConfig
 from scalora.rescale.remainder import FactoredRemainder
 from scalora.rivals import METHODS
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
 
-# Of the Llama that is made where no model is given: SmolLM2-135M's proportions, with a vocabulary small enough that the
-# logits don't drown the layers.
+# The random Llama has the proportions of SmolLM2-135M, with a smaller vocabulary, so that the logits do not dominate
+# the cost of the layers.
 _HEAD_SIZE = 64
 _VOCABULARY = 8192
 
-# Any rate that trains is as good as another: only the time is looked at.
+# Any rate at which training does not diverge will do: only time is measured.
 _LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is the same for all methods that are compared.
+    """A setting that is the same for all methods compared.
 
     Attributes:
-        model: folder or hub id of a causal language model; None makes a Llama of `width` and `layers`, with random
-            weights.
-        width: its hidden size.
-        layers: its number of layers.
-        rank: r of the adapter on all linear layers.
+        model: folder or hub id of a causal language model; None: a Llama of `width` and `layers` with random weights.
+        width: hidden size of the random Llama.
+        layers: number of layers of the random Llama.
+        rank: rank of the adapter, which is on all linear layers.
         batch: sequences per step.
-        sequence: tokens of each.
-        dtype: of the base weights; half precision is trained under autocast, with a float32 adapter, as the Trainer
-            does.
+        sequence: tokens per sequence.
+        dtype: dtype of the base weights. In half precision, training uses autocast and a float32 adapter, as the
+            Trainer does.
         merge: where ScaLoRA's remainder goes.
-        device: to train on.
+        device: device to train on.
         native: whether ScaLoRA rescales in C++.
     """
 
@@ -50,13 +50,13 @@ class Case:
     rank: int
     batch: int
     sequence: int
-    dtype: str
+    dtype: Dtype
     merge: Merge
     device: str
     native: bool = False
 
     def base(self) -> nn.Module:
-        """The model that every method starts from."""
+        """Load or create the model that every method starts from."""
         dtype = getattr(torch, self.dtype)
         if self.model is not None:
             return AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)  # type: ignore[no-any-return]
@@ -67,28 +67,37 @@ class Case:
             intermediate_size=8 * self.width // 3,
             num_hidden_layers=self.layers,
             num_attention_heads=heads,
-            # A third of the heads as SmolLM2 has, or the next fewer that divides them.
+            # A third of the heads, as in SmolLM2, or the largest smaller number that divides them.
             num_key_value_heads=next(few for few in range(max(1, heads // 3), 0, -1) if heads % few == 0),
             max_position_embeddings=max(2048, self.sequence),
         )
         return AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-any-return]
 
     def tokens(self, vocabulary: int) -> torch.Tensor:
-        """A batch of random tokens, (batch, sequence)."""
+        """A batch of random tokens, (batch, sequence), the same in every call.
+
+        Args:
+            vocabulary: number of different tokens.
+        """
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocabulary, (self.batch, self.sequence), generator=generator).to(self.device)
 
 
 class Contender:
-    """A method's model and optimizer, which take a step when asked.
+    """The model and optimizer of one method.
 
     Args:
-        name: of a method in `scalora.rivals.METHODS`; ``scalora:10`` rescales at every tenth step.
-        base: to start from; it is changed.
+        name: a key of `scalora.rivals.METHODS`; ``scalora:10`` is ScaLoRA with an interval of 10.
+        base: the base model, which is modified.
         case: the setting.
 
+    Attributes:
+        name: the name given.
+        model: the adapted model.
+        optimizer: AdamW over the model's trainable parameters, with the method's hooks attached.
+
     Raises:
-        ValueError: as `method_and_interval`.
+        ValueError: there is no such method, or the interval is not a positive integer.
     """
 
     def __init__(self, name: str, base: nn.Module, case: Case) -> None:
@@ -116,11 +125,15 @@ class Contender:
         loss.backward()
 
     def backward(self) -> None:
-        """Compute the gradients of a batch."""
+        """Compute the gradients for the case's batch."""
         self._backward(self.model)
 
     def step(self) -> float:
-        """Forward, backward and the optimizer's step; returns the seconds."""
+        """Take one training step, from the forward pass to clearing the gradients.
+
+        Returns:
+            The seconds it took.
+        """
         start = now(self._case.device)
         self.backward()
         self.optimizer.step()
@@ -128,27 +141,12 @@ class Contender:
         return now(self._case.device) - start
 
 
-def method_and_interval(name: str) -> tuple[str, int]:
-    """What a contender's name says: ``("scalora", 10)`` for ``scalora:10``, ``("lora", 1)`` for ``lora``.
-
-    Raises:
-        ValueError: no method has that name, or the interval is none.
-    """
-    method, _, interval = name.partition(":")
-    if method not in METHODS:
-        raise ValueError(f"the methods are {', '.join(METHODS)}")
-    if interval and (not interval.isdigit() or int(interval) < 1):
-        raise ValueError("after the colon comes an interval of at least 1")
-    return method, int(interval or 1)
-
-
-def interval_of(name: str) -> int:
-    """How many steps of a contender are alike."""
-    return method_and_interval(name)[1]
-
-
 def now(device: str) -> float:
-    """Seconds, when the device has done all that it was given."""
+    """The clock in seconds, read after the device has finished all work queued on it.
+
+    Args:
+        device: name of a torch device.
+    """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -164,7 +162,7 @@ def _method(name: str, case: Case) -> Method:
 
 
 def _fill_remainders(model: nn.Module) -> None:
-    """Give factored remainders the columns that they have in a long run, as after a compression."""
+    """Give factored remainders as many columns as a compression leaves them in a long run."""
     for module in model.modules():
         if isinstance(module, FactoredRemainder):
             module.left = 1e-4 * module.left.new_empty(len(module.left), module.max_rank).normal_()

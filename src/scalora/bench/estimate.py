@@ -1,12 +1,11 @@
-"""``scalora estimate``: what training a model would take, from its config alone. No weight is read, none is made."""
+"""``scalora estimate``: memory and time of training a model, from its config alone, without reading any weights."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import transformers
@@ -22,145 +21,31 @@ from transformers import (
 )
 
 from scalora.bench.floor import rescale_work_of
-from scalora.config import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Merge, ScaLoraConfig
-from scalora.model.adapters import LoraPair, by_shape, find_lora_pairs
-from scalora.model.layers import ADAPTABLE, LINEAR
+from scalora.bench.settings import EstimateSettings
+from scalora.config import DEFAULT_TARGET_MODULES, Merge
+from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.model.layers import ADAPTABLE
+from scalora.model.memory import Memory, bytes_of_base, quantisable_layers, training_memory
 from scalora.model.placement import resolve_merge
-from scalora.rescale.remainder import HALF
 from scalora.runs.errors import InputError
 from scalora.studies.table_markdown import grid
 
-Quantization = Literal["none", "nf4", "int8"]
+# Bytes per entry of an adapter, which is float32 whatever the dtype of the base.
+_SINGLE = 4
 
-# NVIDIA's H100 datasheet, the SXM column: memory bandwidth in GB/s; TFLOP/s of dense matrix products (it prints the
-# double of bfloat16's, for sparse ones), in float32 without tensor cores, as torch computes by default.
-_H100_BANDWIDTH = 3350.0
-_H100_TFLOPS = {"float32": 67.0, "bfloat16": 989.0, "float16": 989.0}
-
-# Of the datasheet's rate that training reaches: Llama 3's reached 38 to 43 % on H100s (arXiv 2407.21783).
-_ACHIEVED = 0.4
-
-# bitsandbytes' 4-bit weights have a float32 scale for each block of so many entries (no double quantisation here).
-_NF4_BLOCK = 64
-
-# Of an adapter's entry, which is float32 whatever the base is, and of an entry of the solver's float64 copies.
-_SINGLE, _DOUBLE = 4, 8
-
-# Adam's.
-_MOMENTS = 2
-
-# Of a factored remainder, whose columns grow from `remainder_rank` to twice that between two compressions.
+# Mean number of columns of a factored remainder, as a multiple of `remainder_rank`: between two compressions they grow
+# from `remainder_rank` to twice that.
 _MEAN_COLUMNS = 1.5
 
 
 @dataclass(frozen=True)
-class EstimateSettings:
-    """What to estimate, and on which machine.
-
-    Attributes:
-        config: a model's config.json, or the folder that holds it.
-        r: rank of the adapter; 8 is PEFT's own default.
-        target_modules: ``"all-linear"``, which is where the paper adapts too, or names of modules with commas between.
-        dtype: of the base weights; bfloat16, because models of a size that asks for an estimate are published in it.
-        quantization: of the base's linear layers, as `scalora train` has it done by bitsandbytes; none unless wanted.
-        merge: where ScaLoRA's remainder goes; its own default.
-        remainder_rank: of a factored remainder; its own default.
-        tokens: per step; 4096, one sequence of Llama 2's length. The more they are, the smaller a share is a rescale.
-        bandwidth: of the machine's memory, GB/s; the H100 SXM's.
-        tflops: that the machine reaches in the base's dtype, TFLOP/s; None takes the H100 SXM's, times the share of it
-            that training reaches.
-        float32_tflops: that it reaches in float32, which a rescale computes in whatever the base is; None likewise, or
-            `tflops` for a float32 base.
-        interval: between rescales; every step, the default, and ten, rarely enough that a rescale is next to free.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    config: Path
-    r: int = DEFAULT_RANK
-    target_modules: str = DEFAULT_TARGET_MODULES
-    dtype: str = "bfloat16"
-    quantization: Quantization = "none"
-    merge: Merge = ScaLoraConfig.merge
-    remainder_rank: int = ScaLoraConfig.remainder_rank
-    tokens: int = 4096
-    bandwidth: float = _H100_BANDWIDTH
-    tflops: float | None = None
-    float32_tflops: float | None = None
-    interval: tuple[int, ...] = (1, 10)
-
-    def __post_init__(self) -> None:
-        for name in ("r", "tokens"):
-            if (value := getattr(self, name)) < 1:
-                raise InputError(f"--{name} must be at least 1, got {value}")
-        for name in ("bandwidth", "tflops", "float32_tflops"):
-            if (rate := getattr(self, name)) is not None and not 0 < rate < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} must be a positive finite number, got {rate}")
-        if wrong := [interval for interval in self.interval if interval < 1]:
-            raise InputError(f"--interval must be at least 1, got {wrong[0]}")
-        if self.dtype not in _H100_TFLOPS:
-            raise InputError(f"--dtype {self.dtype!r}: the dtypes are {', '.join(_H100_TFLOPS)}")
-        if self.quantization not in (known := get_args(Quantization)):
-            raise InputError(f"--quantization {self.quantization!r}: the kinds are {', '.join(known)}")
-        ScaLoraConfig(merge=self.merge, remainder_rank=self.remainder_rank)
-
-    @property
-    def rate(self) -> float:
-        """Floating-point operations per second that the machine reaches."""
-        return _operations_per_second(self.tflops, self.dtype)
-
-    @property
-    def rescale_rate(self) -> float:
-        """The same in float32."""
-        if self.dtype == "float32" and self.float32_tflops is None:
-            return self.rate
-        return _operations_per_second(self.float32_tflops, "float32")
-
-
-def _operations_per_second(tflops: float | None, dtype: str) -> float:
-    return 1e12 * (_H100_TFLOPS[dtype] * _ACHIEVED if tflops is None else tflops)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes, by part; LoRA needs the first four.
-
-    Attributes:
-        base: the frozen weights.
-        adapter: A and B, float32.
-        gradients: of these.
-        optimizer: Adam's two moments of these.
-        remainder: what ScaLoRA keeps beside the weights; at its largest.
-        scratch: of a rescale, for the largest stack of layers of one shape; free again after it.
-    """
-
-    base: int
-    adapter: int
-    gradients: int
-    optimizer: int
-    remainder: int
-    scratch: int
-
-    @property
-    def lora(self) -> int:
-        """LoRA's, in all."""
-        return self.base + self.adapter + self.gradients + self.optimizer
-
-    @property
-    def scalora(self) -> int:
-        """ScaLoRA's, in all."""
-        return self.lora + self.remainder + self.scratch
-
-
-@dataclass(frozen=True)
 class Seconds:
-    """Expected time.
+    """Estimated times in seconds.
 
     Attributes:
-        lora: of a step of LoRA.
-        columns: that a factored remainder adds to each step's forward and backward pass.
-        rescale: of one rescale at the least, by part.
+        lora: duration of a step of LoRA.
+        columns: time that a factored remainder adds to the forward and backward pass of each step.
+        rescale: lower bound on the duration of one rescale, by part.
     """
 
     lora: float
@@ -168,29 +53,37 @@ class Seconds:
     rescale: dict[str, float]
 
     def step(self, interval: int) -> float:
-        """Of a step of ScaLoRA that rescales at every interval-th one, in the mean."""
+        """Mean duration of a step of ScaLoRA.
+
+        Args:
+            interval: steps between rescales.
+        """
         return self.lora + self.columns + sum(self.rescale.values()) / interval
 
     def overhead(self, interval: int) -> float:
-        """Of ScaLoRA, as a share of LoRA's step."""
+        """Time that ScaLoRA adds to a step, as a fraction of LoRA's step.
+
+        Args:
+            interval: steps between rescales.
+        """
         return self.step(interval) / self.lora - 1
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What training would take.
+    """Estimated cost of training a model.
 
     Attributes:
-        model: its class.
-        parameters: of the base model, tied ones once.
-        trainable: of the adapter.
-        share: of the trainable ones among all, the adapter's included, as PEFT counts it.
-        layers: that are adapted.
-        uncounted: parameters of more than one dimension in other layers than linear ones and embeddings (experts,
-            convolutions), whose arithmetic is not in the step's.
-        merge: where the remainder goes.
-        memory: by part.
-        seconds: of a step and a rescale.
+        model: name of the model's class.
+        parameters: number of parameters of the base model; tied parameters count once.
+        trainable: number of parameters of the adapter.
+        share: trainable parameters as a fraction of all, the adapter's included, as PEFT counts them.
+        layers: number of adapted layers.
+        uncounted: number of parameters whose arithmetic is not counted: those with more than one dimension in layers
+            that are neither linear layers nor embeddings, such as experts and convolutions.
+        merge: where the remainder goes, ``"dense"`` or ``"factored"``.
+        memory: memory by part.
+        seconds: times of a step and a rescale.
     """
 
     model: str
@@ -205,24 +98,29 @@ class Estimate:
 
 
 def estimate(settings: EstimateSettings) -> Estimate:
-    """Build the model without memory, on torch's meta device, adapt it as training would, and count.
+    """Estimate the cost of training with LoRA and ScaLoRA.
+
+    Builds the model on torch's meta device, which takes no memory, and adapts it as training would.
+
+    Args:
+        settings: the model, the adapter and the machine.
 
     Raises:
-        InputError: there is no config, it is not one of a model, or no layer has the name of a target.
-        UnsupportedLayerError: a target is a layer that ScaLoRA can't treat.
+        InputError: there is no config, no model can be built from it, or no layer has the name of a target.
+        UnsupportedLayerError: a target is a layer that ScaLoRA can't adapt.
     """
     with torch.device("meta"), warnings.catch_warnings():
-        # What the libraries have to say is about training a model that no one trains here.
+        # The libraries warn about training, and nothing is trained here.
         warnings.simplefilter("ignore")
         base = _model(_config(settings.config), settings)
-        quantised = _quantised(base, settings)
-        bytes_of_base = _bytes_of_base(base, quantised, settings)
+        quantised = set() if settings.quantization == "none" else quantisable_layers(base)
+        base_bytes = bytes_of_base(base, quantised, settings.quantization)
         matrices, uncounted = _matrices(base)
         adapted = get_peft_model(base, LoraConfig(r=settings.r, target_modules=_targets(base, settings)))
         trainable, total = adapted.get_nb_trainable_parameters()
         pairs = [replace(pair, quantised=pair.layer.get_base_layer() in quantised) for pair in find_lora_pairs(adapted)]
     if settings.merge == "dense" and any(pair.quantised for pair in pairs):
-        raise InputError(f"--merge dense: can't merge into {settings.quantization} weights; use factored or auto")
+        raise InputError(f"--merge dense: can't merge into {settings.quantization} weights; use auto or factored")
     merge = resolve_merge(pairs, settings.merge, settings.remainder_rank)
     adapter = _SINGLE * trainable
     return Estimate(
@@ -233,15 +131,8 @@ def estimate(settings: EstimateSettings) -> Estimate:
         layers=len(pairs),
         uncounted=uncounted,
         merge=merge,
-        memory=Memory(
-            base=bytes_of_base,
-            adapter=adapter,
-            gradients=adapter,
-            optimizer=_MOMENTS * adapter,
-            remainder=sum(_bytes_of_remainder(pair, merge, settings) for pair in pairs),
-            scratch=max(map(_bytes_of_scratch, by_shape(pairs))),
-        ),
-        seconds=_seconds(pairs, matrices, bytes_of_base, merge, settings),
+        memory=training_memory(base_bytes, adapter, adapter, pairs, merge, settings.remainder_rank),
+        seconds=_seconds(pairs, matrices, base_bytes, merge, settings),
     )
 
 
@@ -251,19 +142,19 @@ def _config(path: Path) -> PreTrainedConfig:
         raise InputError(f"model config {str(file)!r} does not exist: give a config.json or the folder that holds it")
     try:
         config = AutoConfig.from_pretrained(str(file), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # whatever a wrong value runs into
+    except Exception as error:  # whatever an invalid value leads to
         raise InputError(f"{str(file)!r} can't be read as a model's config: {error}") from None
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(
-            f"{str(file)!r} is of weights that are quantised already: give the config of the model that they were made "
-            "from, and --quantization"
+            f"{str(file)!r} is the config of a model that is quantised already: give that of the original model, and "
+            "--quantization"
         )
     return config
 
 
 def _model(config: PreTrainedConfig, settings: EstimateSettings) -> PreTrainedModel:
     dtype = getattr(torch, settings.dtype)
-    # The class that its weights were saved from, if it says so: a BERT config could be a decoder's as well.
+    # The class that the weights were saved from, if the config names it: a BERT config may also be that of a decoder.
     named = (getattr(transformers, name, None) for name in config.architectures or ())
     saved_as: type[PreTrainedModel] | None = next(
         (kind for kind in named if isinstance(kind, type) and issubclass(kind, PreTrainedModel)), None
@@ -271,31 +162,14 @@ def _model(config: PreTrainedConfig, settings: EstimateSettings) -> PreTrainedMo
     auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
     try:
         return saved_as._from_config(config, dtype=dtype) if saved_as else auto.from_config(config, dtype=dtype)
-    except Exception as error:  # whatever a wrong value runs into
+    except Exception as error:  # whatever an invalid value leads to
         raise InputError(
             f"no model can be built from config {str(settings.config)!r}: {type(error).__name__}: {error}"
         ) from None
 
 
-def _quantised(base: PreTrainedModel, settings: EstimateSettings) -> set[nn.Module]:
-    """The layers that bitsandbytes replaces: all linear ones but the head."""
-    if settings.quantization == "none":
-        return set()
-    return {layer for layer in base.modules() if isinstance(layer, LINEAR)} - {base.get_output_embeddings()}
-
-
-def _bytes_of_base(base: nn.Module, quantised: set[nn.Module], settings: EstimateSettings) -> int:
-    weights = [layer.get_parameter("weight") for layer in quantised]
-    packed = [weight.numel() for weight in weights]
-    whole = sum(p.nbytes for p in base.parameters()) - sum(weight.nbytes for weight in weights)
-    if settings.quantization == "nf4":
-        return whole + sum(math.ceil(entries / 2) + _SINGLE * math.ceil(entries / _NF4_BLOCK) for entries in packed)
-    # Each row of an int8 weight has a scale as well, too little to count.
-    return whole + sum(packed)
-
-
 def _matrices(base: nn.Module) -> tuple[int, int]:
-    """Entries of the linear layers' weights, the head's too if it is tied; and those of `Estimate.uncounted`."""
+    """Number of weights in linear layers, including the head's even if it is tied, and `Estimate.uncounted`."""
     linear, known = 0, set()
     for layer in base.modules():
         if isinstance(layer, ADAPTABLE):
@@ -310,50 +184,45 @@ def _targets(base: nn.Module, settings: EstimateSettings) -> str | list[str]:
     targets = [name.strip() for name in settings.target_modules.split(",")]
     layers = [name for name, layer in base.named_modules() if isinstance(layer, ADAPTABLE)]
     for target in targets:
-        # PEFT passes over a name that it does not find, if it finds another.
+        # PEFT ignores a name that matches no layer, as long as another one does.
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             kinds = dict.fromkeys(name.rpartition(".")[2] for name in layers)
-            raise InputError(f"--target-modules {target!r}: no layer has that name; there are {', '.join(kinds)}")
+            raise InputError(f"--target-modules {target!r}: no layer has that name; the names are {', '.join(kinds)}")
     return targets
 
 
-def _bytes_of_remainder(pair: LoraPair, merge: Merge, settings: EstimateSettings) -> int:
-    m, n, r = pair.m, pair.n, pair.r
-    if merge == "factored":
-        # Before a compression, which comes when there are more columns than twice the rank.
-        return _SINGLE * (m + n) * (2 * settings.remainder_rank + r)
-    return 2 * m * n if pair.weight.dtype in HALF else 0
-
-
-def _bytes_of_scratch(stack: list[LoraPair]) -> int:
-    """A, G·B, B and GᵀA of layers of one shape, stacked in float32; in float64 too the first two, then the others."""
-    m, n, r = stack[0].m, stack[0].n, stack[0].r
-    return len(stack) * 2 * r * ((m + n) * _SINGLE + max(m, n) * _DOUBLE)
-
-
 def _seconds(
-    pairs: list[LoraPair], matrices: int, bytes_of_base: int, merge: Merge, settings: EstimateSettings
+    pairs: list[LoraPair], matrices: int, base_bytes: int, merge: Merge, settings: EstimateSettings
 ) -> Seconds:
-    """Expected times; `matrices` is the number of entries of all linear layers."""
+    """Estimated times; `matrices` is the number of weights in all linear layers."""
     factored = merge == "factored"
     width = sum(pair.m + pair.n for pair in pairs)
-    # 2 for each entry forward and 2 for the gradient with respect to the inputs; the frozen weights have none, the
-    # adapter's have 2 more.
+    # Operations per weight and token: 2 forward and 2 for the gradient with respect to the input. The adapter's weights
+    # take 2 more for their own gradient; frozen weights have none.
     lora = (4 * matrices + 6 * width * settings.r) * settings.tokens
     columns = 4 * width * _MEAN_COLUMNS * settings.remainder_rank * settings.tokens if factored else 0
     rescale = rescale_work_of(pairs, settings.remainder_rank if factored else None)._asdict()
     bandwidth = 1e9 * settings.bandwidth
     machine = bandwidth, settings.rescale_rate
     return Seconds(
-        # With few tokens a step waits for the weights, which pass once forward and once backward.
-        lora=max(lora / settings.rate, 2 * bytes_of_base / bandwidth),
+        # With few tokens a step is limited by reading the weights, once in the forward and once in the backward pass.
+        lora=max(lora / settings.rate, 2 * base_bytes / bandwidth),
         columns=columns / settings.rate,
         rescale={part: work.seconds(*machine) for part, work in rescale.items()},
     )
 
 
 def as_json(settings: EstimateSettings, found: Estimate) -> dict[str, Any]:
-    """The same as `markdown`, for programs: bytes and seconds, the settings, and the overhead by interval."""
+    """The estimate and its settings as plain data, for JSON.
+
+    Args:
+        settings: what was estimated.
+        found: the estimate.
+
+    Returns:
+        The fields of `Estimate`, in bytes and seconds; ``"settings"``, with the rates used in place of None; and
+        ``"overhead"``, the time added to LoRA's step as a fraction of it, by interval.
+    """
     machine = {
         "config": str(settings.config),
         "tflops": settings.rate / 1e12,
@@ -364,7 +233,12 @@ def as_json(settings: EstimateSettings, found: Estimate) -> dict[str, Any]:
 
 
 def markdown(settings: EstimateSettings, found: Estimate) -> str:
-    """What was found, in words and two tables."""
+    """The estimate in Markdown: a summary, a table of memory and a table of times.
+
+    Args:
+        settings: what was estimated.
+        found: the estimate.
+    """
     kept = f"factored ({settings.remainder_rank} columns)" if found.merge == "factored" else "dense"
     packed = "" if settings.quantization == "none" else f", linear layers {settings.quantization}"
     sections = [
@@ -372,25 +246,25 @@ def markdown(settings: EstimateSettings, found: Estimate) -> str:
         f"{found.layers} layers, {found.trainable:,} trainable parameters ({found.share:.3%} of all). Remainder: "
         f"{kept}.",
         grid(["memory, GiB", "LoRA", "ScaLoRA"], _memory_rows(found.memory)),
-        "Without activations, which are the same for both, and grow with the batch. Optimizer: Adam. The scratch is "
-        "taken at the optimizer's step, when the activations are gone.",
+        "Without activations, which are the same for both and grow with the batch. Optimizer: Adam. The scratch memory "
+        "is in use during the optimizer's step, when the activations have been freed.",
         grid(["time", "ms per step", "over LoRA"], _time_rows(found.seconds, settings.interval)),
         f"{settings.tokens:,} tokens per step, {settings.bandwidth:g} GB/s, {settings.rate / 1e12:g} TFLOP/s reached, "
-        f"{settings.rescale_rate / 1e12:g} by a rescale, in float32. "
-        "A step: the matrix products of the linear layers, without attention's own and without recomputation, or the "
-        "weights read twice if that takes longer. A "
-        f"rescale: its floor, {1000 * sum(found.seconds.rescale.values()):.3g} ms; a real one takes longer.",
+        f"{settings.rescale_rate / 1e12:g} by a rescale (float32). "
+        "Step: the matrix products of the linear layers, without attention's own products and without recomputation, "
+        "or reading the weights twice if that takes longer. "
+        f"Rescale: a lower bound, {1000 * sum(found.seconds.rescale.values()):.3g} ms; a real one takes longer.",
     ]
     if found.uncounted:
         sections.append(
-            f"Not in the step: {found.uncounted:,} parameters of other layers than linear ones and embeddings, so that "
-            "it takes longer, and ScaLoRA adds a smaller share, than is said here."
+            f"Not in the step: {found.uncounted:,} parameters of layers that are neither linear nor embeddings. A real "
+            "step takes longer than estimated here, and ScaLoRA adds a smaller fraction to it."
         )
     return "\n\n".join(sections)
 
 
 def _memory_rows(memory: Memory) -> list[list[str]]:
-    only_scalora = {"remainder": memory.remainder, "scratch of a rescale": memory.scratch}
+    only_scalora = {"remainder": memory.remainder, "scratch memory of a rescale": memory.scratch}
     both = {
         "base weights": memory.base,
         "adapter": memory.adapter,
@@ -400,7 +274,7 @@ def _memory_rows(memory: Memory) -> list[list[str]]:
     return [
         *([name, _gib(count), _gib(count)] for name, count in both.items()),
         *([name, _gib(0), _gib(count)] for name, count in only_scalora.items()),
-        ["in all", _gib(memory.lora), _gib(memory.scalora)],
+        ["total", _gib(memory.lora), _gib(memory.scalora)],
     ]
 
 

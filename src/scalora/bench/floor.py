@@ -1,8 +1,8 @@
-"""The floor of a rescale: bytes that must move and arithmetic that must be done, from the shapes of the layers alone.
+"""The floor of a rescale: a lower bound on its cost from the shapes of the layers alone, in bytes moved and operations.
 
-Everything is read and written once: the factors, their gradients and the optimizer's moments, and the weights where the
-remainder is merged into them. What a real rescale takes can be set beside it (`scalora bench`), and what a model too
-large for the machine at hand would take can be read off it (`scalora estimate`).
+Every tensor is read and written once: the factors, their gradients and the optimizer's moments, and the weights where
+the remainder is merged into them. `scalora bench` compares measured rescales with the floor, and `scalora estimate`
+takes it as the cost of a rescale in models too large for the machine at hand.
 """
 
 from __future__ import annotations
@@ -15,38 +15,42 @@ from scalora.rescale.remainder import HALF
 
 
 class Work(NamedTuple):
-    """What a piece of computation takes at the least.
+    """Lower bound on the cost of a computation.
 
     Attributes:
-        bytes: read and written.
-        flops: additions and multiplications.
+        bytes: bytes read and written.
+        flops: floating-point additions and multiplications.
     """
 
     bytes: float
     flops: float
 
     def seconds(self, bandwidth: float, rate: float) -> float:
-        """The least time on a machine: whichever of the two it waits for longer.
+        """Lower bound on the time: that of memory or of arithmetic, whichever is longer.
 
         Args:
-            bandwidth: bytes per second.
+            bandwidth: memory bandwidth in bytes per second.
             rate: floating-point operations per second.
         """
         return max(self.bytes / bandwidth, self.flops / rate)
 
     def __add__(self, other: Work) -> Work:  # type: ignore[override]
-        """Both, one after the other."""
+        """The work of both.
+
+        Args:
+            other: the work to add.
+        """
         return Work(self.bytes + other.bytes, self.flops + other.flops)
 
 
 class RescaleWork(NamedTuple):
-    """A rescale of one layer, by its parts.
+    """Lower bound on the cost of a rescale, by part.
 
     Attributes:
-        grams: the normal equations, from A, B, G·B and Gᵀ·A.
-        solve: the factors, from the normal equations.
-        merge: the remainder, into the weight or beside it.
-        transport: the factors onto A, B, their gradients and moments.
+        grams: computing the normal equations' matrices from A, B, G·B and Gᵀ·A.
+        solve: solving the normal equations for the scaling factors.
+        merge: adding the remainder to the weight, or appending it to a factored remainder.
+        transport: multiplying A, B, their gradients and moments by the scaling factors.
     """
 
     grams: Work
@@ -55,11 +59,20 @@ class RescaleWork(NamedTuple):
     transport: Work
 
     def __add__(self, other: RescaleWork) -> RescaleWork:  # type: ignore[override]
-        """Both layers' together."""
+        """The work of both, part by part.
+
+        Args:
+            other: the work to add, for instance that of another layer.
+        """
         return RescaleWork(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
     def seconds(self, bandwidth: float, rate: float) -> float:
-        """The least time on a machine, one part after the other; see `Work.seconds`."""
+        """Lower bound on the time, with the parts one after the other.
+
+        Args:
+            bandwidth: memory bandwidth in bytes per second.
+            rate: floating-point operations per second.
+        """
         return sum(part.seconds(bandwidth, rate) for part in self)
 
 
@@ -73,29 +86,30 @@ def rescale_work(
     moments: int = 2,
     remainder_rank: int | None = None,
 ) -> RescaleWork:
-    """What one rescale of a layer takes.
+    """Lower bound on the cost of one rescale of one layer.
 
     Args:
-        m: out_features.
-        n: in_features.
-        rank: r.
-        weight_bytes: of one entry of the weight, with what is kept beside it for a merge (4 for float32 and for
-            bfloat16 with its lower half); of no matter with a factored remainder.
-        adapter_bytes: of one entry of the adapter.
-        moments: entries of optimizer state for each entry of the adapter: 2 for Adam.
-        remainder_rank: of a factored remainder, whose compressions are spread over the rescales between them; None for
-            a dense one.
+        m: output features.
+        n: input features.
+        rank: r, the rank of the adapter.
+        weight_bytes: bytes per entry of the weight, including what a merge keeps beside it: 4 for float32, and 4 for
+            bfloat16 with the lower half of the float32 result. Not used with a factored remainder.
+        adapter_bytes: bytes per entry of the adapter. The default is float32's.
+        moments: optimizer state entries per entry of the adapter. The default is Adam's.
+        remainder_rank: rank that a factored remainder is compressed to. The cost of a compression is spread over the
+            rescales between two of them. None: a dense remainder, merged into the weight.
     """
     adapter = (m + n) * rank
     grams = Work(2 * adapter * adapter_bytes, 2 * (m + n) * (2 * rank) ** 2)
-    # A Cholesky factorisation and two solutions of 2r equations in float64.
+    # A Cholesky factorisation and two triangular solves with 2r unknowns, in float64.
     solve = Work(8 * (2 * rank) ** 2, (2 * rank) ** 3 / 3 + 4 * (2 * rank) ** 2)
     transport = Work(2 * (2 + moments) * adapter * adapter_bytes, (2 + moments) * adapter)
     if remainder_rank is None:
         merge = Work(2 * m * n * weight_bytes + adapter * adapter_bytes, 2 * m * n * rank)
     else:
-        # Columns are appended; twice the rank of them are compressed to the rank by two Grams (2·m·k²), the
-        # eigenvectors of two k × k matrices (about 9·k³ each), three products of such, and two of m × k with k × k/2.
+        # Each rescale appends r columns. When there are k = 2·remainder_rank, they are compressed to remainder_rank by
+        # two Gram matrices (2·m·k² operations), the eigenvectors of two k × k matrices (about 9·k³ each), three
+        # products of k × k matrices, and two products of m × k with k × k/2.
         k = 2 * remainder_rank
         compression = Work(2 * (m + n) * k * adapter_bytes, 3 * (m + n) * k**2 + (2 * 9 + 3 * 2) * k**3)
         appended = Work(2 * adapter * adapter_bytes, adapter)
@@ -105,12 +119,12 @@ def rescale_work(
 
 
 def rescale_work_of(pairs: list[LoraPair], remainder_rank: int | None) -> RescaleWork:
-    """`rescale_work` of all layers of a model together, with Adam's two moments.
+    """Lower bound on the cost of one rescale of all layers of a model, with Adam's two moments.
 
     Args:
-        pairs: at least one.
-        remainder_rank: of their factored remainders; None for dense ones, which keep 2 bytes beside an entry of a
-            half-precision weight.
+        pairs: the layers, at least one.
+        remainder_rank: rank that the factored remainders are compressed to. None: dense remainders, which keep 2 bytes
+            beside each entry of a half-precision weight.
     """
     return reduce(
         RescaleWork.__add__,

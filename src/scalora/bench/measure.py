@@ -1,4 +1,4 @@
-"""The measurements: steps in turn, peak memory in a process of its own, a rescale by its parts, the machine."""
+"""The measurements of ``scalora bench``: the machine, interleaved steps, peak memory, the parts of a rescale."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from scalora.bench.case import Case, Contender, interval_of, now
+from scalora.bench.case import Case, Contender, now
+from scalora.bench.settings import interval_of
 from scalora.engine import PARTS
+from scalora.runs.messages import only_relevant_messages_from_now_on
 from scalora.runs.peak_memory import peak_memory_bytes
 
 # More than any cache: the largest of server processors hold a few hundred MB.
@@ -20,18 +22,18 @@ _STREAM_BYTES = 1 << 29
 _GEMM_SIZE = 2048
 _REPEATS = 7
 
-# They allocate what the later ones use again.
+# Not timed: the first steps allocate memory that later ones reuse.
 _FIRST_STEPS = 2
 
-# A rescale at every step passes through two compressions of a factored remainder in so many.
+# With a rescale at every step, these contain two compressions of a factored remainder.
 _MEMORY_STEPS = 20
 
 
 class Machine(NamedTuple):
-    """What the floor is computed with.
+    """The rates of a machine, from which the floor of a rescale is computed.
 
     Attributes:
-        bandwidth: bytes per second that an in-place operation reads and writes, of a tensor larger than the caches.
+        bandwidth: bytes per second that an in-place operation on a tensor larger than all caches reads and writes.
         rate: floating-point operations per second of a float32 matrix product.
     """
 
@@ -40,7 +42,11 @@ class Machine(NamedTuple):
 
 
 def measure_machine(device: str) -> Machine:
-    """The best of a few repeats: what the machine can do, not what else it is doing."""
+    """Measure bandwidth and arithmetic rate: the best of a few repeats, to exclude disturbances by other work.
+
+    Args:
+        device: name of the torch device.
+    """
     stream = torch.zeros(_STREAM_BYTES // 4, device=device)
     square = torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device)
     product = torch.empty_like(square)
@@ -56,11 +62,18 @@ def _timed(work: Any, device: str) -> float:
 
 
 def interleaved_steps(contenders: list[Contender], rounds: int) -> Iterator[dict[str, list[float]]]:
-    """Time the contenders' steps in turn; yields the seconds of each of their steps, for each round.
+    """Time steps that the contenders take in turn.
 
-    A round is as many steps as make whole intervals of all of them, so that the same place in another round rescales or
-    does not alike, and every rescale counts with the steps that it is for. The contenders take turns at each step, and
-    who is first moves on: what else the machine does disturbs them alike.
+    A round is the least common multiple of all intervals. The same places of every round therefore rescale, and every
+    rescale is counted together with the steps that it serves. The contender that goes first changes with every step, so
+    that other work on the machine disturbs all alike.
+
+    Args:
+        contenders: the models to train.
+        rounds: number of rounds.
+
+    Yields:
+        For each round, the seconds of every step by the contender's name.
     """
     steps = lcm(*(interval_of(contender.name) for contender in contenders))
     for contender in contenders:
@@ -76,11 +89,18 @@ def interleaved_steps(contenders: list[Contender], rounds: int) -> Iterator[dict
 
 
 def peak_memory(name: str, case: Case, threads: int) -> int:
-    """Bytes at the peak of a run of 20 steps, in a process of its own.
+    """Peak memory of a method over 20 steps (more for longer intervals), measured in a process of its own.
 
-    What torch has taken on a CUDA device, else what the whole process has, the interpreter and its libraries included.
+    Args:
+        name: a key of `scalora.rivals.METHODS`; ``scalora:10`` is ScaLoRA with an interval of 10.
+        case: the setting.
+        threads: CPU threads that torch uses.
+
+    Returns:
+        Bytes allocated by torch on a CUDA device; otherwise bytes resident in the whole process, including the
+        interpreter and its libraries.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with multiprocessing.get_context("spawn").Pool(1, only_relevant_messages_from_now_on) as pool:
         return pool.apply(_peak_memory, (name, case, threads))
 
 
@@ -93,11 +113,14 @@ def _peak_memory(name: str, case: Case, threads: int) -> int:
 
 
 def rescale_parts(contender: Contender, repeats: int = _REPEATS) -> dict[str, float]:
-    """Seconds of a rescale by its parts, as the profiler sees them: the median of some. On CUDA those of the kernels.
+    """Seconds of each part of a rescale, from torch's profiler: the median over some rescales.
 
     Args:
         contender: ScaLoRA with an interval of 1.
-        repeats: rescales to look at.
+        repeats: number of rescales to measure.
+
+    Returns:
+        Seconds by part, for the parts in `scalora.engine.PARTS`: of CPU time, or of the kernels on a CUDA device.
     """
     contender.step()
     contender.backward()

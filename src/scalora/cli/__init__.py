@@ -1,4 +1,4 @@
-"""The command line: parsing and printing. Imports the library only inside the command that needs it."""
+"""The command line: parsing and printing. Imports heavy libraries only inside the command that needs them."""
 
 from scalora.cli.app import app
 

@@ -2,46 +2,84 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from scalora._version import __version__
+from scalora.bench.settings import ACHIEVED, H100_TFLOPS, BenchSettings, EstimateSettings, Quantization
+from scalora.config import Dtype, Merge
+from scalora.runs.messages import only_relevant_messages
 
 # Click's own, of which newer versions of typer carry a copy.
 _UsageError: Any = typer.BadParameter.__base__
 
 
+@contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    """Print a wrong option as one line and exit with 2, as `_in_one_line` does for a wrong value."""
+    try:
+        yield
+    except _UsageError as error:
+        typer.echo(f"error: {error.format_message()}", err=True)
+        raise typer.Exit(2) from None
+
+
 class _OneLineErrors(TyperGroup):
-    """Shows a wrong option as one line too, as `_in_one_line` does what is wrong with its value."""
+    """The command with its subcommands, whose errors are one line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command's own options."""
+        if not args:
+            return super().parse_args(ctx, args)  # raises the help text
+        with _usage_in_one_line():
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was named."""
-        try:
+        """Run the subcommand that was named."""
+        with _usage_in_one_line():
             return super().invoke(ctx)
-        except _UsageError as error:
-            typer.echo(f"error: {error.format_message()}", err=True)
-            raise typer.Exit(2) from None
+
+
+class _WithKeys(TyperCommand):
+    """A command whose help lists the keys of a config."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, then the keys."""
+        from scalora.runs.config_template import key_list
+
+        super().format_help(ctx, formatter)
+        formatter.write(f"\n{key_list()}")
 
 
 app = typer.Typer(
     cls=_OneLineErrors,
-    help="Fine-tune with ScaLoRA: LoRA's cost, without LoRA's rank.",
+    help="Fine-tune with ScaLoRA: the cost of LoRA without the limit of its rank.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # plain help is wider on 80 columns, and does not wait for rich to be imported
     pretty_exceptions_enable=False,
 )
 
+
+def _or(values: Sequence[str]) -> str:
+    return f"{', '.join(values[:-1])} or {values[-1]}"
+
+
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-Config = Annotated[Path, typer.Argument(help="YAML file; any of its keys can be overridden with --key value.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+Config = Annotated[
+    Path, typer.Argument(help="Config file (YAML). --key value and --section.key value override its keys.")
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the full traceback of an error, and all messages of the libraries.")
+]
 
 
 def _show_version(wanted: bool) -> None:
@@ -59,24 +97,83 @@ def _root(
     pass
 
 
-@app.command(context_settings=_OVERRIDES)
+@app.command(cls=_WithKeys, context_settings=_OVERRIDES)
 def train(
     context: typer.Context,
     config: Config,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run folder that exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on from the run folder's last whole checkpoint (training.save_strategy)."),
+        typer.Option(
+            "--resume",
+            help="Continue from the last complete checkpoint in the run folder. Checkpoints are written according to "
+            "training.save_strategy.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check everything and show what the run would do, with examples of what it would train on. Trains and "
+            "writes nothing.",
+        ),
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a model and write a run folder: model, config, metrics, environment."""
+    """Fine-tune a model.
+
+    Writes a run folder with the model, the config, the metrics and the environment.
+    """
 
     def run() -> None:
         from scalora.runs.settings import load_settings
+
+        settings = load_settings(config, context.args, _options(context))
+        from scalora.cli.run_output import show_plan, show_summary
+
+        if dry_run:
+            from scalora.runs.dry_run import dry_run as make_plan
+
+            show_plan(make_plan(settings, overwrite=overwrite, resume=resume))
+            return
         from scalora.runs.train import train as run_training
 
-        run_training(load_settings(config, context.args), overwrite=overwrite, resume=resume)
+        show_summary(run_training(settings, overwrite=overwrite, resume=resume), settings)
+
+    _in_one_line(run, debug)
+
+
+class ConfigTask(str, Enum):
+    """The tasks of a run."""
+
+    sft = "sft"
+    classification = "classification"
+    regression = "regression"
+
+
+@app.command()
+def config(
+    task: Annotated[
+        ConfigTask,
+        typer.Option(help="sft: a causal language model. classification, regression: a model with one label per text."),
+    ] = ConfigTask.sft,
+    method: Annotated[
+        str | None, typer.Option(help="Fine-tuning method, whose options are added (default: scalora).")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="List all keys of lora and training, not just the common ones.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Print a config with all keys, their defaults and meaning.
+
+    The file that `scalora config > run.yaml` makes is complete once model and data.train are set.
+    """
+
+    def run() -> None:
+        from scalora.runs.config_template import config_template
+
+        typer.echo(config_template(task.value, method, everything=everything), nl=False)
 
     _in_one_line(run, debug)
 
@@ -84,20 +181,25 @@ def train(
 @app.command(context_settings=_OVERRIDES)
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A run folder, a model folder, a GGUF file or a hub id.")],
+    model: Annotated[str, typer.Argument(help="Run folder, model folder, GGUF file, or hub id.")],
     config: Config,
-    output: Annotated[Path | None, typer.Option("--output", help="Also write the scores here as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Also write the scores to this JSON file.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Score a model on the config's evaluation data."""
+    """Score a model on the evaluation data of a config.
+
+    `scalora train --help` lists the keys of a config.
+    """
 
     def run() -> None:
+        from scalora.runs.settings import load_settings
+
+        settings = load_settings(config, context.args, _options(context))
         from scalora.cli.console import show_scores
         from scalora.runs.evaluate import evaluate as score
         from scalora.runs.run_folder import write_json
-        from scalora.runs.settings import load_settings
 
-        scores = score(model, load_settings(config, context.args))
+        scores = score(model, settings)
         show_scores(scores)
         if output is not None:
             write_json(output, scores)
@@ -108,35 +210,38 @@ def evaluate(
 @app.command(context_settings=_OVERRIDES)
 def compare(
     context: typer.Context,
-    study: Annotated[Path, typer.Argument(help="YAML file; any of its keys can be overridden with --key value.")],
-    cores: Annotated[int | None, typer.Option(min=1, help="To use at once; all that there are when not given.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of each run; as many runs at a time as cores / threads.")] = 1,
+    study: Annotated[Path, typer.Argument(help="Study file (YAML). --key value overrides its keys.")],
+    cores: Annotated[int | None, typer.Option(min=1, help="CPU cores to use (default: all).")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per run; cores/threads runs execute in parallel.")] = 1,
     table_only: Annotated[
-        bool, typer.Option("--table-only", help="Run nothing: write the tables of what is finished.")
+        bool, typer.Option("--table-only", help="Train nothing; write the tables of the runs that are finished.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Run methods, learning rates and seeds against each other and write a table; finished runs are kept."""
+    """Compare methods over learning rates and seeds, and write tables. Finished runs are kept."""
 
     def run() -> None:
         from scalora.studies.study import load_study_file
 
-        wanted = load_study_file(study, context.args)
+        wanted = load_study_file(study, context.args, _options(context))
         if table_only:
             from scalora.studies.table_markdown import markdown, write_tables
 
             typer.echo(markdown(write_tables(wanted.folder)))
             return
+        from scalora.cli.console import show_comparison
         from scalora.studies.compare import compare as run_study
 
-        if not run_study(wanted, cores=cores, threads=threads):
+        comparison = run_study(wanted, cores=cores, threads=threads)
+        show_comparison(comparison)
+        if not comparison.complete:
             sys.exit(1)
 
     _in_one_line(run, debug)
 
 
 class ExportTarget(str, Enum):
-    """What `scalora export` makes."""
+    """The forms of an export."""
 
     adapter = "adapter"
     merged = "merged"
@@ -144,7 +249,7 @@ class ExportTarget(str, Enum):
 
 
 class ExportDtype(str, Enum):
-    """Of the tensors that `scalora export` writes."""
+    """The dtypes of exported tensors."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -153,32 +258,33 @@ class ExportDtype(str, Enum):
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")],
+    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
     to: Annotated[
         ExportTarget,
         typer.Option(
-            "--to", help="adapter: ordinary PEFT adapter; merged: whole model; delta: the exact state, for continuing."
+            "--to",
+            help="adapter: an ordinary PEFT adapter. merged: the whole model. delta: the exact state, to resume from.",
         ),
     ] = ExportTarget.adapter,
-    output: Annotated[Path | None, typer.Option(help="Folder to write; RUN/export-TO when not given.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write (default: RUN/export-TO).")] = None,
     rtol: Annotated[
         float | None,
         typer.Option(
-            help="adapter: share of each layer's update (Frobenius norm) that may be left out; 0.001 when not given."
+            help="adapter: share of each layer's update, in the Frobenius norm, that may be left out (default: 0.001)."
         ),
     ] = None,
-    max_rank: Annotated[int | None, typer.Option(help="adapter: never more than this rank.")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="adapter: maximum rank (default: no limit).")] = None,
     per_layer: Annotated[
         bool,
         typer.Option(
             "--per-layer",
-            help="adapter: each layer its own rank. Smaller, but some serving engines want one rank for all.",
+            help="adapter: give each layer its own rank. Smaller, but some serving engines need one rank for all.",
         ),
     ] = False,
-    dtype: Annotated[ExportDtype, typer.Option(help="Of the tensors written.")] = ExportDtype.float32,
+    dtype: Annotated[ExportDtype, typer.Option(help="dtype of the exported tensors.")] = ExportDtype.float32,
     debug: Debug = False,
 ) -> None:
-    """Make something that others load out of a ScaLoRA run, and check it against the run."""
+    """Export a ScaLoRA run as an adapter or a model. The export is verified against the run."""
 
     def run_export() -> None:
         from scalora.cli.console import show_export
@@ -194,13 +300,13 @@ def export(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN|STUDY", help="The folder of a run or of a study.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN|STUDY", help="Folder of a run or a study.")],
     output: Annotated[
-        Path | None, typer.Option(help="Folder for report.html and figures/; that of the run or study when not given.")
+        Path | None, typer.Option(help="Folder for report.html and figures/ (default: that of the run or study).")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Make one HTML page, complete in itself, and its figures from a run or a study."""
+    """Write an HTML page with figures for a run or a study. The page is self-contained."""
 
     def run() -> None:
         from scalora.report.write import report as make
@@ -215,25 +321,30 @@ def report(
 
 @app.command()
 def inspect(
-    run: Annotated[Path, typer.Argument(help="A run folder of any method, or one of its checkpoints.")],
+    run: Annotated[Path, typer.Argument(help="Run folder of any method, or one of its checkpoints.")],
     layers: Annotated[
-        str | None, typer.Option(help="Only layers whose name contains this (a regular expression).")
+        str | None,
+        typer.Option(help="Only layers whose name contains a match of this regular expression (default: all)."),
     ] = None,
     batches: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Training batches whose gradients the next step is judged by; 0: leave that out. The gradients of all "
-            "layers looked at are in memory together, as in full fine-tuning: --layers makes them fewer.",
+            help="Training batches for the gradient by which the next step is judged; 0 leaves that out. The gradients "
+            "of all selected layers are in memory at once, as in full fine-tuning; --layers selects fewer.",
         ),
     ] = 8,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Of the best adapter (oracle) it is held against; its own when not given.")
+        int | None,
+        typer.Option(min=1, help="Rank of the oracle, the best adapter for the step (default: the run's own)."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="File to write; RUN/inspect.json when not given.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write (default: RUN/inspect.json).")] = None,
     debug: Debug = False,
 ) -> None:
-    """Look into a run, layer by layer: rank and size of the update, how good the next step would be, the factors."""
+    """Analyse the layers of a run.
+
+    Prints the rank and size of each layer's update, the quality of the next step, and the rescaling factors.
+    """
 
     def run_inspect() -> None:
         from scalora.cli.console import show_inspected
@@ -252,56 +363,77 @@ def inspect(
 @app.command()
 def estimate(
     config: Annotated[Path, typer.Argument(help="A model's config.json, or the folder that holds it.")],
-    r: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter; 8.")] = None,
+    r: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = EstimateSettings.r,
     target_modules: Annotated[
-        str | None, typer.Option(help="Modules to adapt, with commas between; all-linear.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the base: float32, bfloat16 or float16; bfloat16.")] = None,
+        str, typer.Option(help="Modules to adapt, separated by commas.")
+    ] = EstimateSettings.target_modules,
+    dtype: Annotated[
+        str, typer.Option(help=f"dtype of the base weights: {_or(get_args(Dtype))}.")
+    ] = EstimateSettings.dtype,
     quantization: Annotated[
-        str | None, typer.Option(help="Of the base's linear layers: none, nf4 or int8; none.")
-    ] = None,
-    merge: Annotated[str | None, typer.Option(help="Where the remainder goes: auto, dense or factored; auto.")] = None,
-    remainder_rank: Annotated[int | None, typer.Option(min=1, help="Of a factored remainder; 64.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Per step; 4096, one sequence of Llama 2's length.")] = None,
+        str, typer.Option(help=f"Quantisation of the base's linear layers: {_or(get_args(Quantization))}.")
+    ] = EstimateSettings.quantization,
+    merge: Annotated[
+        str, typer.Option(help=f"Where the remainder goes: {_or(get_args(Merge))}.")
+    ] = EstimateSettings.merge,
+    remainder_rank: Annotated[
+        int, typer.Option(min=1, help="Columns that a factored remainder keeps.")
+    ] = EstimateSettings.remainder_rank,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens per step. The default is one sequence of Llama 2.")
+    ] = EstimateSettings.tokens,
     bandwidth: Annotated[
-        float | None, typer.Option(help="Of the machine's memory, GB/s; 3350, by NVIDIA's H100 SXM datasheet.")
-    ] = None,
+        float, typer.Option(help="Memory bandwidth of the machine in GB/s. The default is that of NVIDIA's H100 SXM.")
+    ] = EstimateSettings.bandwidth,
     tflops: Annotated[
         float | None,
-        typer.Option(help="That the machine reaches; 0.4 of what the same datasheet says for the dtype (989, dense)."),
+        typer.Option(
+            help=f"TFLOP/s that training reaches in the base's dtype (default: {ACHIEVED} times the H100 SXM's dense "
+            f"peak, which is {H100_TFLOPS[EstimateSettings.dtype]:g} in {EstimateSettings.dtype})."
+        ),
     ] = None,
     float32_tflops: Annotated[
         float | None,
-        typer.Option(help="That it reaches in float32, as a rescale computes; 0.4 of the datasheet's 67, or --tflops."),
+        typer.Option(
+            help=f"TFLOP/s reached in float32, in which a rescale computes (default: {ACHIEVED} times the H100 SXM's "
+            f"{H100_TFLOPS['float32']:g}; --tflops for a float32 base)."
+        ),
     ] = None,
     interval: Annotated[
-        list[int] | None, typer.Option(min=1, help="Steps between rescales, may be given more than once; 1 and 10.")
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Optimizer steps between rescales; can be repeated (default: "
+            f"{' and '.join(map(str, EstimateSettings.interval))}).",
+        ),
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Also write the estimate here as JSON.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the estimate to this JSON file.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Say what training a model would take with LoRA and with ScaLoRA, from its config alone."""
+    """Estimate memory and time of training from a model's config.
+
+    Compares LoRA and ScaLoRA; no weights are read.
+    """
 
     def run() -> None:
-        from scalora.bench.estimate import EstimateSettings, as_json, markdown
+        from scalora.bench.estimate import as_json, markdown
         from scalora.bench.estimate import estimate as make
         from scalora.runs.run_folder import write_json
 
-        options = {
-            "r": r,
-            "target_modules": target_modules,
-            "dtype": dtype,
-            "quantization": quantization,
-            "merge": merge,
-            "remainder_rank": remainder_rank,
-            "tokens": tokens,
-            "bandwidth": bandwidth,
-            "tflops": tflops,
-            "float32_tflops": float32_tflops,
-            "interval": tuple(interval) if interval else None,
-        }
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        settings = EstimateSettings(config, **given)
+        settings = EstimateSettings(
+            config,
+            r=r,
+            target_modules=target_modules,
+            dtype=dtype,  # type: ignore[arg-type]
+            quantization=quantization,  # type: ignore[arg-type]
+            merge=merge,  # type: ignore[arg-type]
+            remainder_rank=remainder_rank,
+            tokens=tokens,
+            bandwidth=bandwidth,
+            tflops=tflops,
+            float32_tflops=float32_tflops,
+            interval=tuple(interval or EstimateSettings.interval),
+        )
         found = make(settings)
         typer.echo(markdown(settings, found))
         if json is not None:
@@ -313,71 +445,106 @@ def estimate(
 @app.command()
 def bench(
     model: Annotated[
-        str | None, typer.Argument(help="Folder or hub id of a causal language model; random weights when not given.")
+        str | None,
+        typer.Argument(help="Folder or hub id of a causal language model (default: a Llama with random weights)."),
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="To measure against LoRA; scalora:10 rescales at every tenth step. scalora and scalora:10."),
+        typer.Option(
+            help="Method to measure against LoRA; scalora:10 rescales at every tenth step (default: "
+            f"{' and '.join(BenchSettings.methods)})."
+        ),
     ] = None,
-    width: Annotated[list[int] | None, typer.Option(min=64, help="Hidden size of the random model; 512.")] = None,
-    layers: Annotated[list[int] | None, typer.Option(min=1, help="Layers of the random model; 4.")] = None,
-    rank: Annotated[list[int] | None, typer.Option(min=1, help="r of the adapter; 8.")] = None,
-    sequence: Annotated[list[int] | None, typer.Option(min=2, help="Tokens of a sequence; 256.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="Of the base weights; float32.")] = None,
-    merge: Annotated[list[str] | None, typer.Option(help="Where ScaLoRA's remainder goes; auto.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 4,
-    device: Annotated[str | None, typer.Option(help="cuda where there is one, else cpu.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Of interleaved steps; ratios are taken round by round.")] = 5,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory too, a process for each method.")] = True,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch on the CPU; its own choice when not given.")
+    width: Annotated[
+        list[int] | None,
+        typer.Option(min=64, help=f"Hidden size of the random model (default: {BenchSettings.width[0]})."),
     ] = None,
-    native: Annotated[bool, typer.Option(help="Have ScaLoRA rescale in C++ (on a CPU).")] = False,
+    layers: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help=f"Number of layers of the random model (default: {BenchSettings.layers[0]})."),
+    ] = None,
+    rank: Annotated[
+        list[int] | None, typer.Option(min=1, help=f"Rank of the adapter (default: {BenchSettings.rank[0]}).")
+    ] = None,
+    sequence: Annotated[
+        list[int] | None, typer.Option(min=2, help=f"Tokens per sequence (default: {BenchSettings.sequence[0]}).")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help=f"dtype of the base weights (default: {BenchSettings.dtype[0]}).")
+    ] = None,
+    merge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Where ScaLoRA's remainder goes: {_or(get_args(Merge))} (default: {BenchSettings.merge[0]})."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = BenchSettings.batch,
+    device: Annotated[
+        str | None, typer.Option(help="Device to train on (default: cuda if available, else cpu).")
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds of interleaved steps; cost ratios are taken within each round.")
+    ] = BenchSettings.rounds,
+    memory: Annotated[
+        bool, typer.Option(help="Also measure peak memory, in a separate process per method.")
+    ] = BenchSettings.memory,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's own choice).")] = None,
+    native: Annotated[bool, typer.Option(help="Rescale in C++ (on a CPU).")] = BenchSettings.native,
     output: Annotated[Path, typer.Option(help="Folder for the table, the figures and the data.")] = Path("runs/bench"),
     debug: Debug = False,
 ) -> None:
-    """Measure what methods cost against LoRA, and a rescale against its floor.
+    """Measure the cost of methods relative to LoRA, and of a rescale.
 
-    Of an option given more than once the first value is the base case; each other one is tried in its place alone.
+    Options that take a list can be repeated: their first values make the base case, and each other value is tried
+    alone in place of the first.
     """
-    # What torch's profiler says of itself on standard error; read when torch is loaded.
+    # Silences messages of torch's profiler on standard error; read when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
     def run() -> None:
         import torch
 
-        from scalora.bench.bench import BenchSettings
         from scalora.bench.bench import bench as run_bench
+        from scalora.cli.console import progress_line
 
+        several = {
+            "methods": method,
+            "width": width,
+            "layers": layers,
+            "rank": rank,
+            "sequence": sequence,
+            "dtype": dtype,
+            "merge": merge,
+        }
+        given: dict[str, Any] = {name: tuple(values) for name, values in several.items() if values}
         settings = BenchSettings(
             model=model,
-            methods=method or ["scalora", "scalora:10"],
-            width=width or [512],
-            layers=layers or [4],
-            rank=rank or [8],
-            sequence=sequence or [256],
-            dtype=dtype or ["float32"],
-            merge=merge or ["auto"],  # type: ignore[arg-type]
             batch=batch,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             rounds=rounds,
             memory=memory,
             threads=threads or torch.get_num_threads(),
             native=native,
+            **given,
         )
-        typer.echo(run_bench(settings, output))
+        with progress_line() as announce:
+            text = run_bench(settings, output, announce)
+        typer.echo(text)
 
     _in_one_line(run, debug)
 
 
+def _options(context: typer.Context) -> list[str]:
+    """The options of a command, such as ``--overwrite``."""
+    options = (option for parameter in context.command.get_params(context) for option in parameter.opts)
+    return [option for option in options if option.startswith("--")]
+
+
 def _in_one_line(command: Callable[[], Any], debug: bool) -> None:
     """Run a command; print an error as one line and exit with 2 for bad input, with 1 for anything else."""
-    if not debug:
-        # What they say of retries, and of errors that they raise as well, would bury the one line.
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        logging.getLogger("datasets").setLevel(logging.CRITICAL)
     try:
-        command()
+        with nullcontext() if debug else only_relevant_messages():
+            command()
     except Exception as error:
         if debug:
             raise

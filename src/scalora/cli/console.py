@@ -1,17 +1,24 @@
-"""Prints what commands found, as tables."""
+"""Prints the results of commands as tables."""
 
 from __future__ import annotations
 
 import re
 import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-# Heading, and which figure is shown in what format.
+if TYPE_CHECKING:
+    from scalora.studies.compare import Comparison
+
+# Columns by heading, each with its entry in a layer's data and its format.
 _UPDATE_COLUMNS = {
     "shape": ("shape", ""),
     "rank": ("numerical_rank", "g"),
@@ -21,15 +28,20 @@ _UPDATE_COLUMNS = {
     "adapter": ("adapter_rank", "g"),
 }
 _CAPTION = (
-    "rank: singular values above a thousandth of the largest. relative: norm to the base weight's. adapter: columns "
-    "that an ordinary adapter needs to leave out at most a thousandth. Of each kind: median, least–most."
+    "rank: number of singular values above a thousandth of the largest. relative: norm divided by that of the base "
+    "weight. adapter: rank of an ordinary adapter that leaves out at most a thousandth of the norm. Bottom: median and "
+    "range for each kind of layer."
 )
 
 _LOOK: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False}
 
 
 def show_scores(scores: dict[str, Any]) -> None:
-    """Print the scores as a table."""
+    """Print the scores of a model.
+
+    Args:
+        scores: values by name.
+    """
     table = Table("score", "value")
     for key, value in scores.items():
         table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
@@ -37,41 +49,89 @@ def show_scores(scores: dict[str, Any]) -> None:
 
 
 def show_export(report: dict[str, Any], target: Path) -> None:
-    """Print what an export was compared with, and where it is."""
+    """Print how closely an export agrees with its run, and where it is.
+
+    Args:
+        report: the report of `scalora.runs.export.export`.
+        target: folder of the export.
+    """
     if report["to"] == "delta":
-        print(f"delta written to {target}; scalora.load_model(base, {str(target)!r}) continues from it")
+        print(f"delta written to {target}; load it with scalora.load_model(base, {str(target)!r})")
         return
     table = Table("", "", title=f"{report['to']} of {report['run']}", show_header=False)
     if layers := report.get("layers"):
         ranks, needed = ([layer[key] for layer in layers.values()] for key in ("rank", "needed"))
         worst = max(layers, key=lambda name: layers[name]["error"])
         table.add_row("rank", str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}")
-        table.add_row("rank that each layer needs", f"{min(needed)} to {max(needed)}")
+        table.add_row("rank needed by the layers", f"{min(needed)} to {max(needed)}")
         table.add_row(
-            "left out of the update", f"{report['error']:.2e} (most in {worst}: {layers[worst]['error']:.2e})"
+            "left out of the update", f"{report['error']:.2e} (at most {layers[worst]['error']:.2e}, in {worst})"
         )
-        table.add_row("serving engines must allow", f"rank {report['serving_rank']} (vLLM: --max-lora-rank)")
-    table.add_row("training changed the logits by", f"{report['logits_changed_by_training']:.4g}")
+        table.add_row("rank that a server must allow", f"{report['serving_rank']} (vLLM: --max-lora-rank)")
+    table.add_row("change of the logits by training", f"{report['logits_changed_by_training']:.4g}")
     table.add_row(
-        "the export differs by", f"{report['logits_difference']:.4g} (tolerance {report['logits_tolerance']:.4g})"
+        "difference between export and run",
+        f"{report['logits_difference']:.4g} (tolerance {report['logits_tolerance']:.4g})",
     )
     if "eval_loss_run" in report:
-        table.add_row("evaluation loss", f"{report['eval_loss_run']:.5f} → {report['eval_loss_export']:.5f}")
+        table.add_row(
+            "evaluation loss", f"{report['eval_loss_run']:.5f} (run), {report['eval_loss_export']:.5f} (export)"
+        )
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     table.add_row("size", f"{size / 1e6:.1f} MB")
     Console().print(table)
-    print(f"{report['to']} written to {target}; each layer is in export.json")
+    print(f"{report['to']} written to {target}; details are in export.json")
+
+
+@contextmanager
+def progress_line() -> Iterator[Callable[[str], None]]:
+    """Show the current activity and the time elapsed on standard error; yields a function that changes the text."""
+    columns = TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda text: progress.update(task, description=text)
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """Print the tables of a study on standard output, and which cells are not finished on standard error.
+
+    Args:
+        comparison: the outcome of `scalora.studies.compare.compare`.
+    """
+    from scalora.studies.table_markdown import markdown
+
+    total = comparison.total
+    if comparison.result is None:
+        _print_error(
+            f"stopped; what is finished is kept ({comparison.finished} of {total} runs), and the same command "
+            "continues from there"
+        )
+        return
+    print(markdown(comparison.result))
+    for cell, error in comparison.failed:
+        print(f"failed: {cell}: {error} ({cell.folder / 'log.txt'})", file=sys.stderr)
+    if comparison.failed:
+        _print_error(f"{len(comparison.failed)} of {total} runs failed; the same command tries them again")
+
+
+def _print_error(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
 
 
 def show_inspected(inspected: dict[str, Any], title: str) -> None:
-    """Print a line for each layer, a summary of each kind of layer, and the factors over time."""
+    """Print the layers of a run, the quality of its next step, and its scaling factors over time.
+
+    Args:
+        inspected: the result of `scalora.runs.inspect.inspect_run`.
+        title: name of the run.
+    """
     rows = inspected["layers"]
     console = Console()
     update = Table(title=f"Updates of {title}, step {inspected['step']}", caption=_CAPTION, **_LOOK)
     _fill(update, rows, _UPDATE_COLUMNS)
     console.print(update)
     if judged := [row["residual"] | {"name": row["name"]} for row in rows if row["residual"]]:
-        step = Table(title="Share of the gradient that the next step leaves, by how A and B are scaled", **_LOOK)
+        step = Table(title="Residual of the next step, relative to the gradient, by the scaling of A and B", **_LOOK)
         _fill(step, judged, {kind: (kind, ".2f") for kind in judged[0] if kind != "name"})
         console.print(step)
     if factors := inspected["factors"]:
@@ -83,7 +143,7 @@ def show_inspected(inspected: dict[str, Any], title: str) -> None:
 
 
 def _fill(table: Table, rows: list[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> None:
-    """A line for each layer, then one for each kind of layer, which is what follows the last number in their names."""
+    """Add a row per layer, then one per kind of layer: the part of the name after the last number."""
     for column in ("layer", *columns):
         table.add_column(column, overflow="fold")
     kinds: dict[str, list[dict[str, Any]]] = {}
@@ -98,7 +158,7 @@ def _fill(table: Table, rows: list[dict[str, Any]], columns: dict[str, tuple[str
 
 
 def _spread(values: list[Any], form: str) -> str:
-    """Median, least and most; of shapes nothing."""
+    """Median and range of some values; empty for shapes."""
     if isinstance(values[0], list):
         return ""
     low, middle, high = (_figure(value, form) for value in (min(values), statistics.median(values), max(values)))

@@ -1,7 +1,7 @@
-"""ScaLoRA and the methods that it is compared with, by the name that ``method:`` takes in a config.
+"""ScaLoRA and the methods it is compared with, by their names in a config's ``method``.
 
-A new rival is a file here with a `scalora.rivals.method.Method`, and a line in `METHODS`. May import everything below
-`scalora.runs`.
+To add a rival, add a file with a subclass of `scalora.rivals.method.Method`, and a line below. May import everything
+below `scalora.runs`.
 """
 
 from __future__ import annotations
@@ -42,12 +42,15 @@ _CLASSES = {
 
 
 class _Methods(Mapping[str, "type[Method]"]):
-    """Imports a method's class when it is asked for, so that a mistyped name is found without loading torch."""
+    """Imports a method's class when it is looked up, so that names can be checked without loading torch."""
 
     def __getitem__(self, name: str) -> type[Method]:
-        module, _, cls = _CLASSES[name].rpartition(".")
-        found: type[Method] = getattr(import_module(f"{__name__}.{module}"), cls)
+        module, cls = home_of(name)
+        found: type[Method] = getattr(import_module(module), cls)
         return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in _CLASSES
 
     def __iter__(self) -> Iterator[str]:
         return iter(_CLASSES)
@@ -57,4 +60,14 @@ class _Methods(Mapping[str, "type[Method]"]):
 
 
 METHODS: Mapping[str, type[Method]] = _Methods()
-"""Every method's class by its name."""
+"""Class of each method, by name."""
+
+
+def home_of(name: str) -> tuple[str, str]:
+    """The module and the class that implement a method.
+
+    Args:
+        name: a key of `METHODS`.
+    """
+    module, _, cls = _CLASSES[name].rpartition(".")
+    return f"{__name__}.{module}", cls

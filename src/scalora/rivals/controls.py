@@ -1,7 +1,7 @@
-"""Controls: ScaLoRA with one thing replaced, to tell what a gain comes from. Not meant for training in earnest.
+"""Controls: ScaLoRA with one component replaced, to find out where its gain comes from. For experiments only.
 
-Two more need no code: scalar scaling only is ``scalora: {mode: scalar}``, a larger scaling of plain LoRA is
-``lora: {lora_alpha: …}``.
+Two more controls need no code: scalar scaling alone is ``scalora: {mode: scalar}``, and plain LoRA with a larger
+scaling is ``lora: {lora_alpha: …}``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from scalora.start import replace_factors, require_weight_gradients
 
 
 def normalising_rule(grams: Grams, *, target_norm: Float[Tensor, "layers 2"]) -> Scaling:
-    """A scaling rule that sets every column's norm to the target norm where ScaLoRA takes the optimum.
+    """A scaling rule that scales every column to the target norm, where ScaLoRA takes the optimum.
 
-    Layers that have no optimum because an input is zero or not finite are left alone, as ScaLoRA does.
+    Layers without an optimum, because an input is zero or not finite, are left alone, as in ScaLoRA.
 
     Args:
-        grams: of the layers.
-        target_norm: ``1/√(Lη)`` of each layer, for A's columns and for B's.
+        grams: the Gram matrices of the layers.
+        target_norm: ``1/√(Lη)`` of each layer, (layers, 2), for the columns of A and of B.
     """
     optimum = scaling_of_grams(grams, target_norm=target_norm)
     usable, (AtA, BtB) = ~optimum.degenerate, grams.of_factors
@@ -56,13 +56,13 @@ def scale_gradients_only(
     factors: Sequence[Tensor],
     multiply: Callable[..., None],
 ) -> None:
-    """A transport that scales the gradients by the chain rule and leaves the optimizer's state as it was.
+    """A transport that scales the gradients by the chain rule and leaves the optimizer's state unchanged.
 
     Args:
-        optimizer: is not touched.
+        optimizer: not used.
         degrees: not used.
         parameters: adapter matrices with gradients.
-        factors: one of each parameter's shape.
+        factors: the factor of each parameter's gradient, of the parameter's shape.
         multiply: not used.
     """
     for parameter, factor in zip(parameters, factors, strict=True):
@@ -71,11 +71,11 @@ def scale_gradients_only(
 
 
 def leave_alone(grams: Grams, *, target_norm: Float[Tensor, "layers 2"]) -> Scaling:
-    """A scaling rule that leaves every layer as it is.
+    """A scaling rule that leaves every layer unchanged.
 
     Args:
-        grams: of the layers.
-        target_norm: not used.
+        grams: the Gram matrices of the layers.
+        target_norm: ``1/√(Lη)`` of each layer, (layers, 2), which has no effect.
     """
     optimum = scaling_of_grams(grams, target_norm=target_norm)
     nothing = torch.zeros_like(optimum.degenerate)
@@ -89,19 +89,21 @@ def leave_alone(grams: Grams, *, target_norm: Float[Tensor, "layers 2"]) -> Scal
 
 
 class OracleRestarts(ScaLora):
-    """At every rescale starts anew from the oracle (LoRA-GA's start, the paper's Theorem 1), with empty moments.
+    """Instead of every rescale, restarts from the oracle (the paper's Theorem 1, LoRA-GA's start) with empty moments.
 
-    An engine that scales nothing, and beside it a hook of its own. The full gradient that the oracle needs is computed
-    in the backward pass before: with gradient clipping it counts towards the norm, which the oracle and an optimizer
-    without memory don't see.
+    It is an engine that scales nothing, with an additional hook. The full gradients that the oracle needs are computed
+    in the backward pass before the restart. With gradient clipping they count towards the norm, which affects neither
+    the oracle nor Adam's first step with empty moments: both are independent of the scale of the gradient.
 
     Args:
-        model: as for `ScaLora`, with base weights that are not quantised.
-        optimizer: as for `ScaLora`.
-        config: as for `ScaLora`; it restarts where that would rescale.
+        model: a model with PEFT LoRA layers, exactly one active adapter, and base weights that are not quantised.
+        optimizer: the model's optimizer, or a wrapper that holds it in ``.optimizer``, such as Accelerate's.
+        config: the settings of ScaLoRA; it restarts at the steps at which ScaLoRA would rescale. None: the defaults.
 
     Raises:
-        UnsupportedLayerError: a quantised base weight, which has no gradient.
+        UnsupportedLayerError: a base weight is quantised and so has no gradient, or a layer is of a kind that
+            `scalora.model.adapters.find_lora_pairs` rejects.
+        UnsupportedOptimizerError: it is not known how the optimizer's state scales.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig | None = None) -> None:
@@ -111,7 +113,7 @@ class OracleRestarts(ScaLora):
         self._restart_hook = self.optimizer.register_step_pre_hook(self._restart)
 
     def detach(self) -> None:
-        """Stop restarting, and computing the weights' gradients."""
+        """Remove the hooks: no more restarts, and no more gradients of the base weights."""
         super().detach()
         self._restart_hook.remove()
         for pair in self.pairs:
@@ -121,7 +123,8 @@ class OracleRestarts(ScaLora):
     @torch.no_grad()
     def _restart(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         skipped = getattr(optimizer, "found_inf", None)
-        # A restart waits for the device anyway, and can't be undone by it.
+        # Unlike a rescale, a restart can't be undone on the device; reading the flag costs nothing, since a restart
+        # synchronises with the device anyway.
         if self.config.rescales_at(self.step) and not (skipped is not None and skipped.item()):
             for pair in self.pairs:
                 G = pair.weight.grad
@@ -137,29 +140,32 @@ class OracleRestarts(ScaLora):
         self._watch_weights()
 
     def _watch_weights(self) -> None:
-        """Have the next backward pass compute the weights' gradients, if the step after it restarts."""
+        """Let the next backward pass compute the gradients of the weights if the step after it restarts."""
         for pair in self.pairs:
             pair.weight.grad = None
             pair.weight.requires_grad_(self.config.rescales_at(self.step + 1))
 
 
 class NormalisedColumns(ScaLoraMethod):
-    """ScaLoRA with `normalising_rule` in place of the analytic optimum."""
+    """ScaLoRA with columns scaled to the target norm instead of the analytic optimum (`normalising_rule`)."""
 
     engine: ClassVar[Callable[..., ScaLora]] = staticmethod(partial(ScaLora, scaling_rule=normalising_rule))
+    """The engine, with this control's scaling rule."""
 
 
 class NoTransport(ScaLoraMethod):
-    """ScaLoRA whose moments are not carried over: `scale_gradients_only`."""
+    """ScaLoRA with the optimizer's moments left unchanged by a rescale (`scale_gradients_only`)."""
 
     engine: ClassVar[Callable[..., ScaLora]] = staticmethod(partial(ScaLora, transport=scale_gradients_only))
+    """The engine, with this control's transport."""
 
 
 class LoraGaRestart(ScaLoraMethod):
-    """`OracleRestarts` as a method."""
+    """ScaLoRA with restarts from the oracle instead of rescales (`OracleRestarts`)."""
 
     cannot_resume: ClassVar[str | None] = (
-        "the gradient that its next restart needs is computed a step ahead, and a checkpoint does not hold it"
+        "the gradient for its next restart is computed one step ahead, and a checkpoint does not contain it"
     )
 
     engine: ClassVar[Callable[..., ScaLora]] = OracleRestarts
+    """The class that attaches the control to a model and its optimizer."""

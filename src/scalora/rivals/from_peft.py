@@ -1,7 +1,8 @@
-"""Rivals on PEFT's layers and optimizers: rsLoRA, LoRA+, DoRA, PiSSA, LoRA-GA, HiRA, Riemannian preconditioning.
+"""Methods built on PEFT's layers and optimizers: rsLoRA, LoRA+, DoRA, PiSSA, LoRA-GA, HiRA, Riemannian preconditioning.
 
-Their learning rates assume a scaling of 1 (``lora_alpha`` = r). Where LoRA's is not taken, the reason is that one step
-of AdamW moves each entry of a factor by the rate, and so W by the rate times the size of the other factor.
+Each class names the paper, and what differs from the authors' code. The default learning rates assume a scaling of 1
+(``lora_alpha`` = r). Those that differ from LoRA's do so because a step of AdamW moves every entry of a factor by the
+learning rate, and therefore W by the learning rate times the size of the other factor.
 """
 
 from __future__ import annotations
@@ -25,38 +26,54 @@ from scalora.start import weight_gradients
 
 @dataclass(frozen=True)
 class RsLora(Method):
-    """Rank-stabilised LoRA: the scaling is alpha/√r instead of alpha/r (Kalajdzievski, arXiv:2312.03732)."""
+    """Rank-stabilised LoRA: the scaling is alpha/√r instead of alpha/r.
+
+    Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv:2312.03732.
+    """
 
     def peft_config(self, settings: dict[str, Any]) -> PeftConfig:
-        """LoRA's with ``use_rslora``."""
+        """LoRA with ``use_rslora``.
+
+        Args:
+            settings: fields of `peft.LoraConfig`.
+
+        Raises:
+            ValueError: ``use_rslora`` is set to something else.
+        """
         return LoraConfig(**_fixed(settings, use_rslora=True))
 
 
 @dataclass(frozen=True)
 class LoraPlus(Method):
-    """LoRA+: ``lora_B`` learns `lr_ratio` times as fast as ``lora_A`` (Hayou et al., arXiv:2402.12354), with AdamW.
+    """LoRA+: the learning rate of ``lora_B`` is a multiple of that of ``lora_A``, with AdamW.
+
+    Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv:2402.12354.
 
     Raises:
-        ValueError: lr_ratio is not a positive number.
+        ValueError: `lr_ratio` is not a positive number.
     """
 
     learning_rate: ClassVar[float | None] = 2.5e-4
-    """Of ``lora_A``: ``lora_B`` then has 4e-3, the largest that did well for plain LoRA."""
+    """Learning rate of ``lora_A``. That of ``lora_B`` is then 4e-3, the largest at which plain LoRA did well."""
 
     lr_ratio: float = 16.0
-    """η_B/η_A. The paper's recommendation, 2⁴."""
+    """Learning rate of ``lora_B`` divided by that of ``lora_A``. The default, 2⁴, is the paper's recommendation."""
 
     def __post_init__(self) -> None:
-        """Check the option."""
         require_positive(self)
 
     def optimizer(self, model: nn.Module, arguments: TrainingArguments) -> Optimizer:
-        """AdamW with a learning rate for each factor."""
+        """AdamW with a learning rate for each factor.
+
+        Args:
+            model: the model to train, with LoRA layers.
+            arguments: the training arguments; their learning rate is that of ``lora_A``.
+        """
         optimizer: Optimizer = create_loraplus_optimizer(
             model,
             AdamW,
             loraplus_lr_ratio=self.lr_ratio,
-            loraplus_weight_decay=arguments.weight_decay,  # its groups don't take AdamW's weight_decay
+            loraplus_weight_decay=arguments.weight_decay,  # the groups of factors ignore weight_decay
             **adamw_arguments(arguments),
         )
         return optimizer
@@ -64,65 +81,101 @@ class LoraPlus(Method):
 
 @dataclass(frozen=True)
 class Dora(Method):
-    """DoRA: ``m·(W + sBA)/‖W + sBA‖`` with a trained magnitude m for each output (Liu et al., arXiv:2402.09353)."""
+    """DoRA: the weight is ``m·(W + sBA)/‖W + sBA‖``, with a trained magnitude m for each output.
+
+    Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353.
+    """
 
     def peft_config(self, settings: dict[str, Any]) -> PeftConfig:
-        """LoRA's with ``use_dora``."""
+        """LoRA with ``use_dora``.
+
+        Args:
+            settings: fields of `peft.LoraConfig`.
+
+        Raises:
+            ValueError: ``use_dora`` is set to something else.
+        """
         return LoraConfig(**_fixed(settings, use_dora=True))
 
 
 @dataclass(frozen=True)
 class Pissa(Method):
-    """PiSSA: the adapter starts as W's top singular part, the base keeps the rest (Meng et al., arXiv:2404.02948)."""
+    """PiSSA: the adapter starts as the part of W with the top r singular values, and the base keeps the rest.
+
+    Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation", arXiv:2404.02948.
+    """
 
     learning_rate: ClassVar[float | None] = 1e-4
-    """Both factors start with singular vectors as long as √σ: about 3.6 in SmolLM2-135M, where ``lora_A`` starts with
-    rows as long as 0.58 and ``lora_B`` with zeros. The authors train at 2e-5."""
+    """Lower than for LoRA, because the factors start larger: both with singular vectors of norm √σ, about 3.6 in
+    SmolLM2-135M, where LoRA starts with rows of norm 0.58 in ``lora_A`` and zeros in ``lora_B``. The authors train at
+    2e-5."""
 
     ordinary_adapter: ClassVar[bool] = False
 
     def peft_config(self, settings: dict[str, Any]) -> PeftConfig:
-        """LoRA's with ``init_lora_weights="pissa"``: an exact singular value decomposition of every weight."""
+        """LoRA with ``init_lora_weights="pissa"``, which decomposes every weight exactly.
+
+        Args:
+            settings: fields of `peft.LoraConfig`.
+
+        Raises:
+            ValueError: ``init_lora_weights`` is set to something else.
+        """
         return LoraConfig(**_fixed(settings, init_lora_weights="pissa"))
 
 
 @dataclass(frozen=True)
 class LoraGa(Method):
-    """LoRA-GA: the adapter starts along the gradient's top 2r singular directions (Wang et al., arXiv:2407.05000).
+    """LoRA-GA: the adapter starts along the top 2r singular directions of the gradient.
 
-    With G = UΣVᵀ, ``lora_A`` starts as V's first r columns and ``lora_B`` as U's next r, all of norm m^¼/√gamma for a
-    weight with m outputs; their product is taken off the base weight. The paper's Algorithm 1, and its code with
-    ``direction: ArB2r, scale: stable``. PEFT's ``init_lora_weights="lora_ga"`` is something else: it multiplies
-    ``lora_B`` by the gradient's singular values and leaves ``lora_A`` at norm 1, and does not know ``all-linear``.
+    Wang, Yu and Li, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv:2407.05000, Algorithm 1. With
+    the gradient G = UΣVᵀ of a weight with m outputs, ``lora_A`` starts as the first r columns of V and ``lora_B`` as
+    columns r + 1 to 2r of U, all scaled to norm m^¼/√gamma, and their product is subtracted from the base weight. This
+    is the authors' code with ``direction: ArB2r, scale: stable``. PEFT's ``init_lora_weights="lora_ga"`` differs: it
+    multiplies ``lora_B`` by the singular values, leaves ``lora_A`` at norm 1, and does not support ``all-linear``.
 
     Raises:
-        ValueError: gamma is not a positive number.
+        ValueError: `gamma` is not a positive number.
     """
 
     learning_rate: ClassVar[float | None] = 2.5e-4
-    """Both factors start about twice as large as LoRA's one. The authors train at 2e-5 with a scaling of 5.7, which
-    moves W about as far."""
+    """Lower than for LoRA, because both factors start about twice as large as LoRA's ``lora_A``. The authors train at
+    2e-5 with a scaling of 5.7, which moves W about as far."""
 
     ordinary_adapter: ClassVar[bool] = False
 
     gamma: float = 16.0
-    """Shrinks the start. The authors' code and PEFT have 16."""
+    """The initial factors are divided by √gamma. The default is that of the authors' code and of PEFT."""
 
     def __post_init__(self) -> None:
-        """Check the option."""
         require_positive(self)
 
     def peft_config(self, settings: dict[str, Any]) -> PeftConfig:
-        """Plain LoRA's: with ``lora_B`` zero the function, and so the gradient, is the base's."""
+        """Plain LoRA. With ``lora_B`` zero, the gradient is that of the base model.
+
+        Args:
+            settings: fields of `peft.LoraConfig`.
+
+        Raises:
+            ValueError: ``init_lora_weights`` is set to something else than True.
+        """
         return LoraConfig(**_fixed(settings, init_lora_weights=True))
 
     def adapt(self, model: nn.Module, config: PeftConfig | None, backward: Backward) -> nn.Module:
-        """Add the adapter and start it from the gradient of `backward`'s batches.
+        """Add the adapter and initialise it from gradients.
 
-        Needs memory for the gradients of all adapted weights, once.
+        Needs memory for the gradients of all adapted weights at the same time.
+
+        Args:
+            model: the base model, which is modified.
+            config: the configuration of the adapter, from `peft_config`.
+            backward: computes the gradients.
+
+        Returns:
+            The model to train.
 
         Raises:
-            UnsupportedLayerError: a quantised base weight, or an adapter that is not plain LoRA.
+            UnsupportedLayerError: a base weight is quantised, or the adapter is not plain LoRA.
             ValueError: a layer got no finite gradient, or has fewer than 2r singular directions. No weight has been
                 changed then.
         """
@@ -139,9 +192,9 @@ class LoraGa(Method):
         return adapted
 
     def _start(self, pair: LoraPair, G: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``lora_B`` (m, r) and ``lora_A`` (r, n)."""
+        """Initial ``lora_B`` (m, r) and ``lora_A`` (r, n) for the gradient G (m, n)."""
         if G is None or not G.isfinite().all():
-            raise ValueError(f"module {pair.name!r} got no finite gradient for LoRA-GA to start from")
+            raise ValueError(f"module {pair.name!r} got no finite gradient, which LoRA-GA is initialised from")
         G = G.float()
         r = pair.r
         if 2 * r > min(G.shape):
@@ -149,7 +202,7 @@ class LoraGa(Method):
                 f"rank {r} is too large for module {pair.name!r} of shape {tuple(G.shape)}: LoRA-GA needs 2r singular "
                 f"directions, so choose r ≤ {min(G.shape) // 2} or leave the module out of target_modules"
             )
-        # The authors' accuracy; an exact decomposition of a large layer takes minutes.
+        # As accurate as in the authors' code; an exact decomposition of a large layer takes minutes.
         U, _, V = torch.svd_lowrank(G, q=min(4 * r, *G.shape), niter=4)
         norm = G.shape[0] ** 0.25 / math.sqrt(self.gamma)
         return norm * U[:, r : 2 * r], norm * V[:, :r].mT
@@ -157,20 +210,25 @@ class LoraGa(Method):
 
 @dataclass(frozen=True)
 class Hira(Method):
-    """HiRA: ``W + W ⊙ BA`` (Huang et al., ICLR 2025).
+    """HiRA: the weight is ``W + W ⊙ BA``.
 
-    Of the settings under ``lora:`` it has ``r`` and which modules are adapted or saved; ``lora_dropout`` is its
-    ``hira_dropout``. It has no scaling: ``lora_alpha`` is dropped.
+    Huang et al., "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR 2025. Of
+    the settings under ``lora:`` it takes ``r``, ``lora_dropout`` (its ``hira_dropout``), and the choice of adapted and
+    saved modules. It has no scaling; ``lora_alpha`` is ignored.
     """
 
     learning_rate: ClassVar[float | None] = 4.5e-3
-    """W's small entries multiply the adapter. PEFT's comparison of methods has this, with 1e-4 for LoRA."""
+    """Higher than for LoRA, because the adapter is multiplied by the small entries of W. PEFT's comparison of methods
+    uses this rate, and 1e-4 for LoRA."""
 
     def peft_config(self, settings: dict[str, Any]) -> PeftConfig:
-        """PEFT's HiRA adapter.
+        """The configuration of PEFT's HiRA.
+
+        Args:
+            settings: fields of `peft.LoraConfig`.
 
         Raises:
-            TypeError: a field that HiRA does not have, other than ``lora_alpha``.
+            TypeError: a field other than ``lora_alpha`` that HiRA does not have.
         """
         renamed = {
             "hira_dropout" if name == "lora_dropout" else name: value
@@ -186,30 +244,36 @@ class Hira(Method):
 
 @dataclass(frozen=True)
 class Riemannian(Method):
-    """LoRA with preconditioned gradients (Zhang and Pilanci, arXiv:2402.02347), stepped by AdamW.
+    """Riemannian preconditioning: LoRA trained by AdamW with preconditioned gradients.
 
-    ``lora_A``'s gradient is multiplied by ``(BᵀB + reg·I)⁻¹`` from the left, ``lora_B``'s by ``(AAᵀ + reg·I)⁻¹`` from
-    the right, with A and B as PEFT names them.
+    Zhang and Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models", arXiv:2402.02347. With A and
+    B as PEFT names them, the gradient of ``lora_A`` is multiplied by ``(BᵀB + reg·I)⁻¹`` from the left, and that of
+    ``lora_B`` by ``(AAᵀ + reg·I)⁻¹`` from the right.
 
     Raises:
-        ValueError: reg is not a positive number.
+        ValueError: `reg` is not a positive number.
     """
 
     reg: float = 1e-2
-    """PEFT's, which tames the inverse while B is still near its zero start. The authors' is 1e-6."""
+    """Regularisation of the inverses. The default is PEFT's, which limits the inverse while B is still near its start
+    at zero; the authors use 1e-6."""
 
     def __post_init__(self) -> None:
-        """Check the option."""
         require_positive(self)
 
     def optimizer(self, model: nn.Module, arguments: TrainingArguments) -> Optimizer:
-        """AdamW over the preconditioned gradients."""
+        """AdamW on the preconditioned gradients.
+
+        Args:
+            model: the model to train, with LoRA layers.
+            arguments: the training arguments, with the settings of AdamW.
+        """
         optimizer: Optimizer = create_riemannian_optimizer(model, AdamW, reg=self.reg, **adamw_arguments(arguments))
         return optimizer
 
 
 def _fixed(settings: dict[str, Any], **fixed: Any) -> dict[str, Any]:
-    """The settings with those that make the method what it is."""
+    """The settings, and those that define the method; `ValueError` if they contradict."""
     for name, value in fixed.items():
         if settings.get(name, value) != value:
             raise ValueError(f"{name}={settings[name]!r}: the method itself sets {name}={value!r}; leave it out")

@@ -1,4 +1,9 @@
-"""Rivals that train the base's own weights: full fine-tuning, and GaLore and APOLLO, whose optimizers save memory."""
+"""Full fine-tuning, GaLore and APOLLO: methods that train the weights of the base itself.
+
+GaLore and APOLLO save optimizer memory by keeping Adam's moments in a low-rank space. They use the authors' packages,
+galore-torch and apollo-torch, through the integration in Transformers, with one difference: Transformers drops the
+betas, the epsilon and the weight decay of the training arguments, which are passed on here.
+"""
 
 from __future__ import annotations
 
@@ -12,58 +17,68 @@ from transformers import Trainer, TrainingArguments
 
 from scalora.rivals.method import Method, adamw_arguments, require_positive
 
-# A transformer's blocks are the numbered part of its modules' names; heads, embeddings and poolers are outside them.
-# The authors of both optimizers project the linear layers of the blocks and nothing else.
+# Matches the modules in a transformer's blocks, whose names contain a number; heads, embeddings and poolers lie
+# outside. The authors of both optimizers project the linear layers of the blocks only.
 _IN_BLOCKS = r".*\.\d+\..*"
 
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Full fine-tuning: every weight of the base, with the Trainer's optimizer. Settings under ``lora:`` do nothing."""
+    """Full fine-tuning of all weights with the Trainer's optimizer. The settings under ``lora:`` have no effect."""
 
     learning_rate: ClassVar[float | None] = None
+    """The default of the training arguments' class, which is meant for full fine-tuning."""
+
     ordinary_adapter: ClassVar[bool] = False
 
     def peft_config(self, settings: dict[str, Any]) -> None:
-        """No adapter."""
+        """Train without an adapter.
+
+        Args:
+            settings: not used.
+        """
         return
 
 
 @dataclass(frozen=True)
 class _LowRankMoments(Full):
-    """Full fine-tuning with an optimizer of Transformers whose moments of the blocks' linear layers are low-rank.
+    """Full fine-tuning with low-rank moments for the linear layers in the blocks, and AdamW for all other parameters.
 
-    Everything else, the head included, is stepped by its plain AdamW.
+    Raises:
+        ValueError: an option is not a positive number.
     """
 
     cannot_resume: ClassVar[str | None] = (
-        "its projections are objects in the optimizer's state, which a Trainer's checkpoint does not load"
+        "the projections in its optimizer's state are objects, which a Trainer does not load from a checkpoint"
     )
 
     optim: ClassVar[str]
+    """Name of the optimizer in ``training.optim``."""
+
     package: ClassVar[str]
+    """Package that provides the optimizer, by its name for pip."""
 
     rank: int = 8
-    """Of the projections. LoRA's default rank here, so that the moments are of like size."""
+    """Rank of the space that the moments are kept in. The default is that of LoRA, so that both keep moments of similar
+    size."""
 
     update_proj_gap: int = 200
-    """Steps between two projections. The authors'."""
+    """Steps after which the low-rank space is computed anew. The default is the authors'."""
 
     scale: float = 1.0
-    """Of the update; what it means, and so its default, is each method's own."""
+    """Factor of the update. Its meaning and default depend on the method."""
 
     def __post_init__(self) -> None:
-        """Check the options."""
         require_positive(self)
 
     def training_defaults(self) -> dict[str, Any]:
-        """Transformers' arguments for the optimizer.
+        """The training arguments that select and configure the optimizer.
 
         Raises:
-            ImportError: its package is not installed.
+            ImportError: the optimizer's package is not installed.
         """
         if find_spec(self.package.replace("-", "_")) is None:
-            raise ImportError(f"{self.optim} is in a package of its own: pip install {self.package}")
+            raise ImportError(f"the optimizer {self.optim} needs a package: pip install {self.package}")
         return {
             "optim": self.optim,
             "optim_target_modules": _IN_BLOCKS,
@@ -71,15 +86,19 @@ class _LowRankMoments(Full):
         }
 
     def optimizer(self, model: nn.Module, arguments: TrainingArguments) -> Optimizer:
-        """Transformers' own with the betas, epsilon and weight decay that it leaves out.
+        """The optimizer of Transformers, with the betas, the epsilon and the weight decay of the training arguments.
+
+        Args:
+            model: the model to train.
+            arguments: the training arguments, from `training_defaults`.
 
         Raises:
             ValueError: the training arguments name another optimizer, or the model has no linear layers in blocks.
         """
         if arguments.optim != self.optim:
             raise ValueError(
-                f"training.optim={getattr(arguments.optim, 'value', arguments.optim)!r}: the method is the optimizer "
-                f"{self.optim!r}; leave training.optim out"
+                f"training.optim={getattr(arguments.optim, 'value', arguments.optim)!r}: the method needs the "
+                f"optimizer {self.optim!r}; leave training.optim out"
             )
         cls, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
         optimizer: Optimizer = cls(**keywords | adamw_arguments(arguments), no_deprecation_warning=True)
@@ -88,22 +107,29 @@ class _LowRankMoments(Full):
 
 @dataclass(frozen=True)
 class GaLore(_LowRankMoments):
-    """GaLore: Adam in the gradient's top singular subspace, found anew now and then (Zhao et al., arXiv:2403.03507)."""
+    """GaLore: Adam in the subspace of the gradient's top singular vectors, which is updated periodically.
+
+    Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", arXiv:2403.03507.
+    """
 
     optim: ClassVar[str] = "galore_adamw"
     package: ClassVar[str] = "galore-torch"
 
     scale: float = 4.0
-    """Multiplies the update. The authors' for fine-tuning at 3e-5; their 0.25 is for pre-training at 1e-2."""
+    """Factor of the update. The default is the authors' for fine-tuning at a learning rate of 3e-5; their 0.25 is for
+    pre-training at 1e-2."""
 
 
 @dataclass(frozen=True)
 class Apollo(_LowRankMoments):
-    """APOLLO: the gradient, each channel scaled as Adam does in a random subspace (Zhu et al., arXiv:2412.05270)."""
+    """APOLLO: the gradient, with each channel scaled as Adam would scale it in a random subspace.
+
+    Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv:2412.05270.
+    """
 
     optim: ClassVar[str] = "apollo_adamw"
     package: ClassVar[str] = "apollo-torch"
 
     scale: float = 64.0
-    """Its root multiplies the update and makes up for the low rank. The authors fine-tune with width/rank: this is it
-    for a width of 512."""
+    """Square of the factor of the update, which compensates for the low rank. The authors fine-tune with width/rank;
+    the default is that for width 512 and rank 8."""

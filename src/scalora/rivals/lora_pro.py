@@ -1,18 +1,21 @@
-"""LoRA-Pro (Wang et al., ICLR 2025, arXiv:2407.18242): factor updates whose effect on the weight is nearest a full one.
+"""LoRA-Pro: an optimizer for LoRA whose steps change the weight as closely as possible to a step of full fine-tuning.
 
-The paper's names are PEFT's: ``W = W₀ + s·B·A`` with A (r × n) = ``lora_A``, B (m × r) = ``lora_B``, s the scaling, and
-``g = ∂ℓ/∂W`` (m × n), which LoRA shows only as ``g_A = s·Bᵀg`` and ``g_B = s·g·Aᵀ``. Moving the factors by (d_A, d_B)
-moves the weight by the *equivalent gradient* ``s·(B·d_A + d_B·A)``. It is nearest g in Frobenius norm for
+Wang et al., "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?", ICLR 2025, arXiv:2407.18242. Notation is the paper's
+and PEFT's: ``W = W₀ + s·B·A`` with A (r × n) = ``lora_A``, B (m × r) = ``lora_B``, the scaling s, and the gradient
+``g = ∂ℓ/∂W`` (m × n), of which LoRA computes only ``g_A = s·Bᵀg`` and ``g_B = s·g·Aᵀ``. Moving the factors by (d_A,
+d_B) moves the weight by the *equivalent gradient* ``s·(B·d_A + d_B·A)``. It is closest to g in the Frobenius norm for
 
     d_A = (BᵀB)⁻¹ g_A / s² + X·A,      d_B = (I − B(BᵀB)⁻¹Bᵀ) g_B (AAᵀ)⁻¹ / s² − B·X
 
-with any X (r × r), which cancels in the equivalent gradient. Among these, (d_A, d_B) is nearest (g_A, g_B) for the
+with any X (r × r), which cancels in the equivalent gradient. Among these, (d_A, d_B) is closest to (g_A, g_B) for the
 solution of the Sylvester equation ``BᵀB·X + X·AAᵀ = −(BᵀB)⁻¹ g_A Aᵀ / s²``.
+
+One thing differs from the authors' code: with full moments it applies the weight decay to the frozen weight, too, after
+which the adapter would be wrong on the original base. Here, weight decay applies to the factors only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,13 +30,15 @@ from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.rivals.method import Method, adamw_arguments
 from scalora.rivals.pair_optimizer import PairOptimizer, adam_direction, not_in_pairs
 
-# The reference implementation's damping of both Gram matrices. It decides the second step from lora_B = 0, when
-# BᵀB is of the order of the learning rate squared.
+# Damping of both Gram matrices, as in the authors' code. It determines the second step from lora_B = 0, when BᵀB is of
+# the order of the squared learning rate.
 _DAMPING = 1e-8
+
+_LEARNING_RATE = 1e-4
 
 
 class _Grams(NamedTuple):
-    """Eigenvalues, ascending and not negative, and eigenvectors of ``AAᵀ`` and ``BᵀB``."""
+    """Eigenvalues (ascending, not negative) and eigenvectors of ``AAᵀ`` and ``BᵀB``."""
 
     values_A: Float[Tensor, " r"]
     vectors_A: Float[Tensor, "r r"]
@@ -48,20 +53,21 @@ def equivalent_gradient(
     grad_B: Float[Tensor, "m r"],
     scaling: float,
 ) -> Float[Tensor, "m n"]:
-    """The full gradient as far as the factors can follow it, ``g − (I − P_B)·g·(I − P_A)``.
+    """The part of the full gradient that the factors can follow, ``g − (I − P_B)·g·(I − P_A)``.
 
-    P_A and P_B are the projections onto the row space of lora_A and the column space of lora_B. LoRA's own gradients
-    are enough to know it.
+    P_A and P_B are the projections onto the row space of ``lora_A`` and the column space of ``lora_B``. LoRA's own
+    gradients determine it.
 
     Args:
-        lora_A: (r, n).
-        lora_B: (m, r); zeros are allowed, as at PEFT's start.
-        grad_A: ``s·Bᵀg``, (r, n).
-        grad_B: ``s·g·Aᵀ``, (m, r).
+        lora_A: A, (r, n).
+        lora_B: B, (m, r). Zeros are allowed, as in PEFT's initialisation.
+        grad_A: gradient of ``lora_A``, ``s·Bᵀg``, (r, n).
+        grad_B: gradient of ``lora_B``, ``s·g·Aᵀ``, (m, r).
         scaling: s, not zero.
 
     Returns:
-        (m, n) in lora_A's dtype; the inverses are computed in float64 where the device has it.
+        The equivalent gradient, (m, n), in the dtype of ``lora_A``. Inverses are computed in float64 if the device
+        supports it.
     """
     A, B, grad_A, grad_B = _in_solver_dtype(lora_A, lora_B, grad_A, grad_B)
     direction_A, direction_B = _directions_without_X(A, B, grad_A, grad_B, scaling, _grams(A, B))
@@ -75,9 +81,18 @@ def adjusted_gradients(
     grad_B: Float[Tensor, "m r"],
     scaling: float,
 ) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
-    """The pair (d_A, d_B) with the best equivalent gradient that is nearest LoRA's own gradients.
+    """The pair (d_A, d_B) with the best equivalent gradient that is closest to LoRA's own gradients.
 
-    Arguments as for `equivalent_gradient`; returns the adjusted gradients of lora_A, (r, n), and lora_B, (m, r).
+    Args:
+        lora_A: A, (r, n).
+        lora_B: B, (m, r). Zeros are allowed, as in PEFT's initialisation.
+        grad_A: gradient of ``lora_A``, ``s·Bᵀg``, (r, n).
+        grad_B: gradient of ``lora_B``, ``s·g·Aᵀ``, (m, r).
+        scaling: s, not zero.
+
+    Returns:
+        d_A (r, n) and d_B (m, r), in the dtype of ``lora_A``. Inverses are computed in float64 if the device supports
+        it.
     """
     A, B, grad_A, grad_B = _in_solver_dtype(lora_A, lora_B, grad_A, grad_B)
     grams = _grams(A, B)
@@ -106,49 +121,34 @@ def _directions_without_X(
 
 
 def _solve_sylvester(grams: _Grams, rhs: Tensor) -> Tensor:
-    """X with ``BᵀB·X + X·AAᵀ = rhs``: diagonal in the two eigenbases, because both Gram matrices are symmetric."""
+    """The solution X of ``BᵀB·X + X·AAᵀ = rhs``, which is diagonal in the eigenbases of the two Gram matrices."""
     sums = grams.values_B[:, None] + grams.values_A[None, :]
-    # A sum of zero comes with a right-hand side of zero.
+    # Where a sum is zero, so is the right-hand side.
     solution = (grams.vectors_B.mT @ rhs @ grams.vectors_A) / sums.clamp_min(torch.finfo(sums.dtype).tiny)
     return grams.vectors_B @ solution @ grams.vectors_A.mT
 
 
 class LoraProOptimizer(PairOptimizer):
-    """The paper's AdamW version (Algorithm 2): Adam on the equivalent gradient, then back to the factors.
+    """LoRA-Pro with AdamW (the paper's Algorithm 2): Adam on the equivalent gradient, projected back onto the factors.
 
-    At each step and for each pair: the equivalent gradient from LoRA's gradients; Adam's moments of it and its
-    direction D, as full fine-tuning's AdamW would have them; ``s·BᵀD`` and ``s·D·Aᵀ`` in place of LoRA's gradients,
-    adjusted; a step of them. So the weight follows full fine-tuning's Adam step as far as the factors
-    can, and learning rates are full fine-tuning's.
+    In each step and for each pair, the equivalent gradient is computed from LoRA's gradients, and Adam's moments of it
+    give a direction D, as in full fine-tuning. ``s·BᵀD`` and ``s·D·Aᵀ`` then take the place of LoRA's gradients, are
+    adjusted, and make the step. The weight follows Adam's step in full fine-tuning as closely as the factors can, and
+    learning rates are on the scale of full fine-tuning. With ``lora_B`` = 0, the first step moves ``lora_B`` only, as
+    in the authors' code. Parameters outside the pairs are trained by AdamW.
 
-    **Memory.** The two moments of a pair are (m, n) each, in the adapter's dtype: 8·m·n bytes a layer in float32, as
-    much as AdamW keeps in full fine-tuning, against 8·r·(m + n) for LoRA's. Adapting the linear layers of a model with
-    7 billion weights takes some 50 GB.
-
-    Weight decay shrinks lora_A and lora_B each by ``1 − lr·weight_decay``, as AdamW does. (The reference's version
-    with full moments shrinks the frozen weight too, after which the adapter would be wrong on the original base.)
-    With lora_B = 0 the first step moves lora_B only, as in the reference.
+    **Memory.** A pair has two moments of shape (m, n) in the adapter's dtype: 8·m·n bytes per layer in float32, as much
+    as AdamW in full fine-tuning, compared with 8·r·(m + n) for LoRA. With adapters on the linear layers of a model with
+    7 billion weights, the moments take about 50 GB.
 
     Args:
-        pairs: of one model; a pair whose gradients are None at a step is left alone at that step.
-        others: the remaining trainable parameters, which get ordinary AdamW.
-        lr: the learning rate, of the weight's movement.
-        betas: Adam's.
-        eps: Adam's.
-        weight_decay: decoupled.
+        pairs: the LoRA pairs of a model. A pair without gradients is skipped in that step.
+        others: the other trainable parameters.
+        lr: learning rate of the weight.
+        betas: decay rates of Adam's moments.
+        eps: term added to Adam's denominator for numerical stability.
+        weight_decay: decoupled weight decay of ``lora_A``, ``lora_B`` and the other parameters, as in AdamW.
     """
-
-    def __init__(
-        self,
-        pairs: Iterable[LoraPair],
-        others: Iterable[nn.Parameter] = (),
-        *,
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(pairs, others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def _step_pairs(self, pairs: list[LoraPair], group: dict[str, Any]) -> None:
         for pair in pairs:
@@ -168,15 +168,22 @@ class LoraProOptimizer(PairOptimizer):
 def create_lora_pro_optimizer(
     model: nn.Module,
     *,
-    lr: float = 1e-4,
+    lr: float = _LEARNING_RATE,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> LoraProOptimizer:
-    """A `LoraProOptimizer` for all LoRA pairs of a PEFT model, with AdamW for what else is trainable.
+    """Create a `LoraProOptimizer` for a PEFT model, with AdamW for the parameters outside its LoRA pairs.
+
+    Args:
+        model: a model with PEFT LoRA layers and exactly one active adapter.
+        lr: learning rate of the weight, on the scale of full fine-tuning.
+        betas: decay rates of Adam's moments. The default is AdamW's.
+        eps: term added to Adam's denominator for numerical stability. The default is AdamW's.
+        weight_decay: decoupled weight decay.
 
     Raises:
-        UnsupportedLayerError: see `scalora.model.adapters.find_lora_pairs`.
+        UnsupportedLayerError: a layer that `scalora.model.adapters.find_lora_pairs` rejects.
     """
     pairs = find_lora_pairs(model)
     others = not_in_pairs(model, pairs)
@@ -185,12 +192,20 @@ def create_lora_pro_optimizer(
 
 @dataclass(frozen=True)
 class LoraPro(Method):
-    """LoRA trained with `LoraProOptimizer`."""
+    """LoRA-Pro: LoRA trained by `LoraProOptimizer`."""
 
-    learning_rate: ClassVar[float | None] = 1e-4
-    """Full fine-tuning's size, because the step is full fine-tuning's; the reference's scripts train Llama-2-7B with
-    2e-5."""
+    learning_rate: ClassVar[float | None] = _LEARNING_RATE
+    """On the scale of full fine-tuning, because steps are those of full fine-tuning. The authors' scripts train
+    Llama-2-7B at 2e-5."""
 
     def optimizer(self, model: nn.Module, arguments: TrainingArguments) -> Optimizer:
-        """LoRA-Pro's AdamW with the Trainer's settings for AdamW."""
+        """The LoRA-Pro optimizer.
+
+        Args:
+            model: the model to train, with LoRA layers.
+            arguments: the training arguments, with the settings of AdamW.
+
+        Raises:
+            UnsupportedLayerError: a layer that `scalora.model.adapters.find_lora_pairs` rejects.
+        """
         return create_lora_pro_optimizer(model, **adamw_arguments(arguments))

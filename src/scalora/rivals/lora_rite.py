@@ -1,19 +1,26 @@
-"""LoRA-RITE (Yen et al., ICLR 2025, arXiv:2410.20625): an optimizer that doesn't see how a product is factored.
+"""LoRA-RITE: an optimizer for LoRA that is invariant to how the product of the factors is factored.
 
-(A, B) and (A·T, B·T⁻ᵀ) are the same adapter for every invertible T; under LoRA-RITE they take the same steps. The
-paper writes the weight's update as ``Z = A·Bᵀ`` with A (m × r) and B (n × r): PEFT's ``lora_B`` and ``lora_A``
-transposed. For one factor, A say, with gradient ∇_A, and its partner B = U_B·R_B with U_B orthonormal:
+Yen et al., "LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA Optimization", ICLR 2025,
+arXiv:2410.20625. (A, B) and (A·T, B·T⁻ᵀ) are the same adapter for every invertible T, and LoRA-RITE takes the same
+steps from both. The paper writes the adapter as ``Z = A·Bᵀ`` with A (m × r), PEFT's ``lora_B``, and B (n × r), PEFT's
+``lora_A`` transposed. For one factor, say A, with gradient ∇_A, and the other factor B = U_B·R_B with orthonormal U_B:
 
     ḡ = ∇_A R_B⁻¹                                    the unmagnified gradient, (∂ℓ/∂Z)·U_B
     P = U_B,ₜᵀ U_B,ₜ₋₁                               from the old basis to the new one
     V = β₂·P V Pᵀ + (1 − β₂)·ḡᵀḡ/m                   second moment, r × r
-    ρ = β₂·(ρ + d(V, P V Pᵀ))                        the mass that P has lost
+    ρ = β₂·(ρ + d(V, P V Pᵀ))                        escaped mass, which P has lost
     M = β₁·M Pᵀ + (1 − β₁)·ḡ (V + ρI)^(−1/2)         first moment, of the preconditioned gradient
     A ← A − η·M R_B⁻ᵀ
 
-and the same with A and B exchanged. d is the largest fall of an eigenvalue, both spectra sorted. V and ρ are decaying
-averages, as in the reference implementation (gkevinyen5418/LoRA-RITE). Which orthonormal basis U_B is does not matter:
-the paper takes the polar one, here it is a QR's.
+and the same with A and B exchanged. d is the largest decrease of an eigenvalue, with both spectra sorted. V and ρ are
+decaying averages, as in the authors' code (gkevinyen5418/LoRA-RITE). Any orthonormal basis U_B gives the same steps;
+the paper uses that of the polar decomposition, this module that of QR.
+
+As in the authors' code, β at step t is ``β·(1 − βᵗ⁻¹)/(1 − βᵗ)``, which is Adam's bias correction; the unmagnified
+gradients of all pairs are clipped together; with ``lora_B`` = 0 the first step moves ``lora_B`` only; and weight decay
+is that of AdamW, which preserves the invariance. Two things differ: the escaped mass ρ, which their code leaves out by
+default, is always included, as in the paper's algorithm; and unmagnified gradients with a root mean square above 1,
+which their code sets to zero, are used, because that criterion depends on the scale of the loss.
 """
 
 from __future__ import annotations
@@ -28,20 +35,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
+from scalora.config import DEFAULT_LEARNING_RATE
 from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.rivals.method import Method, adamw_arguments
 from scalora.rivals.pair_optimizer import PairOptimizer, not_in_pairs
 
+_EPS = 1e-6  # as in the authors' code
+
 
 class _Factor(NamedTuple):
-    """One of a pair's factors at one step.
+    """One factor of a pair in one step.
 
     Attributes:
-        parameter: lora_A or lora_B, which the state is kept for.
-        tall: a view of it with its r columns last.
-        gradient: the unmagnified gradient, of tall's shape.
+        parameter: ``lora_A`` or ``lora_B``, the key of the optimizer state.
+        tall: a view of the parameter with r columns.
+        gradient: the unmagnified gradient, of the shape of `tall`.
         basis: U of the other factor.
-        inverse: pseudo-inverse of R of the other factor; zero where the other factor is, as lora_B at PEFT's start.
+        inverse: pseudo-inverse of R of the other factor; zero if that factor is zero, as ``lora_B`` initially.
     """
 
     parameter: nn.Parameter
@@ -52,37 +62,32 @@ class _Factor(NamedTuple):
 
 
 class LoraRiteOptimizer(PairOptimizer):
-    """LoRA-RITE for LoRA pairs and ordinary AdamW for other parameters.
+    """LoRA-RITE for LoRA pairs, and AdamW for all other parameters.
 
-    As in the reference implementation: the β of step t is ``β·(1 − βᵗ⁻¹)/(1 − βᵗ)``, which is Adam's bias correction;
-    all unmagnified gradients together are clipped to a norm; with lora_B = 0 the first step moves lora_B only; and
-    weight decay is AdamW's, which keeps the invariance. The escaped mass ρ, which the reference leaves out by default,
-    is always in, as in the paper's algorithm. The reference also drops an unmagnified gradient whose root mean square
-    is above 1; that depends on the loss's scale and is not done here.
-
-    The state of a factor is one moment and one basis of the factors' size besides the r × r: no more than Adam's.
+    The state of a factor is a moment and a basis of the size of the two factors, and an r × r matrix: about as much as
+    that of Adam.
 
     Args:
-        pairs: of one model; a pair whose gradients are None at a step is left alone at that step.
-        others: the remaining trainable parameters.
-        lr: the learning rate; the weight moves by about ``s·lr`` in each entry of the two bases.
-        betas: β₁ and β₂.
-        eps: added to the square roots of the eigenvalues of V + ρI; also AdamW's.
-        weight_decay: decoupled.
-        max_unmagnified_norm: norm of all pairs' unmagnified gradients above which they are scaled down to it. A
-            clipping of LoRA's own gradients would depend on the factoring: turn that off.
+        pairs: the LoRA pairs of a model. A pair without gradients is skipped in that step.
+        others: the other trainable parameters.
+        lr: learning rate; the weight moves by about ``s·lr`` in each entry of the two bases.
+        betas: β₁ and β₂, the decay rates of the moments.
+        eps: term added to the square roots of the eigenvalues of V + ρI, and to AdamW's denominator.
+        weight_decay: decoupled weight decay, as in AdamW.
+        max_unmagnified_norm: maximum norm of the unmagnified gradients of all pairs together, to which larger ones are
+            scaled down. Turn off the clipping of LoRA's own gradients, which depends on the factoring.
     """
 
     def __init__(
         self,
         pairs: Iterable[LoraPair],
-        others: Iterable[nn.Parameter] = (),
+        others: Iterable[nn.Parameter],
         *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        max_unmagnified_norm: float = 1.0,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        max_unmagnified_norm: float,
     ) -> None:
         super().__init__(pairs, others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self._max_unmagnified_norm = max_unmagnified_norm
@@ -121,7 +126,7 @@ class LoraRiteOptimizer(PairOptimizer):
 
 
 def _factors(pair: LoraPair) -> list[_Factor]:
-    """Both factors as they are before the step."""
+    """Both factors of a pair, before the step."""
     assert pair.lora_A.grad is not None
     assert pair.lora_B.grad is not None
     tall_A, tall_B = pair.lora_A.mT, pair.lora_B
@@ -135,7 +140,7 @@ def _factors(pair: LoraPair) -> list[_Factor]:
 
 
 def _escaped_mass(before: Float[Tensor, "r r"], after: Float[Tensor, "r r"]) -> Float[Tensor, ""]:
-    # No eigenvalue rises but by rounding, since P is a contraction.
+    # P is a contraction, so that eigenvalues increase by rounding errors only.
     fall: Tensor = (torch.linalg.eigvalsh(before) - torch.linalg.eigvalsh(after)).amax()
     return fall.clamp_min(0)
 
@@ -147,19 +152,55 @@ def _inverse_root(second: Float[Tensor, "r r"], escaped_mass: Float[Tensor, ""],
     return inverse_root
 
 
+@dataclass(frozen=True)
+class LoraRite(Method):
+    """LoRA-RITE: LoRA trained by `LoraRiteOptimizer`."""
+
+    max_unmagnified_norm: float = 1.0
+    """Maximum norm of the unmagnified gradients of all pairs together, in place of the Trainer's ``max_grad_norm``;
+    infinity for no clipping. The default is that of the authors' code."""
+
+    def training_defaults(self) -> dict[str, Any]:
+        """No clipping of LoRA's own gradients, in place of which the optimizer clips, and the authors' epsilon."""
+        return {"max_grad_norm": 0.0, "adam_epsilon": _EPS}
+
+    def optimizer(self, model: nn.Module, arguments: TrainingArguments) -> Optimizer:
+        """The LoRA-RITE optimizer.
+
+        Args:
+            model: the model to train, with LoRA layers.
+            arguments: the training arguments, with the settings of AdamW.
+
+        Raises:
+            UnsupportedLayerError: a layer that `scalora.model.adapters.find_lora_pairs` rejects.
+        """
+        return create_lora_rite_optimizer(
+            model, **adamw_arguments(arguments), max_unmagnified_norm=self.max_unmagnified_norm
+        )
+
+
 def create_lora_rite_optimizer(
     model: nn.Module,
     *,
-    lr: float = 1e-3,
+    lr: float = DEFAULT_LEARNING_RATE,
     betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-6,
+    eps: float = _EPS,
     weight_decay: float = 0.0,
-    max_unmagnified_norm: float = 1.0,
+    max_unmagnified_norm: float = LoraRite.max_unmagnified_norm,
 ) -> LoraRiteOptimizer:
-    """A `LoraRiteOptimizer` for all LoRA pairs of a PEFT model, with AdamW for what else is trainable.
+    """Create a `LoraRiteOptimizer` for a PEFT model, with AdamW for the parameters outside its LoRA pairs.
+
+    Args:
+        model: a model with PEFT LoRA layers and exactly one active adapter.
+        lr: learning rate; the weight moves by about ``s·lr`` in each entry of the two bases.
+        betas: decay rates of the moments. The default is AdamW's.
+        eps: term added to the square roots of the eigenvalues of V + ρI, and to AdamW's denominator.
+        weight_decay: decoupled weight decay.
+        max_unmagnified_norm: maximum norm of the unmagnified gradients of all pairs together. Turn off the clipping of
+            LoRA's own gradients, which depends on the factoring.
 
     Raises:
-        UnsupportedLayerError: see `scalora.model.adapters.find_lora_pairs`.
+        UnsupportedLayerError: a layer that `scalora.model.adapters.find_lora_pairs` rejects.
     """
     pairs = find_lora_pairs(model)
     return LoraRiteOptimizer(
@@ -171,24 +212,3 @@ def create_lora_rite_optimizer(
         weight_decay=weight_decay,
         max_unmagnified_norm=max_unmagnified_norm,
     )
-
-
-@dataclass(frozen=True)
-class LoraRite(Method):
-    """LoRA trained with `LoraRiteOptimizer`.
-
-    Attributes:
-        max_unmagnified_norm: see `LoraRiteOptimizer`; infinity never clips.
-    """
-
-    max_unmagnified_norm: float = 1.0
-
-    def training_defaults(self) -> dict[str, Any]:
-        """No clipping of LoRA's own gradients, which the optimizer's replaces, and the reference's eps."""
-        return {"max_grad_norm": 0.0, "adam_epsilon": 1e-6}
-
-    def optimizer(self, model: nn.Module, arguments: TrainingArguments) -> Optimizer:
-        """LoRA-RITE with the Trainer's settings for AdamW."""
-        return create_lora_rite_optimizer(
-            model, **adamw_arguments(arguments), max_unmagnified_norm=self.max_unmagnified_norm
-        )

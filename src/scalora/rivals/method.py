@@ -1,4 +1,7 @@
-"""`Method`: all that the training command has to know of a fine-tuning method. The base class is plain LoRA."""
+"""`Method`: the interface between `scalora train` and a fine-tuning method. The base class is plain LoRA.
+
+LoRA is PEFT's (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685).
+"""
 
 from __future__ import annotations
 
@@ -12,59 +15,98 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
+from scalora.config import DEFAULT_LEARNING_RATE
+
 Backward = Callable[[nn.Module], None]
-"""Runs a few training batches forward and backward through a model, so that its parameters have gradients."""
+"""Runs a few training batches forward and backward through a model, which accumulates gradients in its parameters."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """Plain LoRA (Hu et al., arXiv:2106.09685); another method overrides what it does otherwise.
+    """Plain LoRA. Other methods are subclasses that override what they do differently.
 
-    A method's dataclass fields are the options that a config's ``method_options`` takes.
+    The dataclass fields of a subclass are the options that a config's ``method_options`` takes.
     """
 
-    learning_rate: ClassVar[float | None] = 1e-3
-    """The default; None is the library's own. The libraries' 2e-5 and 5e-5 are for full fine-tuning and leave an
-    adapter where it was; of 1e-3, 2e-3 and 4e-3 this is the best or within noise of it on the measured tasks
-    (docs/defaults.md)."""
+    learning_rate: ClassVar[float | None] = DEFAULT_LEARNING_RATE
+    """Default learning rate. None: the default of the training arguments' class."""
 
     ordinary_adapter: ClassVar[bool] = True
-    """Whether what `save_pretrained` writes is right on the original base, so that it may be shipped."""
+    """Whether the adapter that `save_pretrained` writes, on the original base, is the trained model."""
 
     cannot_resume: ClassVar[str | None] = None
-    """Why a run can't go on from a checkpoint; None where it can."""
+    """The reason why a run can't resume from a checkpoint. None: it can."""
 
     def training_defaults(self) -> dict[str, Any]:
-        """Training arguments that the method needs; the user's own win."""
+        """Training arguments that the method needs. Those of the user's config take precedence.
+
+        Raises:
+            ImportError: a package that the method needs is not installed.
+        """
         return {}
 
     def peft_config(self, settings: dict[str, Any]) -> PeftConfig | None:
-        """The adapter for the fields under ``lora:`` in a config (task_type included); None to train without one.
+        """The configuration of the method's adapter.
+
+        Args:
+            settings: fields of `peft.LoraConfig`: those under ``lora:`` in the user's config, and ``task_type``.
+
+        Returns:
+            The configuration for PEFT; None if the method trains without an adapter.
 
         Raises:
-            TypeError, ValueError: a field that the method's adapter does not have, or a wrong value.
+            TypeError: the method's adapter has no such field.
+            ValueError: a field has an invalid value.
         """
         return LoraConfig(**settings)
 
     def adapt(self, model: nn.Module, config: PeftConfig | None, backward: Backward) -> nn.Module:
-        """Make the model trainable; `backward` is for methods whose start needs gradients."""
+        """Make a model trainable.
+
+        Args:
+            model: the base model, which is modified.
+            config: the configuration of the adapter, from `peft_config`.
+            backward: computes gradients, for methods whose initialisation needs them.
+
+        Returns:
+            The model to train.
+        """
         return model if config is None else get_peft_model(model, config)
 
     def optimizer(self, model: nn.Module, arguments: TrainingArguments) -> Optimizer | None:
-        """An optimizer of the method's own; None leaves it to the Trainer (``training.optim``)."""
+        """The method's own optimizer.
+
+        Args:
+            model: the model to train, from `adapt`.
+            arguments: the training arguments, with the learning rate, betas, epsilon and weight decay.
+
+        Returns:
+            The optimizer; None if the Trainer is to create the one of ``training.optim``.
+        """
         return None
 
     def callbacks(self) -> list[TrainerCallback]:
-        """What has to happen between the Trainer's steps."""
+        """Callbacks for the Trainer, one for each model that is trained."""
         return []
 
     def merged(self, model: nn.Module) -> nn.Module:
-        """The trained model in the base's own architecture."""
+        """Merge the adapter into the base.
+
+        Args:
+            model: the trained model, which is modified.
+
+        Returns:
+            The trained model in the architecture of the base.
+        """
         return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def adamw_arguments(arguments: TrainingArguments) -> dict[str, Any]:
-    """What a Trainer would give AdamW, for methods that build their own optimizer."""
+    """The keyword arguments that a Trainer passes to AdamW, for methods that create their own optimizer.
+
+    Args:
+        arguments: the training arguments.
+    """
     return {
         "lr": arguments.learning_rate,
         "betas": (arguments.adam_beta1, arguments.adam_beta2),
@@ -74,10 +116,13 @@ def adamw_arguments(arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def require_positive(method: Method) -> None:
-    """Check that a method's options are positive numbers, whole ones where the default is.
+    """Check that all options of a method are positive and finite, and integers if their defaults are.
+
+    Args:
+        method: the method to check.
 
     Raises:
-        ValueError: one is not.
+        ValueError: an option is not; the message names it.
     """
     for option in fields(method):
         value = getattr(method, option.name)

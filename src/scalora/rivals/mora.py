@@ -1,16 +1,18 @@
-"""`Mora`: a square matrix between parameter-free compression and decompression (Jiang et al., arXiv:2405.12130).
+"""MoRA: a trained square matrix between a parameter-free compression and decompression, on PEFT's layers.
 
-The paper's rotation variant, meant for small ranks (equation 9; type 6 in its code, kongds/MoRA). With
-``r̂ = ⌊√((m + n)·r)⌋``, which gives M (r̂, r̂) about as many entries as LoRA's two factors have:
+Jiang et al., "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning", arXiv:2405.12130. This is the paper's
+rotation variant, which it recommends for small ranks (equation 9; type 6 in the authors' code, kongds/MoRA). With
+``r̂ = ⌊√((m + n)·r)⌋``, the matrix M (r̂, r̂) has about as many entries as LoRA's two factors:
 
-- compress: x (n) is continued from its beginning to a multiple of r̂ and cut into groups of r̂; group j is rotated by
-  RoPE at position j, so entries i and i + r̂/2 turn by the angle ``j·10000^(−2i/r̂)``;
-- M is applied to each group;
-- decompress: the groups one after the other, continued from the beginning or cut to m entries.
+- Compression: x, of n entries, is repeated from its beginning up to a multiple of r̂ and split into groups of r̂. Group
+  j is rotated by RoPE at position j: entries i and i + r̂/2 turn by the angle ``j·10000^(−2i/r̂)``.
+- M is applied to each group.
+- Decompression: the groups are concatenated, and repeated from the beginning or cut to m entries.
 
-All three are linear, so there is an update matrix to merge, of any rank up to that of the groups together. As in the
-paper's code there is no scaling, and lora_alpha has no effect. RoPE needs an even r̂, so an odd one is lowered by one;
-the paper's code does too, after rounding to nearest where the paper rounds down.
+All three steps are linear, so that the update is a matrix and can be merged. Its rank can reach r̂ times the number of
+groups. As in the authors' code, there is no scaling, and ``lora_alpha`` has no effect. RoPE needs an even r̂, so that an
+odd one is lowered by one. The authors' code does the same, but rounds r̂ to the nearest integer, where the paper and
+this module round down.
 """
 
 from __future__ import annotations
@@ -34,15 +36,19 @@ _ROPE_BASE = 10000.0
 
 @dataclass(frozen=True)
 class Mora(Method):
-    """MoRA as a method: ``r`` is the rank of the LoRA that would have as many parameters."""
+    """MoRA. The setting ``r`` under ``lora:`` is the rank at which LoRA would have about as many parameters."""
 
     ordinary_adapter: ClassVar[bool] = False
 
     def peft_config(self, settings: dict[str, Any]) -> PeftConfig | None:
-        """A LoraConfig for PEFT to find the layers by.
+        """The configuration by which PEFT selects the layers.
+
+        Args:
+            settings: fields of `peft.LoraConfig`.
 
         Raises:
-            ValueError: another start than MoRA's zero is asked for; some of PEFT's change the base weights.
+            ValueError: ``init_lora_weights`` is not True. MoRA starts at zero, and some of PEFT's other
+                initialisations change the base weights.
         """
         config = LoraConfig(**settings)
         if config.init_lora_weights is not True:
@@ -52,11 +58,18 @@ class Mora(Method):
         return config
 
     def adapt(self, model: nn.Module, config: PeftConfig | None, backward: Backward) -> nn.Module:
-        """Give PEFT's LoRA layers the square matrix in place of their factors.
+        """Add PEFT's LoRA layers and replace their factors by the square matrix.
+
+        Args:
+            model: the base model, which is modified.
+            config: the configuration of the adapter, from `peft_config`.
+            backward: not used.
+
+        Returns:
+            The model to train.
 
         Raises:
-            UnsupportedLayerError: a layer that is not an unquantised linear one, or an option of LoRA that MoRA does
-                not have.
+            UnsupportedLayerError: a layer is quantised or not linear, or has an option of LoRA that MoRA lacks.
         """
         adapted = super().adapt(model, config, backward)
         for name, module in adapted.named_modules():
@@ -70,13 +83,13 @@ def _make_square(name: str, layer: LoraLayer, adapter: str) -> None:
     base = layer.get_base_layer()
     if type(layer) is not Linear or not isinstance(base, nn.Linear):
         raise UnsupportedLayerError(
-            f"MoRA can't treat module {name!r}: {type(layer).__name__} over {type(base).__name__} is not a linear "
-            "layer that can be merged into; leave it out of target_modules, or load the base without quantisation"
+            f"MoRA can't adapt module {name!r}: {type(layer).__name__} over {type(base).__name__} is not an "
+            "unquantised linear layer; leave it out of target_modules, or load the base without quantisation"
         )
     if adapter in layer.lora_variant or layer.lora_bias[adapter]:
         raise UnsupportedLayerError(
-            f"MoRA can't treat module {name!r}: it takes neither a variant of LoRA nor a bias; set use_dora, lora_bias "
-            "and the like to False"
+            f"MoRA can't adapt module {name!r}: it has neither variants of LoRA nor a bias; set use_dora, lora_bias "
+            "and similar options to False"
         )
     size = math.isqrt((layer.in_features + layer.out_features) * layer.r[adapter]) // 2 * 2
     like = layer.lora_A[adapter].weight
@@ -92,7 +105,7 @@ class _Square(LoraVariant):  # type: ignore[misc]
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        output: Tensor = result + _update_of(module, active_adapter, module.lora_dropout[active_adapter](x))
+        output: Tensor = result + _output_of(module, active_adapter, module.lora_dropout[active_adapter](x))
         return output
 
     @staticmethod
@@ -108,28 +121,28 @@ class _Square(LoraVariant):  # type: ignore[misc]
         return orig_weight - _update_matrix(module, active_adapter).to(orig_weight.dtype)
 
 
-def _update_of(layer: LoraLayer, adapter: str, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+def _output_of(layer: LoraLayer, adapter: str, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
     """What the adapter adds to the layer's output."""
     square = layer.lora_A[adapter]
     size = square.in_features
     groups = math.ceil(layer.in_features / size)
-    compressed = _rotated(_continued(x, groups * size).reshape(*x.shape[:-1], groups, size))
-    return _continued(square(compressed).flatten(-2), layer.out_features)
+    compressed = _rotated(_repeated(x, groups * size).reshape(*x.shape[:-1], groups, size))
+    return _repeated(square(compressed).flatten(-2), layer.out_features)
 
 
 @torch.no_grad()
 def _update_matrix(layer: LoraLayer, adapter: str) -> Float[Tensor, "m n"]:
     weight = layer.lora_A[adapter].weight
-    return _update_of(layer, adapter, torch.eye(layer.in_features, dtype=weight.dtype, device=weight.device)).mT
+    return _output_of(layer, adapter, torch.eye(layer.in_features, dtype=weight.dtype, device=weight.device)).mT
 
 
-def _continued(x: Float[Tensor, "*batch k"], size: int) -> Float[Tensor, "*batch size"]:
-    """The last dimension brought to a size: cut, or continued from its beginning as often as needed."""
+def _repeated(x: Float[Tensor, "*batch k"], size: int) -> Float[Tensor, "*batch size"]:
+    """The last dimension brought to a size: cut, or repeated from its beginning as often as needed."""
     return torch.cat([x] * math.ceil(size / x.shape[-1]), dim=-1)[..., :size]
 
 
 def _rotated(x: Float[Tensor, "*batch groups size"]) -> Float[Tensor, "*batch groups size"]:
-    """RoPE with a group's index as its position."""
+    """RoPE, with the index of a group as its position."""
     groups, size = x.shape[-2:]
     precise = torch.promote_types(x.dtype, torch.float32)
     frequencies = _ROPE_BASE ** (-torch.arange(0, size, 2, dtype=precise, device=x.device) / size)

@@ -1,4 +1,4 @@
-"""`PairOptimizer`: what optimizers that step lora_A and lora_B together have in common."""
+"""`PairOptimizer`: the common part of optimizers whose steps of ``lora_A`` and ``lora_B`` depend on each other."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from scalora.model.adapters import LoraPair
 
 
 class PairOptimizer(Optimizer):
-    """Steps the LoRA pairs of a model its own way, and what else is trainable with AdamW.
+    """An optimizer with a rule of its own for LoRA pairs, and AdamW for all other parameters.
+
+    A subclass implements `_step_pairs`.
 
     Args:
-        pairs: of one model; a pair whose gradients are None at a step is left alone at that step.
-        others: the remaining trainable parameters.
-        lr: the learning rate.
-        betas: Adam's.
-        eps: Adam's.
-        weight_decay: decoupled.
+        pairs: the LoRA pairs of a model. A pair without gradients is skipped in that step.
+        others: the other trainable parameters.
+        lr: learning rate.
+        betas: decay rates of the first and second moments.
+        eps: term added to the denominator for numerical stability.
+        weight_decay: decoupled weight decay, as in AdamW.
     """
 
     def __init__(
@@ -42,7 +44,14 @@ class PairOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; the closure, if any, recomputes the loss with gradients and its value is returned."""
+        """Take one step.
+
+        Args:
+            closure: recomputes the loss and the gradients.
+
+        Returns:
+            The value of the closure; None without one.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -58,22 +67,36 @@ class PairOptimizer(Optimizer):
 
     @abstractmethod
     def _step_pairs(self, pairs: list[LoraPair], group: dict[str, Any]) -> None:
-        """Step the pairs that have gradients; `group` has their ``lr``, ``betas``, ``eps`` and ``weight_decay``."""
+        """Update the factors of the pairs, all of which have gradients.
+
+        Args:
+            pairs: the LoRA pairs.
+            group: their parameter group, with ``lr``, ``betas``, ``eps`` and ``weight_decay``.
+        """
 
 
 def not_in_pairs(model: nn.Module, pairs: Iterable[LoraPair]) -> list[nn.Parameter]:
-    """The trainable parameters of a model that belong to no pair."""
+    """The trainable parameters of a model that belong to no LoRA pair.
+
+    Args:
+        model: the model.
+        pairs: its LoRA pairs.
+    """
     paired = {id(factor) for pair in pairs for factor in (pair.lora_A, pair.lora_B)}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
 
 
 def adam_direction(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """Adam's ``m̂ / (√v̂ + eps)`` for a gradient, whose moments are kept in `state` under torch's names.
+    """Update Adam's moments and compute its direction ``m̂ / (√v̂ + eps)``.
 
     Args:
-        gradient: any shape.
-        state: empty before the first step; changed in place.
-        group: has ``betas`` and ``eps``.
+        gradient: the gradient, of any shape.
+        state: the moments and the step count, under the names that torch uses; updated in place, empty before the first
+            step.
+        group: parameter group with ``betas`` and ``eps``.
+
+    Returns:
+        The direction, of the gradient's shape, which is to be multiplied by the learning rate.
     """
     if not state:
         state["step"] = torch.zeros(())

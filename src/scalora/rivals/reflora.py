@@ -1,26 +1,27 @@
-"""`RefLora`, `RefLoraS`: the adapter refactored before each step, its product unchanged (arXiv:2505.18877).
+"""RefLoRA and RefLoRA-S: LoRA whose factors are refactored at every step, with their product unchanged.
 
 Zhang, Li and Giannakis, "RefLoRA: Refactored Low-Rank Adaptation for Efficient Fine-Tuning of Large Models", NeurIPS
-2025. Notation is the paper's: the layer's weight is ``W + A·Bᵀ`` with ``A (m × r)`` (PEFT's ``lora_B.weight``) and
-``B (n × r)`` (PEFT's ``lora_A.weight`` transposed). ``Ã = A·P``, ``B̃ = B·P⁻ᵀ`` have the same product for every
-invertible P, but a gradient step on them moves W by ``−η(G·B·S⁻¹·Bᵀ + A·S·Aᵀ·G)`` with ``S = P·Pᵀ``. For an L-smooth
-loss a bound on the loss after it grows with
+2025, arXiv:2505.18877. In the paper's notation, the weight of a layer is ``W + A·Bᵀ`` with ``A (m × r)``, PEFT's
+``lora_B.weight``, and ``B (n × r)``, PEFT's ``lora_A.weight`` transposed. ``Ã = A·P`` and ``B̃ = B·P⁻ᵀ`` have the same
+product for every invertible P, but a gradient step on them moves W by ``−η(G·B·S⁻¹·Bᵀ + A·S·Aᵀ·G)`` with ``S = P·Pᵀ``.
+For an L-smooth loss, an upper bound on the loss after the step grows with
 
     (‖A·S^½‖² + ‖B·S^−½‖² − 1/(Lη))²       (Frobenius norms)
 
-and its minimum over positive definite S (Theorem 3) is the geometric mean of ``(AᵀA)⁻¹`` and ``BᵀB``, the one S with
-``S·AᵀA·S = BᵀB``, which makes ``ÃᵀÃ = B̃ᵀB̃``. It is the minimum for learning rates that are not too small, ``1/(Lη)`` at
-most twice the nuclear norm of ``A·Bᵀ``; for smaller ones many S attain a bound of 0, and this one is taken all the
-same: neither L nor η enters the method.
+Over positive definite S it is minimal (Theorem 3) at the geometric mean of ``(AᵀA)⁻¹`` and ``BᵀB``, the only S with
+``S·AᵀA·S = BᵀB``, for which ``ÃᵀÃ = B̃ᵀB̃``. This holds for learning rates that are not too small, with ``1/(Lη)`` at
+most twice the nuclear norm of ``A·Bᵀ``. For smaller ones, many S reach a bound of 0, and the method uses the same S:
+it depends neither on L nor on η.
 
-RefLoRA takes the step and goes back to (A, B), which comes to gradients multiplied by ``S⁻¹`` and S and leaves the
-optimizer's moments where they are. RefLoRA-S restricts S to multiples of the identity, ``s = ‖B‖/‖A‖``, and refactors
-for good: the moments are scaled with the gradients, exactly.
+RefLoRA takes the step on the refactored pair and then returns to (A, B). This is equivalent to multiplying the
+gradients by ``S⁻¹`` and S, and leaves the optimizer's moments unchanged. RefLoRA-S restricts S to multiples of the
+identity, ``s = ‖B‖/‖A‖``, and keeps the refactored pair; gradients and moments are converted to it exactly.
 
-The theorem is for factors of full rank, which PEFT's start is not (``lora_B = 0``). As in the authors' scripts, the
-first steps are therefore plain LoRA's. Two differences from their code (zhangyilang/RefLoRA): a pair without full rank
-is left alone at that step (their code adds an epsilon to the singular values, and its scalar version would multiply
-``lora_A`` by 0 at PEFT's start), and there is no interval between refactorings, which is 1 in their scripts.
+The theorem needs factors of full rank, which PEFT's initialisation does not have (``lora_B = 0``). As in the authors'
+scripts, the first steps are therefore those of plain LoRA. Two things differ from the authors' code
+(zhangyilang/RefLoRA): a pair without full rank is skipped in that step, where their code adds an epsilon to the
+singular values, and its scalar version would multiply ``lora_A`` by 0 at PEFT's initialisation; and there is no
+interval between refactorings, which is 1 in their scripts.
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ from scalora.rescale.optimizers import refuse_closure, state_degrees, unwrapped_
 from scalora.rescale.transport import scale_gradients_and_states
 from scalora.rivals.method import Method
 
-# A squared pivot or a singular value that is smaller, relative to what it is a part of, than this many roundings has
-# fewer than about three digits left.
+# A squared pivot or a singular value smaller than this many rounding errors, relative to its matrix, has fewer than
+# about three correct digits.
 _ROUNDINGS = 1e3
 
 
 class Refactoring(NamedTuple):
-    """``Ã = A·P``, ``B̃ = B·P⁻ᵀ``; with them ``S = P·Pᵀ`` and ``S⁻¹ = P⁻ᵀ·P⁻¹``.
+    """The refactoring ``Ã = A·P``, ``B̃ = B·P⁻ᵀ``, with ``S = P·Pᵀ`` and ``S⁻¹ = P⁻ᵀ·P⁻¹``.
 
     Attributes:
-        P: (…, r, r), in the solver's dtype; the identity where the layer is left alone.
-        P_inverse_transposed: P⁻ᵀ, (…, r, r).
-        usable: whether A and B are finite and of full rank, (…); the others are left alone.
+        P: P, (…, r, r), in the solver's dtype; the identity for layers that are not usable.
+        P_inverse_transposed: P⁻ᵀ, (…, r, r), in the solver's dtype; the identity for layers that are not usable.
+        usable: whether A and B are finite and of full rank, (…).
     """
 
     P: Float[Tensor, "*layers r r"]
@@ -62,17 +63,17 @@ class Refactoring(NamedTuple):
 
 
 def optimal_refactoring(A: Float[Tensor, "*layers m r"], B: Float[Tensor, "*layers n r"]) -> Refactoring:
-    """The refactoring of Theorem 3; P is determined up to a rotation from the right, which S does not see.
+    """The refactoring of Theorem 3. P is unique up to a rotation from the right, on which S does not depend.
 
-    With the Cholesky factors ``AᵀA = K·Kᵀ``, ``BᵀB = M·Mᵀ`` and ``KᵀM = U·Σ·Vᵀ``, it is ``P = M·V·Σ^−½`` and
-    ``P⁻ᵀ = K·U·Σ^−½``: no inverse of a Gram matrix, and Σ are the singular values of ``A·Bᵀ``.
+    With the Cholesky factors ``AᵀA = K·Kᵀ`` and ``BᵀB = M·Mᵀ`` and the decomposition ``KᵀM = U·Σ·Vᵀ``, it is
+    ``P = M·V·Σ^−½`` and ``P⁻ᵀ = K·U·Σ^−½``. No Gram matrix is inverted, and Σ holds the singular values of ``A·Bᵀ``.
 
     Args:
         A: (…, m, r), PEFT's ``lora_B.weight``.
         B: (…, n, r), PEFT's ``lora_A.weight`` transposed.
 
     Returns:
-        `Refactoring`, float64 (float32 on devices without it); never NaN.
+        The refactoring, in float64 (float32 on devices without it), never NaN.
     """
     dtype = solver_dtype(A.device)
     K, A_regular = _cholesky_of_gram(A.to(dtype))
@@ -88,14 +89,14 @@ def optimal_refactoring(A: Float[Tensor, "*layers m r"], B: Float[Tensor, "*laye
 
 
 def optimal_scalar(A: Float[Tensor, "*layers m r"], B: Float[Tensor, "*layers n r"]) -> Float[Tensor, "*layers"]:
-    """RefLoRA-S: the best S among multiples of the identity, ``s = ‖B‖/‖A‖``; ``P`` is then ``√s``.
+    """The refactoring of RefLoRA-S: the best S among multiples of the identity, ``s = ‖B‖/‖A‖``, with ``P = √s``.
 
     Args:
         A: (…, m, r), PEFT's ``lora_B.weight``.
         B: (…, n, r), PEFT's ``lora_A.weight`` transposed.
 
     Returns:
-        s, (…), positive, float64 (float32 on devices without it); exactly 1 where A or B is zero or not finite.
+        s, (…), positive, in float64 (float32 on devices without it); exactly 1 where A or B is zero or not finite.
     """
     dtype = solver_dtype(A.device)
     norm_A, norm_B = (torch.linalg.vector_norm(factor.to(dtype), dim=(-2, -1)) for factor in (A, B))
@@ -104,7 +105,7 @@ def optimal_scalar(A: Float[Tensor, "*layers m r"], B: Float[Tensor, "*layers n 
 
 
 def _cholesky_of_gram(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """``FᵀF = L·Lᵀ``, and whether it is regular; L is the identity where it is not."""
+    """L of ``FᵀF = L·Lᵀ``, and whether the Gram matrix is regular; L is the identity where it is not."""
     gram = factor.mT @ factor
     L, info = torch.linalg.cholesky_ex(gram)
     roundings = _ROUNDINGS * torch.finfo(gram.dtype).eps
@@ -114,7 +115,7 @@ def _cholesky_of_gram(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Refactorer:
-    """What the two have in common: the pairs by shape, and the count of steps."""
+    """The common part of both refactorers: the pairs by shape, and the step count."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, warmup_steps: int = 0, steps_done: int = 0) -> None:
         self._optimizer = unwrapped_optimizer(optimizer)
@@ -124,25 +125,26 @@ class _Refactorer:
         self._hook: RemovableHandle
 
     def detach(self) -> None:
-        """Stop refactoring: training goes on as plain LoRA."""
+        """Remove the hooks: training continues as plain LoRA."""
         self._hook.remove()
 
 
 class GradientRefactorer(_Refactorer):
-    """Attaches RefLoRA to a PEFT model and its optimizer: before each step ``∂ℓ/∂A ← ∂ℓ/∂A·S⁻¹``, ``∂ℓ/∂B ← ∂ℓ/∂B·S``.
+    """Attaches RefLoRA to a PEFT model and its optimizer: ``∂ℓ/∂A ← ∂ℓ/∂A·S⁻¹``, ``∂ℓ/∂B ← ∂ℓ/∂B·S`` before each step.
 
     Example:
-        >>> GradientRefactorer(model, optimizer, warmup_steps=100)  # and train as before
+        >>> GradientRefactorer(model, optimizer, warmup_steps=100)  # then train as usual
 
     Args:
-        model: with PEFT LoRA layers, exactly one adapter active.
-        optimizer: any; a wrapper with the real one in ``.optimizer`` (Accelerate's) is looked through.
-        warmup_steps: plain LoRA steps before the first refactoring.
-        steps_done: by a run that goes on.
+        model: a model with PEFT LoRA layers and exactly one active adapter.
+        optimizer: the model's optimizer, of any kind, or a wrapper that holds it in ``.optimizer``, such as
+            Accelerate's.
+        warmup_steps: steps of plain LoRA before the first refactoring.
+        steps_done: steps that a resumed run has already taken.
 
     Raises:
-        UnsupportedLayerError: a module that `find_lora_pairs` refuses.
-        ValueError: in a step that is given a closure, which computes the gradients too late.
+        UnsupportedLayerError: a layer that `scalora.model.adapters.find_lora_pairs` rejects.
+        ValueError: in a step with a closure, which would compute the gradients after they are to be multiplied.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, warmup_steps: int = 0, steps_done: int = 0) -> None:
@@ -174,19 +176,19 @@ def _precondition(pairs: list[LoraPair]) -> None:
 class ScalarRefactorer(_Refactorer):
     """Attaches RefLoRA-S to a PEFT model and its optimizer: ``A ← √s·A``, ``B ← B/√s`` after each step.
 
-    After a step and not before the next, so that the gradients, and their norm where they are clipped, are the
-    refactored adapter's. The optimizer's state becomes what it would be had the adapter been scaled from the start.
+    It acts after a step rather than before the next one, so that the gradients, and their norm for clipping, are those
+    of the refactored pair. The optimizer's state becomes what it would be if the pair had been scaled from the start.
 
     Args:
-        model: with PEFT LoRA layers, exactly one adapter active.
-        optimizer: whose state can be carried over (see `scalora.register_optimizer`); a wrapper with the real one in
-            ``.optimizer`` (Accelerate's) is looked through.
-        warmup_steps: plain LoRA steps before the first refactoring; with 0 it is done at once.
-        steps_done: by a run that goes on.
+        model: a model with PEFT LoRA layers and exactly one active adapter.
+        optimizer: the model's optimizer, of a kind known to `scalora.register_optimizer`, or a wrapper that holds it in
+            ``.optimizer``, such as Accelerate's.
+        warmup_steps: steps of plain LoRA before the first refactoring. 0: refactor immediately, too.
+        steps_done: steps that a resumed run has already taken.
 
     Raises:
-        UnsupportedLayerError: a module that `find_lora_pairs` refuses.
-        UnsupportedOptimizerError: an optimizer that can't be carried over, by name.
+        UnsupportedLayerError: a layer that `scalora.model.adapters.find_lora_pairs` rejects.
+        UnsupportedOptimizerError: it is not known how the optimizer's state scales.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, warmup_steps: int = 0, steps_done: int = 0) -> None:
@@ -214,10 +216,11 @@ class ScalarRefactorer(_Refactorer):
 
 
 class RefLoraCallback(TrainerCallback):  # type: ignore[misc]
-    """Trains with RefLoRA or RefLoRA-S in a Trainer; checkpoints and resuming are plain LoRA's.
+    """Attaches RefLoRA or RefLoRA-S to a Trainer's model and optimizer. Checkpoints are those of plain LoRA.
 
-    Raises:
-        UnsupportedLayerError, UnsupportedOptimizerError: at the start of training, as the refactorer.
+    Args:
+        refactorer: `GradientRefactorer` for RefLoRA, `ScalarRefactorer` for RefLoRA-S.
+        warmup_steps: steps of plain LoRA before the first refactoring.
     """
 
     def __init__(self, refactorer: type[GradientRefactorer] | type[ScalarRefactorer], warmup_steps: int) -> None:
@@ -226,13 +229,18 @@ class RefLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._attached: GradientRefactorer | ScalarRefactorer | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Make the adapter float32 again where TRL has made it bfloat16 (on a quantised base)."""
+        """Return the adapter to float32: on a quantised base, TRL converts it to bfloat16."""
         promote_adapters(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the model and optimizer that the Trainer has built."""
+        """Attach to the model and optimizer that the Trainer has created.
+
+        Raises:
+            UnsupportedLayerError: a layer that can't be refactored.
+            UnsupportedOptimizerError: for RefLoRA-S, if it is not known how the optimizer's state scales.
+        """
         self._attached = self._refactorer(
             kwargs["model"], kwargs["optimizer"], warmup_steps=self._warmup_steps, steps_done=state.global_step
         )
@@ -240,38 +248,42 @@ class RefLoraCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Detach: training again attaches anew."""
+        """Detach. The next training attaches again."""
         if self._attached is not None:
             self._attached.detach()
 
 
 @dataclass(frozen=True)
 class RefLora(Method):
-    """RefLoRA as a method.
-
-    Attributes:
-        warmup_steps: plain LoRA steps before the first refactoring, while ``lora_B`` grows to full rank. 100 in the
-            authors' scripts; fewer where a run has only a few hundred steps. 0 suits a start of full rank.
+    """RefLoRA: the optimal refactoring at every step.
 
     Raises:
         ValueError: `warmup_steps` is negative.
     """
 
     refactorer: ClassVar[type[GradientRefactorer] | type[ScalarRefactorer]] = GradientRefactorer
+    """The class that attaches the method to a model and its optimizer."""
 
     warmup_steps: int = 100
+    """Steps of plain LoRA before the first refactoring, in which ``lora_B`` grows to full rank. The default is that of
+    the authors' scripts. Set fewer in runs of a few hundred steps, and 0 for an initialisation of full rank."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps={self.warmup_steps!r} must be 0 or more steps")
+            raise ValueError(f"warmup_steps={self.warmup_steps!r} must be at least 0")
 
     def callbacks(self) -> list[TrainerCallback]:
-        """The refactorings."""
+        """The callback that attaches the method to the Trainer's model and optimizer."""
         return [RefLoraCallback(self.refactorer, self.warmup_steps)]
 
 
 @dataclass(frozen=True)
 class RefLoraS(RefLora):
-    """RefLoRA-S as a method: one factor for a whole adapter. Attributes and errors as for `RefLora`."""
+    """RefLoRA-S: one refactoring factor for the whole adapter of a layer.
+
+    Raises:
+        ValueError: `warmup_steps` is negative.
+    """
 
     refactorer: ClassVar[type[GradientRefactorer] | type[ScalarRefactorer]] = ScalarRefactorer
+    """The class that attaches the method to a model and its optimizer."""

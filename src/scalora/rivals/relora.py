@@ -1,22 +1,24 @@
-"""`ReLora`: merge, begin the adapter anew, prune Adam's moments, warm up again (Lialin et al., arXiv:2307.05695).
+"""ReLoRA: at intervals, merge the adapter, initialise it anew, prune Adam's moments, and warm up the learning rate.
 
-As in the paper and its code (Guitaricet/relora), with three differences:
+Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", arXiv:2307.05695. Three things differ from the
+authors' code (Guitaricet/relora):
 
-- They prune each of Adam's moments by itself, which leaves first moments where the second is 0. Right after a merge
-  lora_A's gradient is 0 (lora_B is), so such an entry moves by ``exp_avg / eps``: training diverges. Here all moments
-  of a parameter are pruned at the same entries, those where the first one is smallest.
-- Their schedule has one step of learning rate 0 between two cycles, and they merge after it. Here the merge comes right
-  after a cycle's last step.
-- They ask that the steps be a multiple of the interval. Here there is no restart when the steps left would not go
-  beyond its warm-up.
+- It prunes each of Adam's moments separately, which leaves non-zero first moments where the second moment is 0. Right
+  after a merge the gradient of ``lora_A`` is 0, because ``lora_B`` is, so that these entries move by ``exp_avg / eps``
+  and training diverges. Here, all moments of a parameter are pruned at the same entries, those where the first moment
+  is smallest.
+- Its schedule has one step with learning rate 0 between two cycles, and merges after that step. Here, the merge follows
+  the last step of a cycle.
+- It requires the number of steps to be a multiple of the interval. Here, a restart is skipped if the remaining steps
+  would not go beyond its warm-up.
 
-The paper's full-rank training before the first cycle is, in fine-tuning, the pre-training.
+The full-rank training with which the paper begins corresponds, in fine-tuning, to the pre-training.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,79 +31,77 @@ from scalora.rescale.remainder import DenseRemainder
 from scalora.rivals.method import Method
 
 Reset = Literal["magnitude", "random", "zero"]
-_RESETS = ("magnitude", "random", "zero")
 
 
 @dataclass(frozen=True)
 class ReLora(Method):
-    """ReLoRA as a method.
-
-    Attributes:
-        interval: optimizer steps between merges. The paper's 5000 are for pre-training and longer than most
-            fine-tuning; 50 is what MoRA's code (kongds/MoRA) takes for its ReLoRA, and gives a run of a few hundred
-            steps several merges.
-        reset: what happens to the adapter's moments at a merge: ``"magnitude"`` keeps the largest entries (the paper),
-            ``"random"`` keeps random ones, ``"zero"`` begins the optimizer anew. The first two keep Adam's step
-            count, as the paper's code does, so that for about ``1/(1 − beta2)`` steps the moments that were pruned
-            count as smaller than they are and steps are up to six times as large; ``"zero"`` does not have this.
-        prune: the share of each moment that is set to 0. The paper's; the 0.999 in its code is its way to zero, with
-            random entries.
-        restart_warmup_steps: steps over which the learning rate rises linearly from 0 to the schedule's after a merge.
-            The paper's 50 to 100 would be all of the interval; 10 are ``1/(1 − beta1)``, after which the first moment
-            is an average again.
+    """ReLoRA.
 
     Raises:
-        ValueError: a value that makes no sense.
+        ValueError: an option is out of range.
     """
 
-    cannot_resume: ClassVar[str | None] = "a checkpoint does not hold the base that it has merged into"
+    cannot_resume: ClassVar[str | None] = "a checkpoint does not contain the base weights that it has merged into"
+    ordinary_adapter: ClassVar[bool] = False
 
     interval: int = 50
-    reset: Reset = "magnitude"
-    prune: float = 0.99
-    restart_warmup_steps: int = 10
+    """Optimizer steps between merges. The default is that of the ReLoRA in MoRA's code (kongds/MoRA), which gives a run
+    of a few hundred steps several merges. The paper's 5000 is for pre-training and exceeds most fine-tuning runs."""
 
-    ordinary_adapter: ClassVar[bool] = False
+    reset: Reset = "magnitude"
+    """What a merge does to the adapter's moments: ``magnitude`` keeps the largest entries, as in the paper, ``random``
+    keeps random entries, ``zero`` resets the optimizer state. The first two keep Adam's step count, as the authors'
+    code does: for about ``1/(1 − beta2)`` steps the pruned second moments are too small, and steps are up to six times
+    as large. ``zero`` avoids this."""
+
+    prune: float = 0.99
+    """Fraction of each moment's entries that is set to 0. The default is the paper's; the authors' code uses 0.999 with
+    random entries."""
+
+    restart_warmup_steps: int = 10
+    """Steps after a merge over which the learning rate rises linearly from 0 to that of the schedule. The default is
+    ``1/(1 − beta1)``, after which the first moment is an average again. The paper's 50 to 100 would take up the whole
+    interval."""
 
     def __post_init__(self) -> None:
         if self.interval < 1:
-            raise ValueError(f"interval={self.interval!r} must be at least 1 step")
-        if self.reset not in _RESETS:
-            raise ValueError(f"reset={self.reset!r} must be one of {', '.join(_RESETS)}")
+            raise ValueError(f"interval={self.interval!r} must be at least 1")
+        if self.reset not in get_args(Reset):
+            raise ValueError(f"reset={self.reset!r} must be one of {', '.join(get_args(Reset))}")
         if not 0 <= self.prune <= 1:
-            raise ValueError(f"prune={self.prune!r} is a share: from 0 to 1")
+            raise ValueError(f"prune={self.prune!r} must be from 0 to 1")
         if not 0 <= self.restart_warmup_steps <= self.interval:
             raise ValueError(
                 f"restart_warmup_steps={self.restart_warmup_steps!r} must be from 0 to the interval, {self.interval}"
             )
 
     def callbacks(self) -> list[TrainerCallback]:
-        """The restarts."""
+        """The callback that attaches ReLoRA to the Trainer's model and optimizer."""
         return [ReLoraCallback(self)]
 
 
 class ReLoraRestarts:
-    """Attaches ReLoRA to a PEFT model and its optimizer: all happens in hooks of ``optimizer.step()``.
+    """Attaches ReLoRA to a PEFT model and its optimizer, through hooks of ``optimizer.step()``.
 
     Example:
-        >>> ReLoraRestarts(model, optimizer, ReLora(interval=200))  # and train as before
+        >>> ReLoraRestarts(model, optimizer, ReLora(interval=200))  # then train as usual
 
-    The learning rate is multiplied by the ramp for the length of a step only, so that any scheduler can be used and
-    sees, and reports, its own values.
+    The learning rate is changed during a step only, so that any scheduler can be used and reports its own values.
 
     Args:
-        model: with PEFT LoRA layers, exactly one adapter active.
-        optimizer: of the model; a wrapper with the real one in ``.optimizer`` (Accelerate's) is looked through.
-        settings: interval and so on.
-        total_steps: of the training, if known: there is no restart too near the end.
+        model: a model with PEFT LoRA layers and exactly one active adapter.
+        optimizer: the model's optimizer, or a wrapper that holds it in ``.optimizer``, such as Accelerate's.
+        settings: the options of ReLoRA.
+        total_steps: number of training steps, by which restarts too close to the end are skipped. None: unknown.
 
     Raises:
-        UnsupportedLayerError: a module that can't be treated: a quantised base weight, ``lora_bias``, or whatever
-            `find_lora_pairs` refuses.
-        UnsupportedOptimizerError: in the first step, a state that has no entries to prune (factored, 8-bit).
+        UnsupportedLayerError: a base weight is quantised, an adapter has a bias, or a layer is of a kind that
+            `scalora.model.adapters.find_lora_pairs` rejects.
+        UnsupportedOptimizerError: in the first step, if the optimizer's state is not elementwise and so can't be
+            pruned, such as factored or 8-bit state.
 
     Attributes:
-        restarts: how many there have been.
+        restarts: number of restarts so far.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class ReLoraRestarts:
                 )
             if pair.layer.lora_bias.get(pair.adapter):
                 raise UnsupportedLayerError(
-                    f"ReLoRA can't merge the adapter's bias of module {pair.name!r}; set lora_bias=False"
+                    f"ReLoRA can't merge the bias of the adapter of module {pair.name!r}; set lora_bias=False"
                 )
         self._places = [DenseRemainder(pair.weight, transposed=pair.transposed) for pair in self._pairs]
         self._last_restart = None if total_steps is None else total_steps - settings.restart_warmup_steps - 1
@@ -132,13 +132,13 @@ class ReLoraRestarts:
         ]
 
     def detach(self) -> None:
-        """Stop restarting, and leave the learning rate to the schedule."""
+        """Remove the hooks: no more restarts, and the learning rate is that of the schedule."""
         for hook in self._hooks:
             hook.remove()
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Merge ``s·B·A`` into the base weights, begin the adapter as PEFT does, and reset its optimizer state."""
+        """Merge ``s·B·A`` into the base weights, initialise the adapter as PEFT does, and reset its optimizer state."""
         for pair, place in zip(self._pairs, self._places, strict=True):
             place.add(pair.weight, pair.scaling * pair.lora_B, pair.lora_A.mT)
             pair.layer.reset_lora_parameters(pair.adapter, True)
@@ -177,45 +177,44 @@ class ReLoraRestarts:
         return [parameter for pair in self._pairs for parameter in (pair.lora_A, pair.lora_B)]
 
     def _moments(self, parameter: nn.Parameter) -> list[Tensor]:
-        """The entries of a parameter's state that are elementwise; step counts and the like are no moments."""
+        """The tensors of a parameter's state that have one entry per entry of the parameter."""
         state = self._optimizer.state.get(parameter, {})
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
         for key, value in tensors.items():
             if value.shape != parameter.shape or not value.is_floating_point():
                 raise UnsupportedOptimizerError(
-                    f"ReLoRA can't prune the state {key!r} of {type(self._optimizer).__name__}: it is {value.dtype} of "
-                    f"shape {tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}; set reset='zero' "
-                    "or use torch.optim.AdamW"
+                    f"ReLoRA can't prune the state {key!r} of {type(self._optimizer).__name__}: it has dtype "
+                    f"{value.dtype} and shape {tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}; "
+                    "set reset='zero' or use torch.optim.AdamW"
                 )
         return list(tensors.values())
 
 
 def _prune(moments: list[Tensor], settings: ReLora) -> None:
-    """Set the same entries of all moments of a parameter to 0, in place."""
+    """Set the same entries in all moments of a parameter to 0, in place."""
     if not moments or settings.prune == 0:
         return
     if settings.reset == "random":
         kept = torch.rand_like(moments[0]) >= settings.prune
     else:
         size = moments[0].abs()
-        # Not torch.quantile, which refuses more than 16 million entries.
+        # Not torch.quantile, which is limited to 16 million entries.
         kept = size > size.flatten().kthvalue(max(1, round(settings.prune * size.numel()))).values
     for moment in moments:
         moment.mul_(kept)
 
 
 class ReLoraCallback(TrainerCallback):  # type: ignore[misc]
-    """Trains with ReLoRA in a Trainer.
+    """Attaches ReLoRA to a Trainer's model and optimizer.
 
-    The learning rates that a Trainer logs are its schedule's, without the ramps.
+    The learning rates that the Trainer logs are those of its schedule, without the warm-up after a restart.
 
-    Raises:
-        ValueError: at the start of training, for what needs checkpoints (resuming, ``load_best_model_at_end``): a
-            Trainer's hold the adapter only, not the base that was merged into; and for more than one process, which
-            would begin their adapters differently. Also whatever `ReLoraRestarts` raises.
+    Args:
+        settings: the options of ReLoRA.
 
     Attributes:
-        restarts: the `ReLoraRestarts` that is attached; None before training.
+        settings: the options of ReLoRA.
+        restarts: the restarts of the current or last training; None before training.
     """
 
     def __init__(self, settings: ReLora) -> None:
@@ -225,23 +224,32 @@ class ReLoraCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the model and optimizer that the Trainer has built."""
+        """Attach to the model and optimizer that the Trainer has created.
+
+        Raises:
+            ValueError: the run resumes or loads its best model at the end, for which checkpoints lack the base weights
+                that were merged into; or it uses several processes, which would initialise adapters differently.
+            UnsupportedLayerError: a layer that ReLoRA can't merge into.
+        """
         if state.global_step:
-            raise ValueError(f"ReLoRA can't resume at step {state.global_step}: {ReLora.cannot_resume}; start anew")
+            raise ValueError(
+                f"ReLoRA can't resume at step {state.global_step}: {ReLora.cannot_resume}; start from the beginning"
+            )
         if args.load_best_model_at_end:
             raise ValueError(
-                "ReLoRA can't go back to its best checkpoint, which does not hold the merged base; set "
+                "ReLoRA can't load its best checkpoint, which does not contain the merged base weights; set "
                 "load_best_model_at_end=False"
             )
         if args.world_size > 1:
             raise ValueError(
-                f"ReLoRA trains in one process, not in {args.world_size}: each would begin its adapter differently"
+                f"ReLoRA can't train in {args.world_size} processes, each of which would initialise its adapter "
+                "differently; use one"
             )
         self.restarts = ReLoraRestarts(kwargs["model"], kwargs["optimizer"], self.settings, state.max_steps)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Detach: training again attaches anew."""
+        """Detach. The next training attaches again."""
         if self.restarts is not None:
             self.restarts.detach()

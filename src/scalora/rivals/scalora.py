@@ -1,4 +1,4 @@
-"""ScaLoRA itself as a `Method`, and the base of the controls."""
+"""ScaLoRA (arXiv:2510.23818) as a `Method`, which is also the base class of the controls."""
 
 from __future__ import annotations
 
@@ -22,30 +22,46 @@ Start = Literal["zero", "random", "oracle"]
 
 @dataclass(frozen=True)
 class ScaLoraMethod(Method):
-    """LoRA with `scalora.ScaLoraCallback` (arXiv 2510.23818); its settings are under ``scalora:`` in a config.
+    """ScaLoRA, attached to the Trainer by `scalora.ScaLoraCallback`.
 
-    With more ``warmup_steps`` than the run has steps it is plain LoRA from the same start.
+    With ``warmup_steps`` beyond the end of a run, it is plain LoRA with the same start.
 
     Raises:
-        ValueError: an unknown start.
+        ValueError: there is no such start.
     """
 
     engine: ClassVar[Callable[..., ScaLora]] = ScaLora
+    """The class, or a function with the same arguments, that attaches ScaLoRA to a model and its optimizer."""
+
     ordinary_adapter: ClassVar[bool] = False
 
     config: ScaLoraConfig = field(default_factory=ScaLoraConfig)
+    """The settings under ``scalora:`` in a run's config."""
 
     start: Start = "zero"
-    """PEFT's ``lora_B = 0``; or random columns of the target norm; or the gradient's singular vectors at it
-    (`scalora.optimal_start`): the latter two are taken off the base weight. PEFT's, because it needs no gradients."""
+    """Start of the adapter. zero: ``lora_B = 0``, as PEFT. random: random columns of the target norm. oracle: the
+    gradient's singular vectors, scaled to the target norm (`scalora.optimal_start`). The product of a random or oracle
+    start is subtracted from the base weight. zero by default, because it needs no gradients."""
 
     def __post_init__(self) -> None:
-        """Check the start."""
         if self.start not in get_args(Start):
             raise ValueError(f"start={self.start!r}: the starts are {', '.join(get_args(Start))}")
 
     def adapt(self, model: nn.Module, config: PeftConfig | None, backward: Backward) -> nn.Module:
-        """Wrap by PEFT, then give the adapter its start."""
+        """Add the adapter and give it its start.
+
+        Args:
+            model: the base model, which is modified.
+            config: the configuration of the adapter, from `peft_config`.
+            backward: computes gradients, for the start ``oracle``.
+
+        Returns:
+            The model to train.
+
+        Raises:
+            UnsupportedLayerError: a layer can't be adapted, or can't have the chosen start.
+            ValueError: for the start ``oracle``, if a layer got no finite gradient or is too small for the rank.
+        """
         model = super().adapt(model, config, backward)
         merge, rank = self.config.merge, self.config.remainder_rank
         norm = self.config.target_norm or DEFAULT_TARGET_NORM
@@ -56,5 +72,5 @@ class ScaLoraMethod(Method):
         return model
 
     def callbacks(self) -> list[TrainerCallback]:
-        """The engine's."""
+        """The callback that attaches the engine to the Trainer's model and optimizer."""
         return [ScaLoraCallback(self.config, make_engine=self.engine)]

@@ -1,4 +1,4 @@
-"""Loads examples and checks their columns before anything expensive happens."""
+"""Loads examples and checks them before anything expensive happens."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from scalora.saving.errors import short_repr
 
 _SHOWN = 60  # characters of an example's value that an error shows
 
+# Texts for classification and regression are cut off here, or earlier where the tokenizer says so: some tokenizers
+# give 1e30 as the model's maximum.
+_LONGEST_TEXT = 512
+
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_examples(name: str, split: str) -> Dataset:
-    """Examples from a local file or the hub.
+    """Load examples from a local file or the hub.
 
     Args:
-        name: path of a jsonl, json, csv or parquet file, or a hub id.
-        split: of a hub dataset; local files have only one.
+        name: path of a jsonl, json, csv or parquet file, or hub id of a dataset.
+        split: the split to take from a hub dataset; a local file has only one.
 
     Raises:
-        InputError: the file is missing, of another format, unreadable, or empty.
+        InputError: the file or dataset is missing, unreadable, empty, or in another format.
     """
     path = Path(name).expanduser()
     if path.suffix in _FORMATS or path.exists():
@@ -44,7 +48,7 @@ def load_examples(name: str, split: str) -> Dataset:
         try:
             loaded = load_dataset(name)
         except (OSError, ValueError) as error:
-            raise InputError(f"data {name!r} is no local file, and the hub did not give it: {error}") from None
+            raise InputError(f"data {name!r} is not a local file, and downloading it failed: {error}") from None
         if isinstance(loaded, DatasetDict) and split not in loaded:
             raise InputError(f"dataset {name!r} has no split {split!r}; it has {', '.join(loaded)}")
         examples = loaded[split]
@@ -54,10 +58,15 @@ def load_examples(name: str, split: str) -> Dataset:
 
 
 def sft_examples(examples: Dataset, name: str, data: DataSettings) -> Dataset:
-    """Keep the columns of one of TRL's formats: ``messages``, ``prompt`` + ``completion``, or plain text.
+    """Keep the columns of one of TRL's formats: ``messages``, ``prompt`` and ``completion``, or plain text.
+
+    Args:
+        examples: the examples, with any columns.
+        name: file or hub id of the data, for errors.
+        data: names of the columns.
 
     Raises:
-        InputError: no format's columns are there, naming those that are; or an example has something else in them.
+        InputError: the columns of every format are missing, or an example has a value that can't be tokenised.
     """
     have = set(examples.column_names)
     for columns in (["messages"], ["prompt", "completion"], [data.text]):
@@ -72,7 +81,7 @@ def sft_examples(examples: Dataset, name: str, data: DataSettings) -> Dataset:
 
 
 def _require_trainable(examples: Dataset, name: str, data: DataSettings) -> None:
-    """Raise `InputError` with the first example that TRL could not make tokens of."""
+    """Raise `InputError` for the first example that TRL could not tokenise."""
     columns = examples.column_names
     if columns == [data.text]:
         _require_texts(examples, name, columns)
@@ -113,17 +122,31 @@ def _require_texts(examples: Dataset, name: str, columns: list[str]) -> None:
 
 
 def require_columns(examples: Dataset, name: str, columns: list[str]) -> None:
-    """Raise `InputError` with the first column that is missing and those that are there."""
+    """Check that columns exist.
+
+    Args:
+        examples: the examples.
+        name: file or hub id of the data, for the error.
+        columns: names of the columns.
+
+    Raises:
+        InputError: a column is missing; names it and those that exist.
+    """
     for column in columns:
         if column not in examples.column_names:
             raise InputError(f"data {name!r} has no column {column!r}; it has {', '.join(examples.column_names)}")
 
 
 def label_names(examples: Dataset, name: str, data: DataSettings) -> list[str]:
-    """The classes in a training set, sorted, as text.
+    """The names of the classes in a training set, sorted.
+
+    Args:
+        examples: the training examples.
+        name: file or hub id of the data, for errors.
+        data: name of the column with the label.
 
     Raises:
-        InputError: the column is missing, has gaps, or there is only one class.
+        InputError: the column is missing or has gaps, or there is only one class.
     """
     require_columns(examples, name, [data.label])
     column = examples[data.label][:]
@@ -145,15 +168,23 @@ def tokenized_for_classification(
     tokenizer: PreTrainedTokenizerBase,
     labels: list[str] | None,
 ) -> Dataset:
-    """``input_ids``, ``attention_mask`` and ``labels`` for a sequence classifier.
+    """Tokenise examples for classification or regression: ``input_ids``, ``attention_mask`` and ``labels``.
+
+    Args:
+        examples: the examples, with a text, or two, and a label.
+        name: file or hub id of the data, for errors.
+        data: names of the columns.
+        task: ``"classification"`` or ``"regression"``.
+        tokenizer: the model's tokenizer.
+        labels: names of the classes in order; None for regression.
 
     Raises:
-        InputError: a column is missing, or a label is not a known class or not a number.
+        InputError: a column is missing, a text is not a string, or a label is not a known class or number.
     """
     columns = [data.text] + ([data.text_pair] if data.text_pair else [])
     require_columns(examples, name, [*columns, data.label])
     _require_texts(examples, name, columns)
-    longest = min(tokenizer.model_max_length, 512)  # some tokenizers say 1e30 for "unlimited"
+    longest = longest_text(tokenizer)
 
     def encode(row: dict[str, object]) -> dict[str, object]:
         encoded = dict(tokenizer(*(row[column] for column in columns), truncation=True, max_length=longest))
@@ -161,6 +192,15 @@ def tokenized_for_classification(
         return encoded
 
     return examples.map(encode, remove_columns=examples.column_names, desc="Tokenizing")
+
+
+def longest_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens after which a text for classification or regression is cut off.
+
+    Args:
+        tokenizer: the model's tokenizer.
+    """
+    return min(int(tokenizer.model_max_length), _LONGEST_TEXT)
 
 
 def _label(value: object, name: str, task: Task, labels: list[str] | None) -> float | int:

@@ -1,5 +1,5 @@
-"""Errors that the command shows as one line."""
+"""`InputError`: an error in the user's input, which the command line shows in one line."""
 
 
 class InputError(ValueError):
-    """What the user gave can't be used; the message names it and says what to do."""
+    """Something that the user provided can't be used. The message names it and says what to do."""

@@ -1,4 +1,4 @@
-"""``scalora evaluate``: loss, exact match, multiple choice, classification and regression scores of a saved model."""
+"""``scalora evaluate``: scores of a saved model on evaluation data."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,7 +23,6 @@ from scalora.runs.data import load_examples, require_columns, sft_examples, toke
 from scalora.runs.errors import InputError
 from scalora.runs.models import (
     class_names,
-    Source,
     fingerprint,
     load_causal_model,
     load_classifier,
@@ -36,25 +31,19 @@ from scalora.runs.models import (
 )
 from scalora.runs.scores import classification_scores, regression_scores
 from scalora.runs.settings import EvaluateSettings, Settings
-
-_PROGRESS = Console(stderr=True)  # so that the table alone goes to standard output
-_NOT_TRAINING = {
-    "report_to": "none",
-    "bf16": False,
-    "eval_strategy": "no",
-    "dataloader_pin_memory": torch.cuda.is_available(),  # it only warns without an accelerator
-}
+from scalora.runs.track import track
+from scalora.runs.training_defaults import NOT_TRAINING
 
 
 def evaluate(model: str, settings: Settings) -> dict[str, Any]:
-    """Score a model on ``data.eval``.
+    """Score a model on the evaluation data of a config.
 
     Args:
         model: run folder, model folder, GGUF file or hub id.
-        settings: its ``data.eval``, ``task`` and ``evaluate`` are used.
+        settings: the config, of which ``data.eval``, ``task`` and ``evaluate`` matter.
 
     Returns:
-        The scores, and under ``"weights"`` which weights were scored.
+        The scores by name, the number of ``"examples"``, and ``"weights"``, which identifies the weights scored.
 
     Raises:
         InputError: the model, the data or a column is missing.
@@ -62,7 +51,7 @@ def evaluate(model: str, settings: Settings) -> dict[str, Any]:
     source = resolve_source(model)
     name = settings.data.eval
     if name is None:
-        raise InputError("data.eval is missing: which file should it score on?")
+        raise InputError("data.eval is missing: set it to the file to evaluate on")
     examples = load_examples(name, "test")
     if settings.evaluate.limit is not None:
         examples = examples.select(range(min(settings.evaluate.limit, len(examples))))
@@ -81,9 +70,20 @@ def evaluate(model: str, settings: Settings) -> dict[str, Any]:
 def loss_score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Dataset, name: str, settings: Settings
 ) -> dict[str, float]:
-    """Loss per token and perplexity, on the tokens that TRL trains on: those of the completion where there is one.
+    """Loss per token and perplexity, on the tokens that TRL trains on: those of the completion if there is one.
 
-    The loss is TRL's own evaluation loss, one example a batch weighted by its tokens.
+    Args:
+        model: the causal language model.
+        tokenizer: the model's tokenizer.
+        examples: the examples, in one of TRL's formats.
+        name: name of the data, for error messages.
+        settings: the config, of which ``data``, ``evaluate.batch_size`` and ``training.max_length`` matter.
+
+    Returns:
+        ``"loss"``, the mean over all tokens, and ``"perplexity"``.
+
+    Raises:
+        InputError: an example can't be used.
     """
     data = sft_examples(examples, name, settings.data)
     with tempfile.TemporaryDirectory() as scratch:
@@ -91,15 +91,15 @@ def loss_score(
             output_dir=scratch,
             per_device_eval_batch_size=settings.evaluate.batch_size,
             dataset_text_field=settings.data.text,
-            max_length=settings.training.get("max_length", 1024),
-            **_NOT_TRAINING,
+            **_not_training(),
+            **{key: value for key, value in settings.training.items() if key == "max_length"},
         )
         trainer = SFTTrainer(
             model=model, args=arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer
         )
         loss, tokens = 0.0, 0
         trainer.model.eval()
-        for batch in track(trainer.get_eval_dataloader(), "loss", console=_PROGRESS):
+        for batch in track(trainer.get_eval_dataloader(), "loss"):
             count = int((batch["labels"][:, 1:] != -100).sum())
             with torch.no_grad():
                 loss += float(model(**batch).loss) * count
@@ -107,26 +107,26 @@ def loss_score(
     return {"loss": loss / tokens, "perplexity": math.exp(loss / tokens)}
 
 
-def exact_match_score(
+def _exact_match_score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Dataset, name: str, settings: Settings
 ) -> dict[str, float]:
-    """Share of greedily generated answers that equal the completion, white space at the ends aside."""
+    """Share of greedily generated answers that equal the completion, except for white space at the ends."""
     prompts, answers = _prompts_and_answers(examples, name, tokenizer)
-    generated = generate_answers(model, tokenizer, prompts, settings.evaluate)
+    generated = _generate_answers(model, tokenizer, prompts, settings.evaluate)
     pattern = settings.evaluate.answer_pattern
     pairs = zip(generated, answers, strict=True)
     return {"exact_match": sum(_extract(g, pattern) == _extract(a, pattern) for g, a in pairs) / len(answers)}
 
 
 @torch.no_grad()
-def generate_answers(
+def _generate_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], settings: EvaluateSettings
 ) -> list[str]:
-    """Greedy continuations of prompts, in batches padded on the left."""
+    """Greedy continuations of prompts, in batches with padding on the left."""
     model.eval()
     tokenizer.padding_side = "left"
     answers: list[str] = []
-    for start in track(range(0, len(prompts), settings.batch_size), "generating", console=_PROGRESS):
+    for start in track(range(0, len(prompts), settings.batch_size), "generating"):
         batch = tokenizer(
             prompts[start : start + settings.batch_size], return_tensors="pt", padding=True, add_special_tokens=False
         ).to(model.device)
@@ -142,24 +142,24 @@ def generate_answers(
     return answers
 
 
-def multiple_choice_score(
+def _multiple_choice_score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Dataset, name: str, settings: Settings
 ) -> dict[str, float]:
-    """Share of examples whose right option has the highest log-likelihood given the prompt.
+    """Share of examples whose correct choice has the highest log-likelihood given the prompt.
 
-    Needs the columns ``prompt``, ``choices`` (texts) and ``answer`` (the right one's index or text).
+    Needs the columns ``prompt``, ``choices`` (texts), and ``answer`` (index or text of the correct choice).
     """
     require_columns(examples, name, ["prompt", "choices", "answer"])
     model.eval()
     right = 0
-    for row in track(examples, "multiple choice", console=_PROGRESS):
+    for row in track(examples, "multiple choice"):
         likelihoods = torch.stack([_log_likelihood(model, tokenizer, row["prompt"], c) for c in row["choices"]])
         best = int(likelihoods.argmax())
         right += row["answer"] in (best, row["choices"][best])
     return {"multiple_choice": right / len(examples)}
 
 
-_SFT_METRICS = {"loss": loss_score, "exact_match": exact_match_score, "multiple_choice": multiple_choice_score}
+_SFT_METRICS = {"loss": loss_score, "exact_match": _exact_match_score, "multiple_choice": _multiple_choice_score}
 
 
 @torch.no_grad()
@@ -174,7 +174,7 @@ def _log_likelihood(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 def _prompts_and_answers(
     examples: Dataset, name: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[str], list[str]]:
-    """Prompts as text ready to be continued, and the answers expected."""
+    """The prompts as text for the model to continue, and the expected answers."""
     if "messages" in examples.column_names:
         return (
             [_templated(messages[:-1], tokenizer) for messages in examples["messages"]],
@@ -206,14 +206,30 @@ def sequence_scores(
     settings: Settings,
     labels: list[str] | None,
 ) -> dict[str, float]:
-    """Loss and scores of a classifier, or of a regression where there are no labels."""
+    """Loss and scores of a model for classification or regression.
+
+    Args:
+        model: the model with its head.
+        tokenizer: the model's tokenizer.
+        examples: the examples, with a text and a label.
+        name: name of the data, for error messages.
+        settings: the config, of which ``data``, ``task`` and ``evaluate.batch_size`` matter.
+        labels: names of the classes in order; None for regression.
+
+    Returns:
+        ``"loss"``, and ``"accuracy"``, ``"f1"`` (macro average) and ``"matthews"`` for classification, or
+        ``"pearson"``, ``"spearman"`` and ``"mse"`` for regression.
+
+    Raises:
+        InputError: an example can't be used.
+    """
     regression = labels is None
     data = tokenized_for_classification(examples, name, settings.data, settings.task, tokenizer, labels)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
-                output_dir=scratch, per_device_eval_batch_size=settings.evaluate.batch_size, **_NOT_TRAINING
+                output_dir=scratch, per_device_eval_batch_size=settings.evaluate.batch_size, **_not_training()
             ),
             processing_class=tokenizer,
             data_collator=DataCollatorWithPadding(tokenizer),
@@ -222,3 +238,10 @@ def sequence_scores(
         scores = trainer.evaluate(data)
     names = ("loss", *(("pearson", "spearman", "mse") if regression else ("accuracy", "f1", "matthews")))
     return {name: scores[f"eval_{name}"] for name in names}
+
+
+def _not_training() -> dict[str, Any]:
+    return NOT_TRAINING | {
+        "bf16": False,  # scores are computed in the model's own dtype; TRL's default is autocast to bfloat16
+        "dataloader_pin_memory": torch.cuda.is_available(),  # without an accelerator it only warns
+    }

@@ -1,4 +1,4 @@
-"""``scalora export``: an ordinary adapter, a merged model or the exact state of a run, read again and checked."""
+"""``scalora export``: writes an ordinary adapter, a merged model or the exact state of a run, and verifies it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from scalora.saving.files import atomic_folder
 from scalora.saving.ordinary_adapter import AdapterReport
 from scalora.saving.state_file import STATE_FILE, check_state
 
-# Token ids that every exported model is compared on: enough to tell models apart, little enough for a large one.
+# Shape of the random token ids on which exported models are compared: enough to distinguish models, and cheap for a
+# large model.
 _PROBE = (4, 32)
 
-# Examples that the change in evaluation loss is measured on when the config sets no limit of its own.
+# Number of examples on which the evaluation losses are compared, unless the config sets a limit.
 _EXAMPLES = 64
 
 
@@ -41,24 +42,26 @@ def export(
     per_layer: bool,
     dtype: str,
 ) -> tuple[Path, dict[str, Any]]:
-    """Write one form of a run's result, load it again from disk and check it against the run.
+    """Export the result of a ScaLoRA run, load it from disk, and verify that it agrees with the run.
 
     Args:
-        path: of a run folder, or of a checkpoint in one.
-        to: ``"adapter"``, ``"merged"`` or ``"delta"``.
-        output: folder to write, which must not exist; ``export-TO`` in the run folder when None.
-        rtol: share of each layer's update (Frobenius norm) that an adapter may leave out; 0.001 when None.
-        max_rank: an adapter never has more than this rank; no limit when None.
-        per_layer: whether each layer of an adapter has a rank of its own.
+        path: a run folder, or a checkpoint in one.
+        to: ``"adapter"`` for an ordinary PEFT adapter, ``"merged"`` for the whole model, ``"delta"`` for the exact
+            state.
+        output: folder to write, which must not exist. None: ``export-TO`` in the run folder.
+        rtol: for adapters, the fraction of each layer's update, in the Frobenius norm, that may be left out. None:
+            `scalora.maths.lowrank.DEFAULT_RTOL`.
+        max_rank: for adapters, the maximum rank. None: no limit.
+        per_layer: for adapters, whether every layer has its own rank.
         dtype: name of the dtype of the exported tensors.
 
     Returns:
-        The folder written, and a report: what was compared and how far it agrees; of an adapter also its ranks.
+        The folder written, and a report of what was compared and how closely it agrees, for adapters with their ranks.
 
     Raises:
-        InputError: the run, its base or the output can't be used.
-        StateError: the state is damaged or belongs to another base.
-        ExportError: what was written does not agree with the run. It is removed.
+        InputError: the run, its base, an option or the output can't be used.
+        StateError: the run's state is damaged, or belongs to another base.
+        ExportError: the exported files do not agree with the run. They have been removed.
     """
     if to != "adapter" and (rtol is not None or max_rank is not None or per_layer):
         raise InputError(f"--rtol, --max-rank and --per-layer are for --to adapter, not for --to {to}")
@@ -68,7 +71,10 @@ def export(
         raise InputError(f"--max-rank {max_rank}: must be at least 1")
     run = FinishedRun(path)
     if run.settings.method != "scalora":
-        raise InputError(f"run {str(path)!r} is of method {run.settings.method!r}: its result is ordinary already")
+        raise InputError(
+            f"run {str(path)!r} used the method {run.settings.method!r}: there is nothing to export, since its adapter "
+            "or model is an ordinary one"
+        )
     state = run.state or path / "delta"
     check_state(state)
     target = output or run.folder / f"export-{to}"
@@ -77,7 +83,7 @@ def export(
     report: dict[str, Any] = {"run": str(path), "to": to, "dtype": dtype}
     with atomic_folder(target) as folder:
         if to == "delta":
-            load_model(run.load(), state)  # known to load on its base
+            load_model(run.load(), state)  # raises an error if the state does not fit the base
             shutil.copyfile(state / STATE_FILE, folder / STATE_FILE)
         else:
             options = {"rtol": rtol or DEFAULT_RTOL, "max_rank": max_rank, "per_layer": per_layer}
@@ -89,7 +95,7 @@ def export(
 def _make_checked(
     run: FinishedRun, state: Path, to: str, folder: Path, dtype: torch.dtype, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write an adapter or a merged model, load it again and compare; returns the report."""
+    """Write an adapter or a merged model, load it and compare it with the run; returns the report."""
     base = run.load()
     probe = torch.randint(0, base.config.vocab_size, _PROBE, generator=torch.Generator().manual_seed(0))
     before = _logits(base, probe)
@@ -97,7 +103,7 @@ def _make_checked(
     report: dict[str, Any] = {}
 
     def look(model: PeftModel) -> None:
-        # TRL makes what is trained on a quantised base bfloat16, when it only evaluates too.
+        # TRL converts trainable parameters on a quantised base to bfloat16, even if it only evaluates.
         model.requires_grad_(False)
         live["logits"], live["loss"] = _logits(model, probe), _loss(run, model)
 
@@ -118,7 +124,7 @@ def _make_checked(
 
 
 def _loss(run: FinishedRun, model: Any) -> float | None:
-    """Evaluation loss on the first examples of ``data.eval``; None if there is none."""
+    """Evaluation loss on the first examples of ``data.eval``; None without evaluation data."""
     if (name := run.settings.data.eval) is None:
         return None
     examples = load_examples(name, "test")
@@ -148,12 +154,13 @@ def _logits(model: Any, probe: Tensor) -> Tensor:
 def _checked(
     model: Any, run: FinishedRun, probe: Tensor, before: Tensor, live: dict[str, Any], allowed: float
 ) -> dict[str, Any]:
-    """Compare a model that was loaded from disk with the live one.
+    """Compare a model loaded from disk with the live one.
 
-    The change that training made must be there to within `allowed`, beside the rounding of the base's own dtype.
+    The relative error of the change that training made must be at most `allowed`, apart from the rounding errors of the
+    base's dtype.
 
     Raises:
-        ExportError: it is not, or the logits are not finite.
+        ExportError: the error is larger, or the logits are not finite.
     """
     logits = _logits(model, probe)
     if not logits.isfinite().all():
@@ -165,11 +172,11 @@ def _checked(
     rounding = 8 * torch.finfo(precision).eps * live["logits"].norm().item()
     tolerance = allowed * max(change, live["logits"].norm().item() * 1e-3) + rounding
     if change > tolerance and torch.equal(logits, before):
-        raise ExportError("the exported model is the base model: the update is not in it")
+        raise ExportError("the exported model equals the base model: it does not contain the update")
     if not difference <= tolerance:
         raise ExportError(
-            f"the exported model's logits differ from the run's by {difference:.3g}, which is more than the tolerance "
-            f"{tolerance:.3g} (training changed them by {change:.3g})"
+            f"the logits of the exported model differ from those of the run by {difference:.3g}, more than the "
+            f"tolerance of {tolerance:.3g} (training changed them by {change:.3g})"
         )
     report = {"logits_changed_by_training": change, "logits_difference": difference, "logits_tolerance": tolerance}
     if live["loss"] is not None:

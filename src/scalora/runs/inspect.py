@@ -1,4 +1,4 @@
-"""``scalora inspect``: what a run has done to each layer's weight, and what its next step would leave uncaptured."""
+"""``scalora inspect``: the update of each layer's weight in a run, and the residual that its next step would leave."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -33,24 +31,23 @@ from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.errors import InputError
 from scalora.runs.finished_run import FinishedRun
-from scalora.runs.measure import SINGULAR_VALUES
 from scalora.runs.models import Source
+from scalora.runs.prepare import trainer_maker, training_arguments
 from scalora.runs.run_folder import json_lines
-from scalora.runs.train import GRADIENT_BATCHES, trainer_maker, training_arguments
+from scalora.runs.track import track
+from scalora.runs.train import GRADIENT_BATCHES
+from scalora.runs.training_defaults import NOT_TRAINING
+from scalora.runs.update_spectra import SINGULAR_VALUES
 from scalora.saving.export import load_model
 
 _FACTORS = [f"{factor}_p{quantile}" for factor in ("alpha", "beta") for quantile in (10, 50, 90)]
 _LOGGED = ["column_share", "scalar_share", "left_alone_share", *_FACTORS]
 
-_NAMED = 3  # layers that an error names
-
-_PROGRESS = Console(stderr=True)  # so that the tables alone go to standard output
-
-_NOT_TRAINING = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
+_LISTED = 3  # layers that an error message names
 
 
 class _Layer(NamedTuple):
-    """An adapted layer: its name in the base model, and its factors where they are what the method trains."""
+    """An adapted layer: its name in the base model, its module, and its factors if the method trains nothing else."""
 
     name: str
     module: Any
@@ -58,7 +55,7 @@ class _Layer(NamedTuple):
 
 
 class _Trained(NamedTuple):
-    """A trained model, its adapted layers, and the base model where the layers' own weights are no longer its."""
+    """A trained model, its adapted layers, and the base model if the layers' base weights have been changed."""
 
     model: nn.Module
     layers: list[_Layer]
@@ -68,28 +65,32 @@ class _Trained(NamedTuple):
 def inspect_run(
     path: str | Path, *, layers: str | None = None, batches: int = GRADIENT_BATCHES, rank: int | None = None
 ) -> dict[str, Any]:
-    """Look at every adapted layer of a run.
+    """Analyse the adapted layers of a run.
 
-    The total update is that of the exact state or of the adapter where the run has one, else the difference of the
-    trained model's weights to the base's. The residuals (`scalora.maths.residuals.step_residuals`, at the trained weight)
-    are of runs that train A and B alone: ScaLoRA and its controls, LoRA and its optimizers. Needs memory for two
-    models, and for the residuals that of the layers' gradients in float32.
+    The total update of a layer is computed from the exact state or the adapter if the run has one, otherwise as the
+    difference between the weights of the trained model and of the base. Residuals
+    (`scalora.maths.residuals.step_residuals`, at the trained weight) are defined for methods that train A and B alone:
+    ScaLoRA and its controls, LoRA and its optimizers. Needs memory for two models, and for the residuals also for the
+    layers' gradients in float32.
 
     Args:
-        path: of a run folder, or of a checkpoint in one.
-        layers: regular expression that a layer's name must contain; all layers when None.
-        batches: of training data, without dropout, whose gradients are summed for the residuals; none of them at 0.
-        rank: of the oracle; the adapter's own when None.
+        path: a run folder, or a checkpoint in one.
+        layers: regular expression that must match somewhere in a layer's name. None: all layers.
+        batches: number of batches of training data, without dropout, whose gradients are summed for the residuals. 0:
+            no residuals.
+        rank: rank of the oracle. None: that of the adapter.
 
     Returns:
-        ``{"step", "layers", "factors"}``, plain data. Each layer has name, shape (out, in), numerical_rank,
-        effective_rank, norm, relative_norm (to the base weight's), adapter_rank, singular_values (the largest 64) and
-        residual (none, scalar, column, chosen, oracle; None where there are no A and B, or no gradient). The factors
-        are what was logged of the first, middle and last rescale; empty where nothing was.
+        Plain data: ``"step"``, the number of steps taken; ``"layers"``, a list; and ``"factors"``, the shares and
+        quantiles logged at the ``"first"``, ``"middle"`` and ``"last"`` rescale, empty if none were logged. Each layer
+        has ``name``, ``shape`` (out, in), ``numerical_rank``, ``effective_rank``, Frobenius ``norm``, ``relative_norm``
+        (relative to the base weight's), ``adapter_rank``, the largest 64 ``singular_values``, and ``residual``, with
+        the entries ``none``, ``scalar``, ``column``, ``chosen`` and ``oracle``; None without A and B or a gradient.
 
     Raises:
-        InputError: the run is none, unfinished, or saved no model; no layer matches; a gradient is not finite.
-        StateError: its state is damaged, or belongs to another base.
+        InputError: the path is not that of a run, the run is unfinished or saved no model, no layer matches, or a
+            gradient is not finite.
+        StateError: the run's state is damaged, or belongs to another base.
     """
     matches = _pattern(layers)
     run = FinishedRun(Path(path))
@@ -100,16 +101,17 @@ def inspect_run(
     trained = _trained(run)
     wanted = [layer for layer in trained.layers if matches(layer.name)]
     if not wanted:
-        names = ", ".join(layer.name for layer in trained.layers[:_NAMED])
+        names = ", ".join(layer.name for layer in trained.layers[:_LISTED])
         raise InputError(f"--layers {layers!r} matches none of the {len(trained.layers)} layers ({names}, …)")
-    steps = examples is not None and wanted[0].pair is not None
-    if rank is not None and not steps:
+    judges_step = examples is not None and wanted[0].pair is not None
+    if rank is not None and not judges_step:
         raise InputError(
-            f"--rank {rank} is of the best next step, and none is looked at: there are no A and B, or no batches"
+            f"--rank {rank} is the rank of the oracle for the next step, which can't be computed: the run has no A and "
+            "B, or --batches is 0"
         )
-    # Before the gradients: bitsandbytes changes the layout of 4-bit weights that a CPU computes with.
-    rows = [_described(layer, trained.base) for layer in track(wanted, "spectra", console=_PROGRESS)]
-    if steps:
+    # Before the gradients: bitsandbytes changes the layout of 4-bit weights when a CPU computes with them.
+    rows = [_described(layer, trained.base) for layer in track(wanted, "spectra")]
+    if judges_step:
         backward = partial(_backward, run, trained.model, examples, batches)
         for row, residual in zip(rows, _residuals(run, trained.model, wanted, backward, rank), strict=True):
             row["residual"] = residual
@@ -117,20 +119,20 @@ def inspect_run(
 
 
 def _require_something(run: FinishedRun) -> None:
-    """Raise `InputError` if a run has left nothing that its update could be read from."""
+    """Raise `InputError` if a run contains nothing that its update could be computed from."""
     if run.state or run.adapter or run.model:
         return
     if run.is_checkpoint:
-        reason = f"is a checkpoint of {run.settings.method!r} without the whole update: inspect the finished run"
+        reason = f"is a checkpoint of {run.settings.method!r} without the total update: inspect the finished run"
     elif not run.settings.save_model:
-        reason = "saved no model (save_model: false), so there is nothing to inspect"
+        reason = "saved no model (save_model: false), so that there is nothing to inspect"
     else:
-        reason = "holds no folder 'model', 'adapter' or 'delta', so there is nothing to inspect"
+        reason = "holds no folder 'model', 'adapter' or 'delta', so that there is nothing to inspect"
     raise InputError(f"run {str(run.path)!r} {reason}")
 
 
 def _trained(run: FinishedRun) -> _Trained:
-    """The exact state or the adapter on the base, if A and B are all that is trained, else the trained model."""
+    """The base with the exact state or the adapter, if A and B are all that is trained; else the trained model."""
     if run.state is not None:
         return _adapted(run, load_model(run.load(), run.state))
     if run.adapter is not None:
@@ -140,10 +142,10 @@ def _trained(run: FinishedRun) -> _Trained:
             raise InputError(f"adapter {str(run.adapter)!r} can't be loaded: {type(error).__name__}: {error}") from None
         try:
             return _adapted(run, model)
-        except UnsupportedLayerError as error:  # DoRA, HiRA: not an update A·Bᵀ
+        except UnsupportedLayerError as error:  # DoRA, HiRA: the update is not A·Bᵀ
             if run.model is None:
                 raise InputError(
-                    f"no merged model beside {str(run.adapter)!r}, which can't be read alone: {error}"
+                    f"adapter {str(run.adapter)!r} can't be inspected, and there is no merged model beside it: {error}"
                 ) from None
     base, model = run.load(), run.load(Source(str(run.model), None))
     layers = [
@@ -152,7 +154,7 @@ def _trained(run: FinishedRun) -> _Trained:
         if isinstance(module, LINEAR) and not torch.equal(module.weight, base.get_submodule(name).weight)
     ]
     if not layers:
-        raise InputError(f"model {str(run.model)!r} is the base model: training has changed no linear layer")
+        raise InputError(f"model {str(run.model)!r} equals the base model: training has changed no linear layer")
     return _Trained(model, layers, base)
 
 
@@ -164,16 +166,16 @@ def _adapted(run: FinishedRun, model: PeftModel) -> _Trained:
 
 
 def _scaling_config(run: FinishedRun) -> ScaLoraConfig:
-    """How the run scaled its adapters; the defaults for a method that did not."""
+    """The run's settings of ScaLoRA; the defaults for methods that do not rescale."""
     scales = issubclass(run.method, ScaLoraMethod)
     return ScaLoraConfig.from_dict(run.settings.scalora) if scales else ScaLoraConfig()
 
 
 def _logged_factors(run: FinishedRun, step: int) -> dict[str, dict[str, float]]:
-    """What was logged at the first, middle and last rescale up to a step; empty where nothing was."""
+    """What was logged at the first, middle and last rescale up to a step; empty if nothing was."""
     path = run.folder / "metrics.jsonl"
     if not path.is_file():
-        raise InputError(f"{str(path)!r} can't be read: there is no such file")
+        raise InputError(f"{str(path)!r} does not exist: the run folder is incomplete")
     keys = [f"scalora/{name}" for name in _LOGGED]
     logged = [
         {"step": line["step"]} | {name: line[key] for name, key in zip(_LOGGED, keys, strict=True)}
@@ -192,7 +194,7 @@ def _pattern(layers: str | None) -> Callable[[str], object]:
 
 @torch.no_grad()
 def _described(layer: _Layer, base: PreTrainedModel | None) -> dict[str, Any]:
-    """Everything about a layer's update, and no residual yet."""
+    """The entries of one layer in the result, without its residual."""
     own = base.get_submodule(layer.name) if base is not None else layer.module.get_base_layer()
     weight = dequantize_module_weight(own)
     if layer.pair is not None:
@@ -203,7 +205,7 @@ def _described(layer: _Layer, base: PreTrainedModel | None) -> dict[str, Any]:
         values = _singular_values(layer, weight)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise InputError(
-            f"layer {layer.name!r}: the update has NaN or infinite entries: the run has diverged"
+            f"layer {layer.name!r}: the update has NaN or infinite entries; the run has diverged"
         ) from None
     figures = update_figures(values)
     return {
@@ -217,7 +219,7 @@ def _described(layer: _Layer, base: PreTrainedModel | None) -> dict[str, Any]:
 
 
 def _singular_values(layer: _Layer, base_weight: Tensor) -> Tensor:
-    """Of the total update, from its factors if it has them."""
+    """Singular values of the total update, from its factors if it has any."""
     pair = layer.pair
     if pair is None:
         update: Tensor = layer.module.weight.double() - base_weight.double()
@@ -239,7 +241,7 @@ def _factors(pair: LoraPair) -> tuple[Tensor, Tensor]:
 
 
 def _target_norm(run: FinishedRun, pair: LoraPair) -> float:
-    """``1/(s·√(Lη))`` of the run; the default for a method without it."""
+    """The target norm ``1/(s·√(Lη))`` of the run; the default for methods without one."""
     rate: Any = run.settings.training.get("learning_rate", run.method.learning_rate)
     return _scaling_config(run).column_norm(pair.scaling, rate)
 
@@ -247,12 +249,12 @@ def _target_norm(run: FinishedRun, pair: LoraPair) -> float:
 def _residuals(
     run: FinishedRun, model: nn.Module, layers: list[_Layer], backward: Callable[[], None], rank: int | None
 ) -> list[dict[str, float] | None]:
-    """Of each layer with factors; None where it got no gradient."""
-    # Frozen before a trainer is made, which makes bfloat16 of what is trained on a quantised base.
+    """The residuals of each layer; None for a layer without a gradient. All layers have factors."""
+    # Freeze before a trainer is created: TRL converts trainable parameters on a quantised base to bfloat16.
     model.requires_grad_(False).eval()
     gradients = _gradients(layers, backward)
     residuals: list[dict[str, float] | None] = []
-    for layer in track(layers, "residuals", console=_PROGRESS):
+    for layer in track(layers, "residuals"):
         assert layer.pair is not None
         A, B = _factors(layer.pair)
         G = gradients.pop(layer.name, None)
@@ -269,20 +271,20 @@ def _residuals(
                 oracle_rank=rank,
             )
         except ValueError as error:
-            raise InputError(f"layer {layer.name!r}: {error}: has the run diverged?") from None
+            raise InputError(f"layer {layer.name!r}: {error}; has the run diverged?") from None
         residuals.append(residual._asdict())
     return residuals
 
 
 def _gradients(layers: list[_Layer], backward: Callable[[], None]) -> dict[str, Tensor]:
-    """The gradient (m, n) of the whole weight of each layer, from what goes into it and what comes back.
+    """The gradient (m, n) with respect to each layer's weight, from the layer's inputs and output gradients.
 
-    So a quantised base has one too, and of a frozen model nothing else keeps a gradient.
+    This works for quantised weights, too, and with the model frozen no other gradients take up memory.
     """
     gradients: dict[str, Tensor] = {}
 
     def watch(name: str, module: Any, args: tuple[Tensor, ...], output: Any) -> None:
-        if not output.requires_grad:  # nothing before it has asked for a gradient
+        if not output.requires_grad:  # no earlier layer is watched
             output.requires_grad_(True)
         output.register_hook(partial(add, name, module, args[0].detach()))
 
@@ -290,7 +292,7 @@ def _gradients(layers: list[_Layer], backward: Callable[[], None]) -> dict[str, 
         upstream = upstream.flatten(0, -2).float()
         if x.is_floating_point():
             G = upstream.mT @ x.flatten(0, -2).float()
-        else:  # an embedding, whose inputs stand for unit vectors
+        else:  # an embedding, whose inputs are indices of unit vectors
             G = upstream.new_zeros(upstream.shape[1], module.get_base_layer().num_embeddings)
             G.index_add_(1, x.flatten(), upstream.mT)
         gradients[name] = G + gradients.get(name, 0)
@@ -305,16 +307,16 @@ def _gradients(layers: list[_Layer], backward: Callable[[], None]) -> dict[str, 
 
 
 def _backward(run: FinishedRun, model: nn.Module, examples: Dataset, batches: int) -> None:
-    """Batches of the run's training data, made as its trainer made them, forward and backward."""
+    """Forward and backward passes over batches of training data, created as in the run."""
     settings = run.settings
     with tempfile.TemporaryDirectory() as scratch:
         arguments = training_arguments(
-            settings.model_copy(update={"output_dir": scratch, "training": settings.training | _NOT_TRAINING}),
+            settings.model_copy(update={"output_dir": scratch, "training": settings.training | NOT_TRAINING}),
             Method(),
             evaluates=False,
         )
         trainer = trainer_maker(settings, run.tokenizer, {"train": examples}, arguments, run.labels)(model)
         loader = trainer.get_train_dataloader()
         count = min(batches, len(loader))
-        for batch in track(islice(loader, count), "gradients", total=count, console=_PROGRESS):
+        for batch in track(islice(loader, count), "gradients", total=count):
             trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()

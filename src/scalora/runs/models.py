@@ -1,10 +1,11 @@
-"""Loads a base model and its tokenizer from a hub id, a local folder, a run folder or a GGUF file."""
+"""Loads base models and tokenizers from a hub id, a local folder, a run folder or a GGUF file."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,24 +24,34 @@ from transformers import (
 from scalora.runs.errors import InputError
 from scalora.runs.settings import Settings
 
+_NAMED = 3  # parameters that a warning names
+
 
 class Source(NamedTuple):
-    """What `from_pretrained` takes: a name or folder, and the GGUF file in it if that is what it is."""
+    """Where `from_pretrained` finds a model.
+
+    Attributes:
+        name: hub id or folder.
+        gguf_file: name of the GGUF file in that folder; None for weights in another format.
+    """
 
     name: str
     gguf_file: str | None
 
     @property
     def arguments(self) -> dict[str, str]:
-        """Keyword arguments of `from_pretrained` beside the name."""
+        """Keyword arguments for `from_pretrained`, in addition to the name."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
 
 def resolve_source(model: str) -> Source:
-    """Tell hub ids from local paths; a run folder stands for the model in it.
+    """Tell hub ids from local paths; of a run folder it is the model in it.
+
+    Args:
+        model: hub id, folder of a saved model, run folder, or GGUF file.
 
     Raises:
-        InputError: it looks like a local path and nothing is there, or the folder holds no model.
+        InputError: `model` looks like a local path and does not exist, or the folder holds no model.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -64,19 +75,23 @@ def resolve_source(model: str) -> Source:
 
 
 def load_tokenizer(source: Source, settings: Settings) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token: the end token's where it has none, as TRL does.
+    """Load a tokenizer. One without a padding token gets the end token for padding, as in TRL.
+
+    Args:
+        source: the model.
+        settings: the run's settings, for ``trust_remote_code``.
 
     Raises:
-        InputError: there is none, or the hub does not give it.
+        InputError: there is no tokenizer, or it can't be downloaded or read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, trust_remote_code=settings.trust_remote_code, **source.arguments
         )
     except OSError as error:
-        where = "" if Path(source.name).is_dir() else " is no local folder or file, and the hub did not give it"
+        where = "" if Path(source.name).is_dir() else " is not a local folder or file, and downloading it failed"
         raise InputError(f"model {source.name!r}{where}: {error}") from None
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers raises nothing more specific
         raise InputError(f"the tokenizer of model {source.name!r} can't be read: {error}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -86,26 +101,37 @@ def load_tokenizer(source: Source, settings: Settings) -> PreTrainedTokenizerBas
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a tokenizer.
 
+    Args:
+        tokenizer: the tokenizer.
+        folder: folder to write it to.
+
     Raises:
         OSError: it can't be written.
     """
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers raises nothing more specific
         raise OSError(f"the tokenizer can't be written to {str(folder)!r}: {error}") from None
 
 
 def load_causal_model(source: Source, settings: Settings) -> PreTrainedModel:
-    """A causal language model in the dtype and quantisation of the settings.
+    """Load a causal language model.
+
+    Args:
+        source: the model.
+        settings: the run's settings, for ``dtype``, ``quantization`` and ``trust_remote_code``.
 
     Raises:
         InputError: it can't be read, a GGUF file can't be quantised again, or bitsandbytes is missing.
     """
     arguments = _common(source, settings)
     with _readable(source):
-        model = AutoModelForCausalLM.from_pretrained(source.name, **arguments, **source.arguments)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source.name, **arguments, **source.arguments, output_loading_info=True
+        )
+    _warn_about_missing(loading["missing_keys"], source)
     if source.gguf_file and model.hf_quantizer is not None:
-        # The weights are plain tensors now: left marked as quantised, the model could neither be trained nor saved.
+        # The weights are plain tensors now; a model marked as quantised could neither be trained nor saved.
         model.hf_quantizer.remove_quantization_config(model)
     return model
 
@@ -118,38 +144,32 @@ def load_classifier(
     *,
     new_head: bool,
 ) -> PreTrainedModel:
-    """A sequence classifier; for regression (labels None) one output.
+    """Load a sequence classifier, or a model with one output for regression.
 
     Args:
-        source: of the model.
-        settings: of the run.
-        tokenizer: its padding token is made known to the model.
+        source: the model.
+        settings: the run's settings, for ``dtype``, ``quantization`` and ``trust_remote_code``.
+        tokenizer: the model's tokenizer, whose padding token the model needs.
         labels: names of the classes in order; None for regression.
-        new_head: whether a head that the model lacks, or has for other classes, starts at random; else it is an error.
+        new_head: True: a head that the model lacks, or has for other classes, starts at random. False: it is an error.
 
     Raises:
-        InputError: it can't be read, or the head is not there and `new_head` is not given.
+        InputError: it can't be read, or it has no such head and `new_head` is False.
     """
-    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
-    if labels is not None:
-        head = {
-            "num_labels": len(labels),
-            "problem_type": "single_label_classification",
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
-        }
     arguments = _common(source, settings)
     with _readable(source):
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             source.name,
             **arguments,
             **source.arguments,
-            **head,
+            **_head(labels),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     if not new_head and (loading["missing_keys"] or loading["mismatched_keys"]):
         raise InputError(f"model {source.name!r} has no head for {settings.task} with {model.num_labels} output(s)")
+    inside = f"{model.base_model_prefix}."
+    _warn_about_missing([key for key in loading["missing_keys"] if key.startswith(inside)], source)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
@@ -162,18 +182,60 @@ def load_base(
     *,
     new_head: bool = True,
 ) -> PreTrainedModel:
-    """The model for the task of the settings: `load_causal_model` or `load_classifier`, with their arguments.
+    """Load the model for the settings' task, with `load_causal_model` or `load_classifier`.
+
+    Args:
+        source: the model.
+        settings: the run's settings, for ``task``, ``dtype``, ``quantization`` and ``trust_remote_code``.
+        tokenizer: the model's tokenizer, whose padding token a classifier needs.
+        labels: names of the classes in order; None for other tasks than classification.
+        new_head: whether a classifier's head may start at random; False: the model must have it.
 
     Raises:
-        InputError: as they do.
+        InputError: it can't be read, or it has no head for the task and `new_head` is False.
     """
     if settings.task == "sft":
         return load_causal_model(source, settings)
     return load_classifier(source, settings, tokenizer, labels, new_head=new_head)
 
 
+def empty_base(
+    source: Source, settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None
+) -> PreTrainedModel:
+    """The model that `load_base` would load, from its config alone: on torch's meta device, without weights.
+
+    Linear layers are never quantised, whatever the settings say.
+
+    Args:
+        source: the model.
+        settings: the run's settings, for ``task``, ``dtype``, ``quantization`` and ``trust_remote_code``.
+        tokenizer: the model's tokenizer, whose padding token a classifier needs.
+        labels: names of the classes in order; None for other tasks than classification.
+
+    Raises:
+        InputError: no model can be built from the config, a GGUF file can't be quantised again, or bitsandbytes is
+            missing.
+    """
+    arguments = {key: value for key, value in _common(source, settings).items() if key != "quantization_config"}
+    kind = AutoModelForCausalLM if settings.task == "sft" else AutoModelForSequenceClassification
+    head = {} if settings.task == "sft" else _head(labels) | {"pad_token_id": tokenizer.pad_token_id}
+    with _readable(source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(
+            source.name, trust_remote_code=settings.trust_remote_code, **source.arguments, **head
+        )
+        model: PreTrainedModel = kind.from_config(config, **arguments)
+    # As a model has that Accelerate has placed on a device: no Trainer moves it.
+    model.hf_device_map = {"": "meta"}
+    return model
+
+
 def class_names(source: Source, settings: Settings) -> list[str] | None:
-    """The classes of a saved classifier in order; None for regression."""
+    """The classes of a saved classifier in order; None for regression.
+
+    Args:
+        source: the classifier.
+        settings: the run's settings, for ``task`` and ``trust_remote_code``.
+    """
     if settings.task == "regression":
         return None
     config = AutoConfig.from_pretrained(source.name, trust_remote_code=settings.trust_remote_code)
@@ -181,7 +243,11 @@ def class_names(source: Source, settings: Settings) -> list[str] | None:
 
 
 def fingerprint(source: Source) -> str:
-    """Which weights were scored: the path and a hash over its weight files, or the hub id."""
+    """Identifies a model's weights: its path and a hash of its weight files, or its hub id.
+
+    Args:
+        source: the model.
+    """
     folder = Path(source.name)
     if not folder.is_dir():
         return f"hub:{source.name}"
@@ -194,9 +260,30 @@ def fingerprint(source: Source) -> str:
     return f"{folder.resolve() / (source.gguf_file or '')} sha256:{digest.hexdigest()[:12]}"
 
 
+def _head(labels: list[str] | None) -> dict[str, Any]:
+    """What a config says of the head of a classifier, or of a regression where there are no labels."""
+    if labels is None:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "num_labels": len(labels),
+        "problem_type": "single_label_classification",
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+
+
+def _warn_about_missing(keys: Collection[str], source: Source) -> None:
+    if keys:
+        names = ", ".join(sorted(keys)[:_NAMED]) + (", …" if len(keys) > _NAMED else "")
+        warnings.warn(
+            f"model {source.name!r} has no weights for {len(keys)} of its parameters ({names}): they start at random",
+            stacklevel=3,
+        )
+
+
 @contextmanager
 def _readable(source: Source) -> Iterator[None]:
-    """Name the model in whatever Transformers, safetensors or torch raise about its files."""
+    """Name the model in any error that Transformers, safetensors or torch raise about its files."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The run folder: what was asked, on what it ran, what came out. Every file appears whole or not at all."""
+"""The run folder: the settings, environment, metrics and results of a run. Every file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,16 +24,24 @@ _PACKAGES = ("scalora", "torch", "transformers", "peft", "trl", "accelerate", "d
 
 
 def check_run_folder(settings: Settings, *, overwrite: bool) -> None:
-    """Find out before any work whether the folder can be written; changes nothing.
+    """Check that a run may write its folder; changes nothing.
+
+    Args:
+        settings: the run's settings.
+        overwrite: whether to replace an earlier run's folder.
 
     Raises:
-        InputError: it exists with something in it and `overwrite` is not given, or it is not a run folder.
+        InputError: the folder is not empty and `overwrite` is False, it is not a run folder, or it can't be written.
     """
     folder = Path(settings.output_dir)
-    if not folder.exists():
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        inside = "" if existing == folder else f" is in {str(existing)!r}, which"
+        raise InputError(f"output_dir {str(folder)!r}{inside} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"output_dir {str(folder)!r} can't be written: no permission for {str(existing)!r}")
+    if existing != folder:
         return
-    if not folder.is_dir():
-        raise InputError(f"output_dir {str(folder)!r} is a file")
     content = {path.name for path in folder.iterdir()} - {_TRAINER}
     if content and not overwrite:
         raise InputError(f"output_dir {str(folder)!r} is not empty: choose another or add --overwrite")
@@ -42,7 +50,14 @@ def check_run_folder(settings: Settings, *, overwrite: bool) -> None:
 
 
 def create_run_folder(settings: Settings) -> Path:
-    """Make the folder with ``config.yaml`` and ``environment.json``, in place of an earlier run's."""
+    """Make the run folder with ``config.yaml`` and ``environment.json``, in place of an earlier run's.
+
+    Args:
+        settings: the run's settings.
+
+    Returns:
+        The folder.
+    """
     folder = Path(settings.output_dir)
     shutil.rmtree(folder, ignore_errors=True)
     trainer_folder(settings).mkdir(parents=True)
@@ -52,10 +67,13 @@ def create_run_folder(settings: Settings) -> Path:
 
 
 def check_resumable(settings: Settings) -> None:
-    """Find out before any work whether an earlier run's folder can be gone on with; changes nothing.
+    """Check that the run in the folder can be resumed with these settings; changes nothing.
+
+    Args:
+        settings: the settings to resume with.
 
     Raises:
-        InputError: there is none, or it is of another model, task, method or data, or of other settings of the adapter.
+        InputError: there is no run, or it has another model, task, method or data, or other settings of the adapter.
     """
     earlier, now = run_settings(Path(settings.output_dir)).model_dump(), settings.model_dump()
     for key in ("model", "task", "method", "method_options", "dtype", "quantization", "data", "lora", "scalora"):
@@ -64,17 +82,30 @@ def check_resumable(settings: Settings) -> None:
 
 
 def trainer_folder(settings: Settings) -> Path:
-    """Where the Trainer puts files of its own."""
+    """The folder for the Trainer's own files, such as checkpoints.
+
+    Args:
+        settings: the run's settings.
+    """
     return Path(settings.output_dir) / _TRAINER
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON atomically."""
+    """Write JSON atomically.
+
+    Args:
+        path: file to write.
+        content: the object.
+    """
     _replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, without one that a kill has cut off; none of a file that is not there."""
+    """The objects in a file of JSON lines, without a line that was cut off; none if there is no file.
+
+    Args:
+        path: file of JSON lines.
+    """
     objects = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
@@ -84,8 +115,24 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
+def drop_later_lines(path: Path, step: int) -> None:
+    """Remove the JSON lines of later steps from a file that a resumed run continues; nothing if there is no file.
+
+    Args:
+        path: file of JSON lines, each with its ``step``.
+        step: last step whose lines are kept.
+    """
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        _replace_text(path, "".join(line for line in lines if _step(line) <= step))
+
+
 class MetricsFile(TrainerCallback):  # type: ignore[misc]
-    """Appends every log event of a Trainer to ``metrics.jsonl``, one JSON object a line."""
+    """Appends every log entry of a Trainer to ``metrics.jsonl``, one JSON object per line.
+
+    Args:
+        folder: the run folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "metrics.jsonl"
@@ -93,21 +140,19 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Drop the metrics of steps that will be taken again: only now that a checkpoint has been loaded."""
-        if self._path.is_file():
-            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            _replace_text(self._path, "".join(line for line in lines if _step(line) <= state.global_step))
+        """Drop the metrics of steps that a resumed run takes again, now that its checkpoint has been loaded."""
+        drop_later_lines(self._path, state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Write one line; it is on disk when the next step begins."""
+        """Write one line, which is on disk before the next step begins."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
 
 def _step(line: str) -> float:
-    """Of a line of metrics; one that was cut off in the middle belongs to no step that counts."""
+    """The step of a line of metrics; infinity for a line that was cut off."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Scores of sequence-level tasks, from scikit-learn and SciPy."""
+"""Scores for classification and regression, from scikit-learn and SciPy, as a Trainer's ``compute_metrics``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from transformers import EvalPrediction
 
 
 def classification_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, macro-averaged F1 and Matthews' correlation."""
+    """Accuracy, F1 and Matthews correlation coefficient.
+
+    Args:
+        prediction: the Trainer's logits, (examples, classes), and labels, (examples,).
+
+    Returns:
+        ``"accuracy"``, ``"f1"`` (macro average) and ``"matthews"``.
+    """
     predicted, labels = prediction.predictions.argmax(-1), prediction.label_ids
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
@@ -18,7 +25,14 @@ def classification_scores(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def regression_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Pearson's and Spearman's correlation and the mean squared error."""
+    """Pearson and Spearman correlation, and mean squared error.
+
+    Args:
+        prediction: the Trainer's outputs, (examples, 1), and labels, (examples,).
+
+    Returns:
+        ``"pearson"``, ``"spearman"`` and ``"mse"``.
+    """
     predicted, labels = prediction.predictions.squeeze(-1), prediction.label_ids
     return {
         "pearson": float(pearsonr(labels, predicted).statistic),

@@ -1,26 +1,33 @@
-"""What a config file may say: the schema, its defaults with their reasons, and overrides from the command line.
+"""The schema of a config file: its keys, their defaults, and the checks that need no library to be imported.
 
-A flag beats the file, the file beats the default, and an unknown key stops the run.
+A flag on the command line beats the file, the file beats the default, and an unknown key stops the run.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
+from scalora.config import Dtype, ScaLoraConfig
+from scalora.rivals import METHODS, home_of
 from scalora.runs.errors import InputError
+from scalora.runs.library_fields import LibraryField, dataclass_fields
+from scalora.runs.yaml_file import parsed_overrides, read_yaml, set_dotted
 
 if TYPE_CHECKING:
     from scalora.rivals.method import Method
 
 Task = Literal["sft", "classification", "regression"]
+
+_MOST_LISTED = 20  # an error lists the known keys of a section with at most so many
 
 
 class _Strict(BaseModel):
@@ -28,93 +35,130 @@ class _Strict(BaseModel):
 
 
 class DataSettings(_Strict):
-    """Where the examples are, and what their columns are called."""
+    """The examples: where they are, and the names of their columns.
 
-    train: str | None = Field(None, description="jsonl, json, csv or parquet file, or hub id. Needed to train.")
-    eval: str | None = Field(None, description="The same for evaluation; without it training does not evaluate.")
-    text: str = Field("text", description="Column of the text (sft on plain text, classification, regression).")
-    text_pair: str | None = Field(None, description="Column of a second text, for pair tasks.")
-    label: str = Field("label", description="Column of the label: class names, class numbers, or a float.")
+    For sft they have a column ``messages``, or ``prompt`` and ``completion``, or plain text in the column `text`.
+    """
+
+    train: str | None = Field(
+        None, description="Training data: jsonl, json, csv or parquet file, or hub id. Required for training."
+    )
+    eval: str | None = Field(
+        None,
+        description="Evaluation data, in the same formats. null: train without evaluation. Required for "
+        "`scalora evaluate`.",
+    )
+    text: str = Field("text", description="Column with the text (classification, regression, and sft on plain text).")
+    text_pair: str | None = Field(
+        None, description="Column with the second text, for tasks on pairs (classification and regression)."
+    )
+    label: str = Field(
+        "label", description="Column with the label: a class name or number (classification) or a number (regression)."
+    )
 
 
 class EvaluateSettings(_Strict):
-    """How `scalora evaluate` scores."""
+    """How `scalora evaluate` scores a model."""
 
     metrics: list[Literal["loss", "exact_match", "multiple_choice"]] = Field(
         default=["loss"],
-        description="For sft. Loss only by default, because it needs nothing but the training columns. Classification "
-        "and regression always report all of their metrics.",
+        description="Scores of an sft model. Only the loss by default, because it needs no columns but those for "
+        "training. Classification and regression always report all of their scores.",
     )
-    max_new_tokens: int = Field(64, gt=0, description="Longest generated answer: enough for a short answer.")
-    batch_size: int = Field(16, gt=0, description="Examples generated together.")
-    limit: int | None = Field(None, gt=0, description="Score only the first so many examples; all when null.")
+    max_new_tokens: int = Field(64, gt=0, description="Maximum length of a generated answer, in tokens.")
+    batch_size: int = Field(16, gt=0, description="Examples per batch.")
+    limit: int | None = Field(None, gt=0, description="Number of examples to score, from the first. null: all.")
     answer_pattern: str | None = Field(
-        None, description="Regular expression; its first group (or whole match) is compared instead of the whole text."
+        None,
+        description="Regular expression that extracts the answer from a text, for exact_match: its first group, or "
+        "the whole match if it has no group. null: the whole text.",
     )
 
 
 class Settings(_Strict):
-    """One run."""
+    """The settings of one run."""
 
-    model: str = Field(description="Hub id, local folder, or GGUF file.")
-    task: Task = Field("sft", description="Supervised fine-tuning of a causal model, or a sequence-level task.")
-    method: str = Field("scalora", description="scalora, lora, full, or a rival: a key of scalora.rivals.METHODS.")
-    method_options: dict[str, Any] = Field(
-        default_factory=dict, description="Fields of the method's class in scalora.rivals; ScaLoRA's are in `scalora`."
+    model: str = Field(description="Base model: hub id, local folder, or GGUF file.")
+    task: Task = Field(
+        "sft",
+        description="sft: supervised fine-tuning of a causal language model. classification and regression: a model "
+        "with a head for one label per text.",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Of the base weights. float32, because every merge into bfloat16 rounds."
+    method: str = Field("scalora", description=f"Fine-tuning method: {', '.join(METHODS)}.")
+    method_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the method; `scalora config --method NAME` prints them. ScaLoRA's settings are in the "
+        "section scalora.",
+    )
+    dtype: Dtype = Field(
+        "float32",
+        description="dtype of the base weights. float32 by default, because merges into half-precision weights round.",
     )
     quantization: Literal["nf4", "int8"] | None = Field(
         None,
-        description="Load the base quantised by bitsandbytes: 4-bit NormalFloat (QLoRA's) or 8-bit. Needs bitsandbytes "
-        "and a base that is not a GGUF file.",
+        description="Quantise the base with bitsandbytes: nf4 (4-bit NormalFloat, as QLoRA) or int8. Not for GGUF "
+        "files. null: no quantisation.",
     )
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model: only if you trust it.")
-    output_dir: str = Field("runs/latest", description="The run folder.")
-    save_model: bool = Field(True, description="Write the trained model; a comparison wants only the figures.")
-    track_updates: int = Field(
-        0,
-        ge=0,
-        description="How often over the run the rank of the total update of a few layers is measured (updates.jsonl). "
-        "0, because each time takes some seconds of singular value decompositions.",
+    trust_remote_code: bool = Field(
+        False, description="Run code that comes with the model. Set it only for models that you trust."
     )
-    data: DataSettings = Field(default_factory=DataSettings)
+    output_dir: str = Field("runs/latest", description="Run folder, in which all results are written.")
+    save_model: bool = Field(
+        True, description="Write the trained weights at the end. false: write only logs and scores."
+    )
+    track_updates: int | Literal["auto"] = Field(
+        "auto",
+        description="Number of times per run to measure the rank of the total update in a few layers, for the report. "
+        "auto: at the end, and at up to 20 evenly spaced steps before it as long as measuring takes under 1 % of the "
+        "training time.",
+    )
+    data: DataSettings = Field(
+        default_factory=DataSettings,
+        description="The examples. For sft they need a column messages, or prompt and completion, or plain text.",
+    )
     lora: dict[str, Any] = Field(default_factory=dict, description="Any field of peft.LoraConfig.")
-    scalora: dict[str, Any] = Field(default_factory=dict, description="Any field of scalora.ScaLoraConfig.")
-    training: dict[str, Any] = Field(
-        default_factory=dict, description="Any field of trl.SFTConfig (sft) or transformers.TrainingArguments."
+    scalora: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Any field of scalora.ScaLoraConfig. Used by the method scalora and its controls.",
     )
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    training: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Any field of trl.SFTConfig (sft) or transformers.TrainingArguments (other tasks).",
+    )
+    evaluate: EvaluateSettings = Field(
+        default_factory=EvaluateSettings, description="How `scalora evaluate` scores a model."
+    )
+
+    @field_validator("track_updates", mode="before")
+    @classmethod
+    def _number_of_times(cls, value: Any) -> Any:
+        """One error for the field, where a union would report one for each of its types."""
+        if value != "auto" and (type(value) is not int or value < 0):
+            raise PydanticCustomError("number_of_times", "must be auto or a number of times, at least 0")
+        return value
+
+    @field_validator("method_options", "data", "lora", "scalora", "training", "evaluate", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        """YAML reads a section as null if all of its keys are commented out."""
+        return {} if value is None else value
 
 
-_BOOL = "tag:yaml.org,2002:bool"
+def load_settings(path: Path, overrides: Sequence[str] = (), options: Sequence[str] = ()) -> Settings:
+    """Read a config file, apply overrides, and check every key.
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text and no as false; people mean the number, and ``save_strategy: no`` the word."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - the parent's attribute
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read a config file, apply ``--key value`` overrides, check everything.
+    Args:
+        path: path of the YAML file.
+        overrides: command-line words, ``--key value`` or ``--key=value`` with dotted keys, which replace keys of the
+            file.
+        options: the options of the command, such as ``"--overwrite"``, to suggest for a mistyped one.
 
     Raises:
-        InputError: the file is missing or not YAML, or a key or value is wrong; names it.
+        InputError: the file is missing or not YAML, or a key or value is wrong.
     """
     content = read_yaml(path, "config")
-    for key, value in parsed_overrides(overrides):
-        _assign(content, key, value)
+    for key, value in parsed_overrides(overrides, options):
+        _assign(content, key, value, options)
     try:
         settings = Settings.model_validate(content)
     except ValidationError as error:
@@ -123,32 +167,14 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     return settings
 
 
-def read_yaml(path: Path, kind: str) -> dict[str, Any]:
-    """The keys and values of a YAML file; none of an empty one.
+def run_settings(folder: Path) -> Settings:
+    """The settings of a run, from its folder.
 
     Args:
-        path: of the file.
-        kind: what an error calls it: ``"config"``, ``"study"``.
+        folder: the run folder.
 
     Raises:
-        InputError: it is missing or not YAML, or holds something else.
-    """
-    if not path.is_file():
-        raise InputError(f"{kind} file {str(path)!r} does not exist")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{kind} file {str(path)!r} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{kind} file {str(path)!r} must hold keys and values, not a {type(content).__name__}")
-    return content
-
-
-def run_settings(folder: Path) -> Settings:
-    """The settings in a run folder, as they were resolved when it was made.
-
-    Raises:
-        InputError: there are none, or they were edited to something that is none.
+        InputError: the folder has no config, or the config is not that of a run.
     """
     path = folder / "config.yaml"
     try:
@@ -159,57 +185,79 @@ def run_settings(folder: Path) -> Settings:
         raise InputError(f"{str(path)!r} is not the config of a run: {first_problem(error)}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{str(path)!r} can't be read: {error}") from None
-    method_class(settings)
+    require_method(settings.method)
     return settings
 
 
+def section_fields(section: str, task: Task = "sft", method: str = "scalora") -> Mapping[str, LibraryField]:
+    """The keys of a section that are the fields of a dataclass, by name.
+
+    Args:
+        section: ``"lora"``, ``"scalora"``, ``"training"`` or ``"method_options"``.
+        task: selects the class of the training arguments.
+        method: selects the class of the method's options.
+    """
+    if section == "method_options":
+        # ScaLoRA's own settings have a section to themselves.
+        return {name: field for name, field in dataclass_fields(*home_of(method)).items() if name != "config"}
+    if section == "training":
+        return dataclass_fields(*_TRAINING_CLASSES[task])
+    return dataclass_fields(*_SECTION_CLASSES[section])
+
+
+_SECTION_CLASSES = {"lora": ("peft", "LoraConfig"), "scalora": ("scalora.config", "ScaLoraConfig")}
+_TRAINING_CLASSES: dict[Task, tuple[str, str]] = {
+    "sft": ("trl", "SFTConfig"),
+    "classification": ("transformers", "TrainingArguments"),
+    "regression": ("transformers", "TrainingArguments"),
+}
+
+
 def training_class(task: Task) -> type:
-    """The class of training arguments: TRL's for sft, Transformers' otherwise."""
-    if task == "sft":
-        from trl import SFTConfig
-
-        return SFTConfig  # type: ignore[no-any-return]
-    from transformers import TrainingArguments
-
-    return TrainingArguments  # type: ignore[no-any-return]
+    """The class of the training arguments: TRL's for sft, else Transformers'."""
+    module, name = _TRAINING_CLASSES[task]
+    cls: type = getattr(import_module(module), name)
+    return cls
 
 
 def check_keys(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse the first key that is not known, with the nearest that is.
+    """Refuse the first unknown key, and suggest a known one.
+
+    Args:
+        section: the section's name and a dot, or nothing for the top level.
+        keys: the keys that were given.
+        known: the keys that there are.
 
     Raises:
-        InputError: names the section and the key.
+        InputError: a key is unknown.
     """
     known = list(known)
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see its documentation for the fields"
-            raise InputError(f"unknown key {section + key!r}: {hint}")
+            raise InputError(f"unknown key {section + key!r}: {_hint(key, known)}")
 
 
 def check_nested(settings: Settings) -> None:
-    """Check the sections whose fields are those of other classes, and the method.
+    """Check the method, and the sections whose keys are the fields of other classes.
 
     Raises:
-        InputError: an unknown method or key, or a text where a number or a truth value is wanted.
+        InputError: a method or key is unknown, a value of ScaLoRA's is out of range, or a text stands where a number or
+            a truth value is wanted.
     """
-    from peft import LoraConfig
-
-    from scalora.config import ScaLoraConfig
-
-    options = [f.name for f in fields(method_class(settings)) if f.name != "config"]
-    check_keys("method_options.", settings.method_options, options)
-    for section, cls in (
-        ("lora", LoraConfig),
-        ("scalora", ScaLoraConfig),
-        ("training", training_class(settings.task)),
-    ):
-        types = {f.name: str(f.type) for f in fields(cls)}
-        check_keys(f"{section}.", getattr(settings, section), types)
-        for key, value in getattr(settings, section).items():
-            if isinstance(value, str) and (wanted := _instead_of_text(types[key], value)):
+    require_method(settings.method)
+    for section in ("method_options", "lora", "scalora", "training"):
+        given = getattr(settings, section)
+        if not given:
+            continue
+        known = section_fields(section, settings.task, settings.method)
+        check_keys(f"{section}.", given, known)
+        for key, value in given.items():
+            if isinstance(value, str) and (wanted := _instead_of_text(known[key].annotation, value)):
                 raise InputError(f"{section}.{key}={value!r}: write {wanted}")
+    try:
+        ScaLoraConfig.from_dict(settings.scalora)
+    except ValueError as error:
+        raise InputError(f"scalora: {error}") from None
 
 
 def method_class(settings: Settings) -> type[Method]:
@@ -218,71 +266,83 @@ def method_class(settings: Settings) -> type[Method]:
     Raises:
         InputError: there is no such method.
     """
-    from scalora.rivals import METHODS
-
-    if settings.method not in METHODS:
-        raise InputError(f"method={settings.method!r}: the methods are {', '.join(METHODS)}")
+    require_method(settings.method)
     return METHODS[settings.method]
 
 
-def _instead_of_text(annotation: str, value: str) -> str | None:
-    """What a dataclass field wants where a text was given; None if the text may be right. The libraries don't check."""
-    words = set(re.findall(r"[A-Za-z]+", annotation)) - {"class", "None", "NoneType", "Optional"}
-    if "bool" in words and (words == {"bool"} or value.lower() in ("yes", "no", "on", "off")):
-        return "true or false"
-    return "a number" if words <= {"int", "float"} else None
+def require_method(name: str) -> None:
+    """Check that there is a method of a name.
 
-
-def parsed_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
-    """Dotted keys and values out of ``--key value`` and ``--key=value`` words.
+    Args:
+        name: value of the key ``method``.
 
     Raises:
-        InputError: a word that is no key, or a key without a value.
+        InputError: there is no such method.
     """
-    pairs = []
-    remaining = list(words)
-    while remaining:
-        word = remaining.pop(0)
-        if not word.startswith("--"):
-            raise InputError(f"expected --key value, got {word!r}")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not remaining:
-                raise InputError(f"--{key} needs a value")
-            value = remaining.pop(0)
-        pairs.append((key.replace("-", "_"), yaml.load(value, _Loader)))
-    return pairs
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"method={name!r}: the methods are {', '.join(METHODS)}{hint}")
 
 
-def _assign(content: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set a dotted key; a bare key that is no top-level one is meant for the training arguments."""
-    *sections, key = dotted.split(".")
-    if not sections and key not in Settings.model_fields:
-        check_keys("", [key], [*Settings.model_fields, *(f.name for f in fields(training_class(_task(content))))])
-        sections = ["training"]
-    for section in sections:
-        content = content.setdefault(section, {})
-        if not isinstance(content, dict):
-            raise InputError(f"--{dotted}: {section!r} is not a section")
-    content[key] = value
+def _instead_of_text(annotation: str, value: str) -> str | None:
+    """What a field wants instead of a text; None if the text may be right. The libraries themselves don't check."""
+    words = set(re.findall(r"[A-Za-z]+", annotation)) - {"None", "Optional", "Union"}
+    if "str" in words:
+        return None
+    if "bool" in words and (words == {"bool"} or value.lower() in ("yes", "no", "on", "off")):
+        return "true or false"
+    return "a number" if words and words <= {"int", "float"} else None
 
 
-def _task(content: dict[str, Any]) -> Task:
-    return "sft" if content.get("task", "sft") == "sft" else "classification"
+def _assign(content: dict[str, Any], dotted: str, value: Any, options: Sequence[str]) -> None:
+    """Set a dotted key; a bare key that is not a top-level one is a training argument."""
+    if "." not in dotted and dotted not in Settings.model_fields:
+        task: Task = "sft" if content.get("task", "sft") == "sft" else "classification"
+        training = section_fields("training", task)
+        if dotted not in training:
+            near = [*_elsewhere(dotted), *difflib.get_close_matches(f"--{dotted}", options)]
+            hint = f"did you mean {near[0]!r}?" if near else _hint(dotted, [*Settings.model_fields, *training])
+            raise InputError(f"unknown key {dotted!r}: {hint}")
+        dotted = f"training.{dotted}"
+    set_dotted(content, dotted, value)
+
+
+def _hint(key: str, known: Sequence[str]) -> str:
+    """The known key that was probably meant; else where the known keys are listed."""
+    if near := difflib.get_close_matches(key, known, n=1):
+        return f"did you mean {near[0]!r}?"
+    if len(known) <= _MOST_LISTED:
+        return f"the keys are {', '.join(known)}" if known else "there are no keys here"
+    return "`scalora config --all` lists the keys"
+
+
+def _elsewhere(key: str) -> list[str]:
+    """The dotted names under which sections know a key that the top level does not."""
+    sections: dict[str, Iterable[str]] = {
+        "data": DataSettings.model_fields,
+        "evaluate": EvaluateSettings.model_fields,
+        **{section: section_fields(section) for section in ("training", "lora", "scalora")},
+    }
+    return [f"{section}.{key}" for section, known in sections.items() if key in known]
 
 
 def first_problem(error: ValidationError) -> str:
-    """One line that names the key, the value and what is wrong with it."""
+    """One line that names the key, its value and what is wrong with it.
+
+    Args:
+        error: from the validation of `Settings` or of a study.
+    """
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        section: Any = (
-            Settings if len(problem["loc"]) == 1 else Settings.model_fields[str(problem["loc"][0])].annotation
-        )
-        known = list(getattr(section, "model_fields", {}))
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        return f"unknown key {key!r}: " + (f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}")
-    if problem["type"] == "missing":
+        section: Any = Settings
+        if len(problem["loc"]) > 1:
+            section = Settings.model_fields[str(problem["loc"][0])].annotation
+        elif elsewhere := _elsewhere(key):
+            return f"unknown key {key!r}: did you mean {elsewhere[0]!r}?"
+        return f"unknown key {key!r}: {_hint(str(problem['loc'][-1]), list(section.model_fields))}"
+    if problem["type"] == "missing" or (problem["type"] == "string_type" and problem["input"] is None):
         return f"{key!r} is missing from the config"
     where = f"{key}={problem['input']!r}" if key else repr(problem["input"])
     return f"{where}: {problem['msg'].lower()}"

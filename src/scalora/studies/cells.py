@@ -1,4 +1,4 @@
-"""Reads the run folders of a study into three frames: one row a cell, one row a logged number, one row a spectrum."""
+"""Reads the run folders of a study into three data frames: cells, logged values, and spectra of weight updates."""
 
 from __future__ import annotations
 
@@ -35,17 +35,21 @@ UPDATE_COLUMNS = [*_CELL, "step", "layer", *_RANKS, "norm", "singular_values"]
 
 @dataclass(frozen=True)
 class StudyCells:
-    """What the cells of a study hold so far.
+    """The results of a study's cells so far.
 
     Attributes:
-        cells: a row for each cell that the study asks for. ``method``, ``learning_rate``, ``seed``; ``tuning`` and
-            ``reported`` say what it is for; ``status`` is finished, failed or missing, ``error`` the last line of a
-            failed one's log; then the figures: every ``eval_…`` of the end (a diverged loss is inf), ``train_loss``
-            (mean of the last quarter of the logged ones), ``best_metric`` (of its evaluations), costs, and the update's
-            ``numerical_rank`` and ``effective_rank`` at the end, mean over layers. NaN where there is no figure.
-        curves: of finished cells, a row for each logged number, long: ``step``, ``seconds``, ``name``, ``value``.
-        updates: of finished cells, a row for each spectrum of a layer's total update: the lines of ``updates.jsonl``.
-        best: the learning rate chosen for each method; a method is absent while none of its rates is tried out.
+        cells: one row per cell that the study needs, finished or not. ``method``, ``learning_rate`` and ``seed``
+            identify it; ``tuning`` and ``reported`` are booleans, whether it is used for choosing a learning rate and
+            in the tables; ``status`` is ``"finished"``, ``"failed"`` or ``"missing"``, and ``error`` is the error in a
+            failed cell's log. The results follow, NaN where there is none: all final ``eval_…`` scores (a loss that
+            diverged is inf), ``train_loss`` (mean over the last quarter of the logged losses), ``best_metric`` (best
+            of the run's evaluations), costs, and ``numerical_rank`` and ``effective_rank`` of the final weight update
+            (mean over the tracked layers).
+        curves: one row per value that a finished cell logged: ``method``, ``learning_rate``, ``seed``, ``step``,
+            ``seconds`` (training time up to that step), ``name``, ``value``.
+        updates: one row per spectrum that a finished cell tracked, as in ``updates.jsonl``: ``method``,
+            ``learning_rate``, ``seed``, ``step``, ``layer``, ranks, Frobenius ``norm``, ``singular_values``.
+        best: best learning rate by method; a method is absent until all tuning seeds of one of its rates are finished.
     """
 
     cells: pd.DataFrame
@@ -55,7 +59,11 @@ class StudyCells:
 
 
 def read_cells(study: Study) -> StudyCells:
-    """Read what is there; nothing is run."""
+    """Read the results of a study without running anything.
+
+    Args:
+        study: the study, whose `folder` is read.
+    """
     tuning = {cell.folder: cell for cell in study.tuning_cells()}
     rows = {folder: _row(cell, study) for folder, cell in tuning.items()}
     best = _best_learning_rates(study, _frame(list(rows.values()), study))
@@ -75,13 +83,23 @@ def read_cells(study: Study) -> StudyCells:
 
 
 def summary_of(cell: Cell) -> dict[str, Any] | None:
-    """What a finished cell ended with; None of one that is not finished. Training writes it last, whole."""
+    """The summary of a finished cell; None if the cell is not finished.
+
+    Training writes the summary last and atomically, so a cell is finished if and only if the file exists.
+
+    Args:
+        cell: a cell of a study.
+    """
     path = cell.folder / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def last_words(cell: Cell) -> str:
-    """The error in a failed cell's log, or else its last line."""
+    """The error line in the log of a failed cell, or the last line of the log if there is none.
+
+    Args:
+        cell: a cell whose folder holds a ``log.txt``.
+    """
     text = (cell.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
@@ -89,7 +107,10 @@ def last_words(cell: Cell) -> str:
 
 
 def _best_learning_rates(study: Study, cells: pd.DataFrame) -> dict[str, float]:
-    """By mean evaluation loss at the end, of the rates of which every cell is finished; the lower of two equal ones."""
+    """The rate with the lowest mean final evaluation loss, among those whose cells are all finished.
+
+    Of two rates with equal losses it is the lower one.
+    """
     best = {}
     for method in study.methods:
         tried = cells[cells["method"] == method].groupby("learning_rate").filter(_all_finished)
@@ -118,29 +139,43 @@ def _row(cell: Cell, study: Study) -> dict[str, Any]:
         return row | {"status": "failed" if failed else "missing", "error": last_words(cell) if failed else None}
     row |= {"status": "finished", "error": None}
     row |= {name: summary[name] for name in _COSTS if name in summary}
-    row |= {name: value for name, value in summary.items() if name.startswith("eval_") and _is_number(value)}
-    # JSON's NaN and Infinity alike: a run that has diverged is worse than any that has not.
-    loss = row.get("eval_loss", math.nan)
-    row["eval_loss"] = loss if math.isfinite(loss) else math.inf
-    if study.metric in row and not math.isfinite(row[study.metric]):
-        row[study.metric] = -math.inf if study.larger_is_better() else math.inf
-    logs = json_lines(cell.folder / "metrics.jsonl")
+    row |= _final_scores(summary, study)
+    row |= _scores_over_training(json_lines(cell.folder / "metrics.jsonl"), study)
+    return row | _final_ranks(json_lines(cell.folder / "updates.jsonl"))
+
+
+def _final_scores(summary: dict[str, Any], study: Study) -> dict[str, float]:
+    """Every ``eval_…`` number; a loss or metric that is not finite becomes the worst possible value.
+
+    A run that diverged is then worse than any that did not, whether JSON holds NaN or Infinity.
+    """
+    scores = {name: value for name, value in summary.items() if name.startswith("eval_") and _is_number(value)}
+    loss = scores.get("eval_loss", math.nan)
+    scores["eval_loss"] = loss if math.isfinite(loss) else math.inf
+    if study.metric in scores and not math.isfinite(scores[study.metric]):
+        scores[study.metric] = -math.inf if study.larger_is_better() else math.inf
+    return scores
+
+
+def _scores_over_training(logs: list[dict[str, Any]], study: Study) -> dict[str, float]:
+    found = {}
     losses = [log["loss"] for log in logs if "loss" in log]
     if losses:
         last = losses[-max(1, len(losses) // 4) :]
-        row["train_loss"] = sum(last) / len(last)
+        found["train_loss"] = sum(last) / len(last)
     scores = [log[study.metric] for log in logs if math.isfinite(log.get(study.metric, math.nan))]
     if scores:
-        row["best_metric"] = max(scores) if study.larger_is_better() else min(scores)
-    updates = json_lines(cell.folder / "updates.jsonl")
+        found["best_metric"] = max(scores) if study.larger_is_better() else min(scores)
+    return found
+
+
+def _final_ranks(updates: list[dict[str, Any]]) -> dict[str, float]:
     last_step = [line for line in updates if line["step"] == updates[-1]["step"]]
-    if last_step:
-        row |= {name: sum(line[name] for line in last_step) / len(last_step) for name in _RANKS}
-    return row
+    return {name: sum(line[name] for line in last_step) / len(last_step) for name in _RANKS} if last_step else {}
 
 
 def _curve(cell: Cell) -> list[dict[str, Any]]:
-    """Each number that was logged; of two at one step the later (training ends with an evaluation of its own)."""
+    """Every logged number. Training ends with an extra evaluation: of two values at one step, the later one counts."""
     points = {}
     for log in json_lines(cell.folder / "metrics.jsonl"):
         at = {"step": log["step"], "seconds": log.get("seconds", math.nan)}

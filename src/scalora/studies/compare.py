@@ -1,4 +1,4 @@
-"""``scalora compare``: runs the cells of a study, each in a process of its own, and keeps what is finished."""
+"""``scalora compare``: runs the cells of a study, each in a process of its own, and skips those already finished."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from rich.console import Console
@@ -30,27 +30,53 @@ from scalora.runs.settings import run_settings
 from scalora.saving.files import atomic_write
 from scalora.studies.cells import last_words, read_cells, summary_of
 from scalora.studies.study import STUDY_FILE, Cell, Study
-from scalora.studies.table_markdown import ENVIRONMENT_FILE, markdown, write_tables
+from scalora.studies.table import StudyResult
+from scalora.studies.table_markdown import ENVIRONMENT_FILE, write_tables
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _POLL_SECONDS = 0.1
-_GRACE_SECONDS = 10.0  # for a process to end after it was asked to
+_GRACE_SECONDS = 10.0  # between asking a process to end and killing it
 
 
-def compare(study: Study, *, cores: int | None = None, threads: int = 1) -> bool:
-    """Run every cell that is not finished, then write and print the tables.
+class Comparison(NamedTuple):
+    """The outcome of `compare`.
+
+    Attributes:
+        total: number of cells in the study.
+        finished: number of finished cells, including those of earlier calls.
+        failed: the cells whose run failed, each with the error in its log.
+        result: the results, whose tables have been written; None if the study was stopped by a signal.
+    """
+
+    total: int
+    finished: int
+    failed: list[tuple[Cell, str]]
+    result: StudyResult | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell is finished."""
+        return self.result is not None and not self.failed
+
+
+def compare(study: Study, *, cores: int | None = None, threads: int = 1) -> Comparison:
+    """Run every cell that is not finished, then write the tables. Progress is shown on standard error.
+
+    Ctrl-C and SIGTERM stop the running cells and return; a later call skips the finished cells.
 
     Args:
-        study: from `scalora.studies.study.load_study_file`.
-        cores: to use at once; all that this process may use when None.
-        threads: of each run.
+        study: the study, from `scalora.studies.study.load_study_file`.
+        cores: CPU cores to use. None: all that this process may use.
+        threads: CPU threads of each run; ``cores // threads`` runs execute in parallel. One by default: small models
+            gain little from more, and with one thread the order of summation, and so the result, does not depend on
+            the number of cores.
 
     Returns:
-        Whether every cell is finished. If not, why not has been printed.
+        How many cells are finished, which failed, and the results.
 
     Raises:
-        InputError: the study folder can't be used, a finished cell was of another config, or the metric is none that
-            the evaluations give (found when the first cell is finished).
+        InputError: `threads` is out of range, the study folder can't be used, a finished cell was run with another
+            config, or evaluation does not report the study's metric (found when the first cell finishes).
     """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = available if cores is None else cores
@@ -58,52 +84,45 @@ def compare(study: Study, *, cores: int | None = None, threads: int = 1) -> bool
         raise InputError(f"--threads {threads}: must be from 1 to the {cores} cores")
     _check_folder(study)
     study.folder.mkdir(parents=True, exist_ok=True)
-    with _locked(study.folder) as lock, _signals() as stop:
+    result = None
+    with _locked(study.folder) as lock, _stop_signals() as stop:
         _check_finished_cells(study)
         _record(study, threads)
-        cells = _Cells(study, cores // threads, threads, lock, stop)
+        runner = _Runner(study, cores // threads, threads, lock, stop)
         try:
-            with cells.progress:
-                cells.run(study.tuning_cells())
-                cells.run(study.reported_cells(read_cells(study).best))
+            with runner.progress:
+                runner.run(study.tuning_cells())
+                runner.run(study.reported_cells(read_cells(study).best))
+            result = write_tables(study.folder)
         except _Stopped:
-            _say_error(
-                f"stopped; what is finished is kept ({cells.finished} of {cells.total} runs), "
-                "and the same command goes on from there"
-            )
-            return False
-        print(markdown(write_tables(study.folder)))
-    for cell in cells.failed:
-        print(f"failed: {cell}: {last_words(cell)} ({cell.folder / 'log.txt'})", file=sys.stderr)
-    if cells.failed:
-        _say_error(f"{len(cells.failed)} of {cells.total} runs failed; the same command tries them again")
-    return not cells.failed
+            pass
+    failed = [(cell, last_words(cell)) for cell in runner.failed]
+    return Comparison(runner.total, runner.finished, failed, result)
 
 
 class _Stopped(Exception):
-    """Ctrl-C, or SIGTERM."""
+    """Ctrl-C or SIGTERM was received."""
 
 
-class _Cells:
-    """Runs cells, so many at a time, and shows how far it is."""
+class _Runner:
+    """Runs cells in parallel processes and shows their progress."""
 
     def __init__(self, study: Study, parallel: int, threads: int, lock: int, stop: Event) -> None:
         self._study = study
         self._parallel = parallel
         self._lock = lock
         self._stop = stop
-        # With one thread a run, as many runs as cores: small models gain little from more threads, and sums are then
-        # taken in an order that does not depend on how many. The tokenizer's own threads would come on top of them.
         self._environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(threads))
+        # The tokenizer's own threads would come on top of a run's threads.
         self._environment["TOKENIZERS_PARALLELISM"] = "false"
         self._started: dict[Path, float] = {}
-        self._seconds: list[float] = []  # of each run, without those that are kept
+        self._seconds: list[float] = []  # duration of each run of this call
         self.finished = 0
         self.failed: list[Cell] = []
         tuning = study.tuning_cells()
         later = set(study.seeds) - {cell.seed for cell in tuning}
         self.total = len(tuning) + len(study.methods) * len(later)
-        console = Console(stderr=True)  # so that the table alone goes to standard output
+        console = Console(stderr=True)  # standard output is for the tables alone
         self.progress = Progress(
             BarColumn(),
             MofNCompleteColumn(),
@@ -115,7 +134,7 @@ class _Cells:
         self._bar = self.progress.add_task("", total=self.total)
 
     def run(self, cells: Iterable[Cell]) -> None:
-        """Run those that are not finished and were not tried yet; whatever happens, leave no process behind."""
+        """Run the cells that were not tried in this call yet; leaves no process behind, whatever happens."""
         waiting = deque(cell for cell in cells if cell.folder not in self._started)
         running: dict[subprocess.Popen[bytes], Cell] = {}
         try:
@@ -139,7 +158,7 @@ class _Cells:
             _terminate(running)
 
     def _start(self, cell: Cell) -> subprocess.Popen[bytes]:
-        # What a killed run left, perhaps before it could make a run folder that training would overwrite.
+        # A killed run may have left a folder, which training would refuse to write to.
         shutil.rmtree(cell.folder, ignore_errors=True)
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
         config = _config_file(cell)
@@ -151,7 +170,7 @@ class _Cells:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment,
-                # A run that outlives a killed parent holds the study's lock, so that none is started beside it.
+                # A run that outlives its killed parent keeps the study locked, so that no other is started beside it.
                 pass_fds=(self._lock,),
             )
 
@@ -175,7 +194,7 @@ class _Cells:
         for name in ("eval_loss", self._study.metric):
             if name not in summary:
                 given = ", ".join(key for key in summary if key.startswith("eval_")) or "none"
-                raise InputError(f"metric {name!r} is none that the evaluations give; they give {given}")
+                raise InputError(f"metric {name!r} is not among the scores of the evaluations, which are {given}")
 
     def _time_left(self) -> str:
         left = self.total - self.finished - len(self.failed)
@@ -186,7 +205,7 @@ class _Cells:
 
 
 def _ending(process: subprocess.Popen[bytes], cell: Cell) -> str:
-    """How a process has ended; a signal, which leaves no words in the log, is written there."""
+    """How a process ended. A signal, which leaves no message in the log, is recorded there."""
     if summary_of(cell) is not None:
         return "finished"
     if process.returncode < 0:
@@ -197,7 +216,7 @@ def _ending(process: subprocess.Popen[bytes], cell: Cell) -> str:
 
 
 def _terminate(processes: Iterable[subprocess.Popen[bytes]]) -> None:
-    """End processes, politely at first."""
+    """Ask processes to end, and kill those that don't."""
     for process in processes:
         process.terminate()
     try:
@@ -214,30 +233,30 @@ def _terminate(processes: Iterable[subprocess.Popen[bytes]]) -> None:
 def _check_folder(study: Study) -> None:
     folder = study.folder
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {str(folder)!r} is a file")
+        raise InputError(f"output_dir {str(folder)!r} is a file: choose another")
     if folder.exists() and any(folder.iterdir()) and not (folder / STUDY_FILE).is_file():
         raise InputError(f"output_dir {str(folder)!r} is not empty and not the folder of a study: choose another")
 
 
 def _check_finished_cells(study: Study) -> None:
-    """Raise `InputError` if a cell is finished, but with other settings than it would be run with now."""
+    """Raise `InputError` if a finished cell was run with other settings than it would be run with now."""
     seeds = {*study.seeds, *(study.tuning_seeds or [])}
     cells = [study.cell(m, rate, seed) for m in study.methods for rate in study.rates(m) for seed in seeds]
     for cell in cells:
         if summary_of(cell) is None:
             continue
-        # Where it lies may have changed: a study can be moved.
+        # Not the folder: a study may have been moved.
         before, now = (_flat(s.model_dump(exclude={"output_dir"})) for s in (run_settings(cell.folder), cell.settings))
         for key in [*now, *before]:
             if before.get(key) != now.get(key):
                 raise InputError(
-                    f"{str(cell.folder)!r} is finished, but with {key}={before.get(key)!r} where the study now has "
+                    f"{str(cell.folder)!r} was run with {key}={before.get(key)!r}, but the study now has "
                     f"{now.get(key)!r}: choose another output_dir, or delete that folder to run it again"
                 )
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to values that are no sections."""
+    """Nested keys and values as dotted keys and values."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
@@ -245,17 +264,17 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _record(study: Study, threads: int) -> None:
-    """Write what is compared, by what command, and with how many threads the cells were run, are run, or both."""
+    """Write the study's settings, and the command and the thread counts that its cells were or will be run with."""
     with atomic_write(study.folder / STUDY_FILE) as temporary:
         resolved = study.model_dump() | {"greater_is_better": study.larger_is_better()}
         temporary.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
     path = study.folder / ENVIRONMENT_FILE
     earlier = json.loads(path.read_text(encoding="utf-8"))["threads"] if path.is_file() else []
-    something_to_run = bool((read_cells(study).cells["status"] != "finished").any())
+    unfinished = bool((read_cells(study).cells["status"] != "finished").any())
     environment = {
         "command": shlex.join(["scalora", *sys.argv[1:]]),
         "date": datetime.now().astimezone().isoformat(timespec="minutes"),
-        "threads": sorted({*earlier, threads} if something_to_run else earlier),
+        "threads": sorted({*earlier, threads} if unfinished else earlier),
     }
     write_json(path, environment)
 
@@ -265,12 +284,8 @@ def _config_file(cell: Cell) -> Path:
 
 
 def _log_file(cell: Cell) -> Path:
-    """Where the output of a process goes while it runs: training makes the run folder anew."""
+    """Log of a running process. It lies beside the run folder, because training creates that folder itself."""
     return cell.folder.with_name(f"{cell.folder.name}.log")
-
-
-def _say_error(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
 
 
 @contextmanager
@@ -280,15 +295,15 @@ def _locked(folder: Path) -> Iterator[int]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"study {str(folder)!r} is being run by another `scalora compare`, or by a run that one has left: "
-                "wait for it, or end it"
+                f"study {str(folder)!r} is being run by another `scalora compare`, or by a training run that outlived "
+                "one: wait until it ends, or stop it"
             ) from None
         yield file.fileno()
 
 
 @contextmanager
-def _signals() -> Iterator[Event]:
-    """An event that Ctrl-C and SIGTERM set: an exception could come while a run is being started, and lose it."""
+def _stop_signals() -> Iterator[Event]:
+    """An event that Ctrl-C and SIGTERM set. An exception instead might lose a process that is just being started."""
     stop = Event()
     earlier = {which: signal.signal(which, lambda *_: stop.set()) for which in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,7 +1,8 @@
-"""What a study file may say: one run with several methods, learning rates and seeds; and the cells it expands to.
+"""The schema of a study file, and the cells it expands to: one run for each method, learning rate and seed.
 
-A comparison is fair when every method gets the same data in the same order and as many learning rates to choose from
-("Learning Rate Matters: Vanilla LoRA May Suffice", arXiv:2602.04998); a study that is not is refused here.
+A comparison is fair when every method sees the same data in the same order and is tuned over the same number of
+learning rates ("Learning Rate Matters: Vanilla LoRA May Suffice", arXiv:2602.04998). Studies that are not fair in this
+sense are rejected when they are loaded.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scalora.runs.errors import InputError
-from scalora.runs.settings import Settings, check_keys, check_nested, first_problem, parsed_overrides, read_yaml
+from scalora.runs.settings import Settings, check_keys, check_nested, first_problem
+from scalora.runs.yaml_file import parsed_overrides, read_yaml, set_dotted
 
 STUDY_FILE = "study.yaml"
 
-# Of a run's config, what the study itself sets in each of its cells.
+# Keys of a run's config that the study sets in every cell.
 _SET_BY_STUDY = ("output_dir",)
 _SET_BY_STUDY_IN_TRAINING = ("learning_rate", "seed", "data_seed")
 _SMALLER_IS_BETTER = ("loss", "mse", "perplexity")
@@ -32,11 +34,11 @@ class Cell:
     """One training run of a study.
 
     Attributes:
-        method: the name in the table.
-        learning_rate: of the run.
-        seed: of the model's random parts and of the data's order.
+        method: name of the method in the tables, which need not be a key of `scalora.rivals.METHODS`.
+        learning_rate: peak learning rate of the run.
+        seed: seed for both the model's random initialisation and the order of the data.
         folder: the run folder.
-        config: of the run, as the study file gives it.
+        config: the run's config as nested keys and values, not validated yet.
     """
 
     method: str
@@ -47,10 +49,10 @@ class Cell:
 
     @property
     def settings(self) -> Settings:
-        """Of the run, whole and checked.
+        """The run's config, validated and with all defaults filled in.
 
         Raises:
-            InputError: the config is wrong; names the method and the key.
+            InputError: the config is invalid; the message names the method and the key.
         """
         return _run_settings(self.config, f"methods.{self.method}: ")
 
@@ -59,35 +61,45 @@ class Cell:
 
 
 class Study(BaseModel):
-    """One study; the fields are the keys of its file."""
+    """A study; its fields are the keys of a study file."""
 
     model_config = ConfigDict(extra="forbid")
 
     output_dir: str = Field(description="The study folder.")
-    baseline: str = Field("lora", description="The method that the others are tested against.")
+    baseline: str = Field("lora", description="Method that all others are compared with.")
     ceiling: str | None = Field(
-        "full", description="The method to which the closed gap is measured; no such column without that method."
+        "full",
+        description="Method that defines the upper end of `gap closed`; the column is left out if `methods` lacks it.",
     )
     metric: str = Field(
-        "eval_loss", description="Of the table, as evaluations log it. The loss, because every task has one."
+        "eval_loss",
+        description="Score shown in the tables, by the name that evaluations log. The default is the loss, because "
+        "every task has one.",
     )
     greater_is_better: bool | None = Field(
-        None, description="Of the metric. When null: false for a loss, a squared error or a perplexity, else true."
+        None,
+        description="Whether larger values of the metric are better. null: false for names ending in loss, mse or "
+        "perplexity, true for all others.",
     )
-    seeds: list[int] = Field(min_length=1, description="Of the runs that are reported.")
+    seeds: list[int] = Field(min_length=1, description="Seeds of the reported runs.")
     tuning_seeds: list[int] | None = Field(
         None,
         min_length=1,
-        description="Seeds on which each learning rate is tried; the best by final evaluation loss is run on `seeds`. "
-        "When null: every learning rate on every one of `seeds`.",
+        description="Seeds for choosing the learning rate: the rate with the lowest final evaluation loss is then run "
+        "on `seeds`. null: run every learning rate on all of `seeds`.",
     )
     learning_rates: list[float] | None = Field(
-        None, min_length=1, description="Of every method that does not give its own; all have equally many."
+        None,
+        min_length=1,
+        description="Learning rates of the methods without a list of their own. All methods need the same number.",
     )
-    run: dict[str, Any] = Field(description="A config of `scalora train` without method, output_dir, rate and seed.")
+    run: dict[str, Any] = Field(
+        description="Config for `scalora train`, without method, output_dir, learning rate and seeds."
+    )
     methods: dict[str, dict[str, Any] | None] = Field(
         min_length=1,
-        description="Name in the table -> what differs from `run`, and learning_rates. `method` defaults to the name.",
+        description="Name in the tables -> overrides of `run`, and optionally learning_rates. `method` defaults to the "
+        "name.",
     )
 
     @property
@@ -102,21 +114,29 @@ class Study(BaseModel):
         return self.greater_is_better
 
     def rates(self, method: str) -> list[float]:
-        """The learning rates of a method, ascending.
+        """The learning rates of a method, in ascending order.
+
+        Args:
+            method: a key of `methods`.
 
         Raises:
-            InputError: neither the method nor the study gives any, or one is no positive number.
+            InputError: neither the method nor the study lists any, or one is not a positive number.
         """
         rates = (self.methods[method] or {}).get("learning_rates", self.learning_rates)
         if not rates or not isinstance(rates, list):
-            raise InputError(f"methods.{method}: there is no list of learning_rates, here or for the whole study")
+            raise InputError(
+                f"methods.{method}: there is no list of learning_rates, neither here nor at the top level of the study"
+            )
         for rate in rates:
             if not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
                 raise InputError(f"methods.{method}: learning rate {rate!r} is not a number above 0")
         return sorted(float(rate) for rate in rates)
 
     def tuning_cells(self) -> list[Cell]:
-        """Every learning rate of every method on the seeds that choose one; whole comparisons first."""
+        """The cells for choosing learning rates: every rate of every method on each tuning seed.
+
+        Methods alternate, so that a study that is stopped early has runs of all methods to compare.
+        """
         seeds = self.seeds if self.tuning_seeds is None else self.tuning_seeds
         count = max(len(self.rates(method)) for method in self.methods)
         return [
@@ -127,15 +147,25 @@ class Study(BaseModel):
         ]
 
     def reported_cells(self, best: dict[str, float]) -> list[Cell]:
-        """Each method at its best learning rate on the seeds that are reported; no cells of a method without one."""
+        """The cells that the tables report: every method at its best learning rate, on each of `seeds`.
+
+        Args:
+            best: best learning rate by method; a method that is absent has no cells.
+        """
         return [
             self.cell(method, best[method], seed) for seed in self.seeds for method in self.methods if method in best
         ]
 
     def cell(self, method: str, learning_rate: float, seed: int) -> Cell:
-        """One cell, with the config of its run."""
+        """One cell, with the config of its run.
+
+        Args:
+            method: a key of `methods`.
+            learning_rate: peak learning rate of the run.
+            seed: seed for initialisation and data order.
+        """
         overrides = {key: value for key, value in (self.methods[method] or {}).items() if key != "learning_rates"}
-        # Hundreds of megabytes a cell, and the comparison only reads figures.
+        # A model takes hundreds of megabytes per cell, and the comparison only reads logs.
         content = merged({"save_model": False, "method": method}, merged(self.run, overrides))
         folder = self.folder / "cells" / _slug(method) / f"lr{learning_rate}-seed{seed}"
         training = {"learning_rate": learning_rate, "seed": seed, "data_seed": seed}
@@ -143,16 +173,23 @@ class Study(BaseModel):
         return Cell(method, learning_rate, seed, folder, config)
 
 
-def load_study_file(path: Path, overrides: Sequence[str] = ()) -> Study:
-    """Read a study file, apply ``--key value`` overrides, check everything that can be checked before a run.
+def load_study_file(path: Path, overrides: Sequence[str] = (), options: Sequence[str] = ()) -> Study:
+    """Read a study file, apply overrides, and check everything that can be checked before a run.
+
+    Args:
+        path: path of the YAML file.
+        overrides: command-line words, ``--key value`` or ``--key=value`` with dotted keys, which replace keys of the
+            file.
+        options: the options of the command, such as ``"--table-only"``, to suggest for a mistyped one.
 
     Raises:
-        InputError: the file is missing or not YAML, a key or value is wrong, a data file is missing, or the methods
-            would not be compared fairly; names it.
+        InputError: the file is missing or not YAML, a key or value is invalid, a data file is missing, or the methods
+            would not be compared fairly.
     """
     content = read_yaml(path, "study")
-    for key, value in parsed_overrides(overrides):
-        _assign(content, key, value)
+    for key, value in parsed_overrides(overrides, options):
+        check_keys("", [key.partition(".")[0]], Study.model_fields)
+        set_dotted(content, key, value)
     study = _study(content)
     _check_fairness(study)
     _check_cells(study)
@@ -160,10 +197,13 @@ def load_study_file(path: Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def study_of(folder: Path) -> Study:
-    """The study whose folder this is, wherever the folder lies now.
+    """The study that was run in a folder, even if the folder has been moved since.
+
+    Args:
+        folder: the study folder.
 
     Raises:
-        InputError: it is not the folder of a study.
+        InputError: the folder holds no valid study file.
     """
     if not (folder / STUDY_FILE).is_file():
         raise InputError(f"{str(folder)!r} holds no {STUDY_FILE}: it is not the folder of a study")
@@ -171,7 +211,12 @@ def study_of(folder: Path) -> Study:
 
 
 def merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Nested keys of both; where both have one, that of `overrides`."""
+    """Merge nested dictionaries into a new one.
+
+    Args:
+        base: nested keys and values.
+        overrides: nested keys and values that take precedence over those of `base`.
+    """
     result = dict(base)
     for key, value in overrides.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
@@ -203,30 +248,28 @@ def _check_fairness(study: Study) -> None:
         raise InputError(f"baseline={study.baseline!r} is none of the methods {', '.join(study.methods)}")
     for name, seeds in (("seeds", study.seeds), ("tuning_seeds", study.tuning_seeds or [])):
         if twice := _first_duplicate(seeds):
-            raise InputError(f"{name}: {twice[0]} is there twice")
+            raise InputError(f"{name}: {twice[0]} is listed twice")
     for method in study.methods:
         if twice := _first_duplicate(study.rates(method)):
-            raise InputError(f"methods.{method}: learning rate {twice[0]} is there twice")
+            raise InputError(f"methods.{method}: learning rate {twice[0]} is listed twice")
     counts = {method: len(study.rates(method)) for method in study.methods}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{method} {count}" for method, count in counts.items())
         raise InputError(
-            f"methods must have equally many learning rates, the same budget for tuning, but have: {listed}"
+            f"all methods must have the same number of learning rates, for equal tuning budgets; they have: {listed}"
         )
     slugs = {method: _slug(method) for method in study.methods}
     if twice := _first_duplicate(list(slugs.values())):
         names = " and ".join(repr(method) for method, slug in slugs.items() if slug == twice[0])
-        raise InputError(f"methods {names} would share the folder {twice[0]!r}: rename one")
+        raise InputError(f"methods {names} would share the folder {twice[0]!r}: rename one of them")
     if empty := [method for method, slug in slugs.items() if not slug]:
-        raise InputError(f"method name {empty[0]!r} has no letter or digit to make a folder's name of")
+        raise InputError(f"method name {empty[0]!r} has no letter or digit, so it gives no folder name: rename it")
 
 
 def _check_cells(study: Study) -> None:
-    """Raise `InputError` for a run that can't be: first for what all runs share, then for what a method changes."""
-    from scalora.runs.data import load_examples
-
+    """Raise `InputError` for an invalid run: first for mistakes that all runs share, then for those of one method."""
     if "method" in study.run:
-        raise InputError("run.method: the study sets it, from `methods`")
+        raise InputError("run.method: the study sets it from `methods`; leave it out")
     _refuse_what_the_study_sets("run", study.run)
     _run_settings({"method": "full"} | study.run, "run: ")
     data = {}
@@ -235,8 +278,10 @@ def _check_cells(study: Study) -> None:
         settings = study.cell(method, study.rates(method)[0], study.seeds[0]).settings
         for split, name in (("train", settings.data.train), ("eval", settings.data.eval)):
             if name is None:
-                raise InputError(f"methods.{method}: data.{split} is missing; a study trains and evaluates")
+                raise InputError(f"methods.{method}: data.{split} is missing; a study needs data.train and data.eval")
             data[name] = "train" if split == "train" else "eval"
+    from scalora.runs.data import load_examples  # loads torch, so after all else has been checked
+
     for name, split in data.items():
         load_examples(name, split)
 
@@ -247,19 +292,7 @@ def _refuse_what_the_study_sets(where: str, content: dict[str, Any]) -> None:
     if isinstance(training, dict):
         given += [f"training.{key}" for key in _SET_BY_STUDY_IN_TRAINING if key in training]
     if given:
-        raise InputError(f"{where}.{given[0]}: the study sets it, from output_dir, learning_rates and seeds")
-
-
-def _assign(content: dict[str, Any], dotted: str, value: Any) -> None:
-    *sections, key = dotted.split(".")
-    check_keys("", [sections[0] if sections else key], Study.model_fields)
-    for section in sections:
-        if content.get(section) is None:
-            content[section] = {}
-        content = content[section]
-        if not isinstance(content, dict):
-            raise InputError(f"--{dotted}: {section!r} is not a section")
-    content[key] = value
+        raise InputError(f"{where}.{given[0]}: the study sets it from output_dir, learning_rates and seeds")
 
 
 def _slug(method: str) -> str:
@@ -267,5 +300,5 @@ def _slug(method: str) -> str:
 
 
 def _first_duplicate(values: Sequence[Any]) -> list[Any]:
-    """The first value that is there more than once, or nothing."""
+    """The first value that occurs more than once, as a list of one; an empty list if there is none."""
     return [value for value, count in Counter(values).items() if count > 1][:1]

@@ -1,4 +1,4 @@
-"""The table of a study: each method at its best learning rate, what it reaches, how soon, at what cost, how surely."""
+"""The table of a study: scores, significance, convergence speed and cost of each method at its best learning rate."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from scalora.studies.study import Study, study_of
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A study as far as its cells are finished.
+    """The results of a study, as far as its cells are finished.
 
     Attributes:
         folder: the study folder.
-        study: its settings.
-        cells: a row for each cell; see `scalora.studies.cells.StudyCells`.
-        curves: a row for each logged number.
-        updates: a row for each spectrum of a layer's total update.
-        table: a row for each method; see `comparison_table`.
-        sensitivity: a row for each method and learning rate: the mean ``eval_loss`` and ``metric`` over the seeds that
-            choose the rate, ``best`` and how many of the ``seeds`` are ``finished``.
+        study: the study's settings.
+        cells: one row per cell, with the columns described in `scalora.studies.cells.StudyCells`.
+        curves: one row per logged value: ``method``, ``learning_rate``, ``seed``, ``step``, ``seconds``, ``name``,
+            ``value``.
+        updates: one row per tracked spectrum of a layer's weight update, as in ``updates.jsonl``.
+        table: one row per method, with the columns described in `comparison_table`.
+        sensitivity: one row per method and learning rate: mean final ``eval_loss`` and ``metric`` over the finished
+            tuning seeds, the numbers of ``finished`` and of all tuning ``seeds``, and whether it is the ``best`` rate.
     """
 
     folder: Path
@@ -42,10 +43,13 @@ class StudyResult:
 
 
 def load_study(folder: Path) -> StudyResult:
-    """Read a study folder, finished or not; nothing is run.
+    """Read the results in a study folder, finished or not, without running anything.
+
+    Args:
+        folder: the study folder.
 
     Raises:
-        InputError: it is not the folder of a study.
+        InputError: the folder holds no valid study file.
     """
     study = study_of(folder)
     read = read_cells(study)
@@ -55,20 +59,32 @@ def load_study(folder: Path) -> StudyResult:
 
 
 def comparison_table(study: Study, cells: pd.DataFrame, curves: pd.DataFrame, best: dict[str, float]) -> pd.DataFrame:
-    """One row a method, at its best learning rate, over the finished cells of the seeds that are reported.
+    """Compare the methods, each at its best learning rate, over the finished cells of the reported seeds.
 
-    Columns, all NaN where there is no figure (``_mean`` over seeds, ``_se`` its standard error, from two seeds on):
+    Args:
+        study: the study's settings.
+        cells: one row per cell, as in `scalora.studies.cells.StudyCells`.
+        curves: one row per logged value, as in `scalora.studies.cells.StudyCells`.
+        best: best learning rate by method.
 
-    - ``method``, ``learning_rate``, ``at_edge`` (of its grid), ``seeds`` (finished), ``unfinished`` (failed, missing).
-    - ``metric_…``, ``best_metric_…`` (of a run's evaluations), ``eval_loss_…``, ``train_loss_…`` (the last quarter).
-    - ``metric_difference`` from the baseline at the same seeds, ``metric_difference_se``, ``metric_p`` (paired t test,
-      two-sided, no correction for the number of methods); the same for ``eval_loss``.
-    - ``metric_gap_closed``, ``eval_loss_gap_closed``: (method − baseline) / (ceiling − baseline), where the ceiling is
-      better than the baseline.
-    - ``steps_to_baseline``, ``seconds_to_baseline``: to the smallest evaluation loss of the baseline's mean curve;
-      ``…_share`` of what the baseline took. Between two evaluations the loss is taken to be linear.
-    - ``seconds_per_step``, ``trainable_parameters``, ``numerical_rank``, ``effective_rank`` (means over seeds) and
-      ``peak_memory_bytes`` (their maximum).
+    Returns:
+        One row per method, with these columns. A column ``x_mean`` is a mean over seeds and ``x_se`` its standard
+        error, defined for two or more seeds. Undefined values are NaN.
+
+        - ``method``, ``learning_rate``; ``at_edge``: whether the rate is the smallest or largest of the method's grid;
+          ``seeds``: number of finished seeds; ``unfinished``: number of failed or missing seeds.
+        - ``metric_…``, ``eval_loss_…``: final scores; ``best_metric_…``: the best of each run's evaluations;
+          ``train_loss_…``: mean over the last quarter of the logged losses.
+        - ``metric_difference``, ``eval_loss_difference``: mean difference from the baseline at the same seeds, with
+          standard error ``…_difference_se`` and p value ``…_p`` of the two-sided paired t test, not corrected for the
+          number of methods.
+        - ``metric_gap_closed``, ``eval_loss_gap_closed``: (method − baseline) / (ceiling − baseline), defined where the
+          ceiling is better than the baseline.
+        - ``steps_to_baseline``, ``seconds_to_baseline``: steps and training seconds until the mean evaluation loss
+          reaches the minimum of the baseline's mean curve, interpolated linearly between evaluations; ``…_share``: the
+          same divided by the baseline's own.
+        - ``seconds_per_step``, ``trainable_parameters``, ``numerical_rank``, ``effective_rank``: means over seeds;
+          ``peak_memory_bytes``: maximum over seeds.
     """
     reported = cells[(cells["reported"] == True) & (cells["status"] == "finished")]  # noqa: E712 - a column
     final = {method: reported[reported["method"] == method].set_index("seed") for method in study.methods}
@@ -83,8 +99,7 @@ def _table_row(
     final: dict[str, pd.DataFrame],
     losses: dict[str, pd.DataFrame],
 ) -> dict[str, Any]:
-    runs, baseline = final[method], final[study.baseline]
-    ceiling = final.get(study.ceiling) if study.ceiling is not None else None
+    runs = final[method]
     rates = study.rates(method)
     row: dict[str, Any] = {
         "method": method,
@@ -93,32 +108,45 @@ def _table_row(
         "seeds": len(runs),
         "unfinished": len(study.seeds) - len(runs),
     }
-    scores = {
-        "metric": study.metric,
-        "best_metric": "best_metric",
-        "eval_loss": "eval_loss",
-        "train_loss": "train_loss",
-    }
-    for name, column in scores.items():
+    for name in ("metric", "best_metric", "eval_loss", "train_loss"):
+        column = study.metric if name == "metric" else name
         row[f"{name}_mean"], row[f"{name}_se"] = mean_and_error(runs[column])
-    for name, column in (("metric", study.metric), ("eval_loss", "eval_loss")):
-        difference, error, p = (
-            (math.nan,) * 3 if method == study.baseline else paired_difference(runs[column], baseline[column])
-        )
-        row |= {f"{name}_difference": difference, f"{name}_difference_se": error, f"{name}_p": p}
-    for name, column in (("metric", study.metric), ("eval_loss", "eval_loss")):
-        larger = study.larger_is_better() if name == "metric" else False
-        row[f"{name}_gap_closed"] = (
-            math.nan if ceiling is None else gap_closed(runs[column], baseline[column], ceiling[column], larger=larger)
-        )
+    row |= _against_baseline(study, method, final)
     row |= _to_baseline(losses[method], losses[study.baseline])
     for name in ("seconds_per_step", "trainable_parameters", "numerical_rank", "effective_rank"):
         row[name] = runs[name].mean()
     return row | {"peak_memory_bytes": runs["peak_memory_bytes"].max()}
 
 
+def _against_baseline(study: Study, method: str, final: dict[str, pd.DataFrame]) -> dict[str, float]:
+    """Differences from the baseline and shares of the gap closed, for the metric and for the evaluation loss."""
+    runs, baseline = final[method], final[study.baseline]
+    ceiling = final.get(study.ceiling) if study.ceiling is not None else None
+    differences: dict[str, float] = {}
+    shares: dict[str, float] = {}
+    for name, column, larger in (
+        ("metric", study.metric, study.larger_is_better()),
+        ("eval_loss", "eval_loss", False),
+    ):
+        difference, error, p = (
+            (math.nan,) * 3 if method == study.baseline else paired_difference(runs[column], baseline[column])
+        )
+        differences |= {f"{name}_difference": difference, f"{name}_difference_se": error, f"{name}_p": p}
+        shares[f"{name}_gap_closed"] = (
+            math.nan if ceiling is None else gap_closed(runs[column], baseline[column], ceiling[column], larger=larger)
+        )
+    return differences | shares
+
+
 def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and its standard error; NaN for the error of a single value, or of any that is not finite."""
+    """Mean of some values and its standard error.
+
+    Args:
+        values: one value per seed.
+
+    Returns:
+        The mean, NaN without values, and its standard error, NaN for fewer than two values or if any is not finite.
+    """
     array = np.asarray(list(values), dtype=float)
     if not len(array):
         return math.nan, math.nan
@@ -127,15 +155,15 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
 
 
 def paired_difference(values: pd.Series, baseline: pd.Series) -> tuple[float, float, float]:
-    """Mean of the differences at the seeds that both have, its standard error, and p of the paired t test.
+    """Mean difference from the baseline over the seeds that both have, with its standard error and significance.
 
     Args:
-        values: indexed by seed.
-        baseline: the same of the baseline.
+        values: a method's values, indexed by seed.
+        baseline: the baseline's values, indexed by seed.
 
     Returns:
-        No p (NaN) where all the differences are one and the same, as they may be of an accuracy on few examples: the
-        test would take that for certainty.
+        The mean difference, its standard error, and the p value of the two-sided paired t test. p is NaN if all
+        differences are equal, as may happen for the accuracy on few examples: the test would report certainty.
     """
     both = pd.concat([values, baseline], axis=1, join="inner").to_numpy(dtype=float)
     differences = both[:, 0] - both[:, 1] if np.isfinite(both).all() else np.full(len(both), math.nan)
@@ -145,9 +173,16 @@ def paired_difference(values: pd.Series, baseline: pd.Series) -> tuple[float, fl
 
 
 def gap_closed(values: pd.Series, baseline: pd.Series, ceiling: pd.Series, *, larger: bool) -> float:
-    """Share of the way from the baseline's mean to the ceiling's, over the seeds that all three have.
+    """Share of the gap between the baseline's and the ceiling's means that a method closes.
 
-    NaN where the ceiling is no better than the baseline: there is no gap to close.
+    Args:
+        values: the method's values, indexed by seed. Only seeds that all three have count.
+        baseline: the baseline's values, indexed by seed.
+        ceiling: the ceiling's values, indexed by seed.
+        larger: whether larger values are better.
+
+    Returns:
+        0 at the baseline's mean, 1 at the ceiling's; NaN if the ceiling is not better than the baseline.
     """
     method, low, high = pd.concat([values, baseline, ceiling], axis=1, join="inner").mean().to_numpy()
     way, gap = (method - low, high - low) if larger else (low - method, low - high)
@@ -155,7 +190,7 @@ def gap_closed(values: pd.Series, baseline: pd.Series, ceiling: pd.Series, *, la
 
 
 def _loss_curves(curves: pd.DataFrame, method: str, learning_rate: float | None, seeds: list[int]) -> pd.DataFrame:
-    """Evaluation losses and training seconds: index step, columns (value or seconds, seed)."""
+    """Evaluation losses and training times, indexed by step, with columns (``value`` or ``seconds``, seed)."""
     chosen = curves[
         (curves["method"] == method)
         & (curves["learning_rate"] == learning_rate)
@@ -187,16 +222,17 @@ def _to_baseline(losses: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, floa
 def time_to_reach(
     target: float, steps: NDArray[np.float64], seconds: NDArray[np.float64], losses: NDArray[np.float64]
 ) -> tuple[float, float]:
-    """Step and seconds at which a curve is first at or below a loss; NaN if it never is.
+    """Step and training time at which a loss curve first reaches a target, interpolated between evaluations.
 
     Args:
-        target: the loss.
-        steps: (evaluations,) ascending.
-        seconds: (evaluations,) of training up to each.
-        losses: (evaluations,), taken to be linear between two; NaN and inf where there is none.
+        target: the loss to reach.
+        steps: steps of the evaluations, (evaluations,), ascending.
+        seconds: training seconds up to each evaluation, (evaluations,).
+        losses: evaluation losses, (evaluations,); NaN or inf where there is none.
 
     Returns:
-        Of a curve that is there at its first evaluation, that evaluation's.
+        Step and seconds; those of the first evaluation if the target is reached there already, and NaN if it is never
+        reached.
     """
     reached = np.flatnonzero(losses <= target)
     if not math.isfinite(target) or not len(reached):

@@ -18,10 +18,17 @@ _NONE = "—"
 
 
 def write_tables(folder: Path) -> StudyResult:
-    """Write ``cells``, ``curves`` and ``table`` as parquet and ``table.md``, from the cells that are there.
+    """Write ``cells.parquet``, ``curves.parquet``, ``table.parquet`` and ``table.md`` into a study folder.
+
+    Args:
+        folder: the study folder; unfinished cells are left out of the tables.
+
+    Returns:
+        The results that were written.
 
     Raises:
-        InputError: it is not the folder of a study.
+        InputError: the folder holds no valid study file.
+        OSError: a file can't be written.
     """
     result = load_study(folder)
     for name in ("cells", "curves", "table"):
@@ -33,7 +40,11 @@ def write_tables(folder: Path) -> StudyResult:
 
 
 def markdown(result: StudyResult) -> str:
-    """Where the figures come from, then what was reached, how soon, at what cost, and what each learning rate gave."""
+    """The report of a study in Markdown: provenance, scores, comparison with the baseline, costs, learning rates.
+
+    Args:
+        result: the results of a study, finished or not.
+    """
     study = result.study
     sections = [
         _header(result),
@@ -44,7 +55,7 @@ def markdown(result: StudyResult) -> str:
     ]
     failed = result.cells[result.cells["status"] == "failed"].to_dict("records")
     if failed:
-        sections += ["## Failed", "\n".join(f"- {row['folder']}: {row['error']}" for row in failed)]
+        sections += ["## Failed runs", "\n".join(f"- {row['folder']}: {row['error']}" for row in failed)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -60,13 +71,13 @@ def _reached(study: Study, rows: list[dict[str, Any]]) -> list[str]:
         return [row["method"], rate, f"{row['seeds']}{unfinished}", *(_with_error(row, name) for name in names)]
 
     note = (
-        f"Mean ± standard error over seeds; {metric}: {'larger' if study.larger_is_better() else 'smaller'} is better; "
-        "best: of a run's evaluations; training loss: mean of the last quarter of the logged ones."
+        f"Mean ± standard error over seeds. For {metric}, {'larger' if study.larger_is_better() else 'smaller'} is "
+        "better; best: the best of each run's evaluations. Training loss: mean over the last quarter of the logs."
     )
     if any(row["at_edge"] for row in rows):
-        note += "\n\n\\* at the edge of its grid of learning rates: a better one may lie outside."
+        note += "\n\n\\* at the edge of the method's learning rate grid: a better rate may lie outside."
     return [
-        "## What each method reaches at its best learning rate",
+        "## Scores at the best learning rate",
         grid(["method", "learning rate", "seeds", *names.values()], map(line, rows)),
         note,
     ]
@@ -90,12 +101,15 @@ def _against_baseline(study: Study, rows: list[dict[str, Any]]) -> list[str]:
             cells.append(_number(row[name], ".0f") + ("" if math.isnan(share) else f" ({share:.0%})"))
         return cells
 
-    note = "Differences are paired by seed; p: paired t test, two-sided, not corrected for the number of methods. "
+    note = "Differences are paired by seed. p: two-sided paired t test, not corrected for the number of methods. "
     if has_ceiling:
-        note += f"Gap closed: of the way from {baseline} to {study.ceiling}; none where {study.ceiling} is no better. "
+        note += (
+            f"Gap closed: share of the difference between {baseline} and {study.ceiling}; none where {study.ceiling} "
+            "is not better. "
+        )
     note += (
-        f"Steps and seconds of training: until the mean evaluation loss is at the smallest of {baseline}'s mean curve, "
-        f"linear between evaluations; in brackets as a share of what {baseline} took."
+        f"Steps and seconds: training until the mean evaluation loss reaches the minimum of {baseline}'s mean curve, "
+        f"interpolated linearly between evaluations; in brackets, relative to {baseline} itself."
     )
     return [
         f"## Against {baseline}",
@@ -117,9 +131,9 @@ def _costs(rows: list[dict[str, Any]]) -> list[str]:
 
     columns = ["seconds per step", "peak memory, MiB", "trainable parameters", "numerical rank", "effective rank"]
     return [
-        "## Cost, and rank of the update",
+        "## Cost and rank of the update",
         grid(["method", *columns], map(line, rows)),
-        "Ranks: of the total update at the end, mean over the measured layers and the seeds (`track_updates`).",
+        "Ranks: of the final weight update, mean over the tracked layers (`track_updates`) and the seeds.",
     ]
 
 
@@ -133,9 +147,9 @@ def _learning_rates(study: Study, rows: list[dict[str, Any]]) -> list[str]:
 
     seeds = _listed(study.tuning_seeds or study.seeds)
     return [
-        "## Every learning rate",
+        "## All learning rates",
         grid(["method", "learning rate", *names.values(), "runs finished"], map(line, rows)),
-        f"Mean over the seeds {seeds}; the best (bold) is the one with the smallest evaluation loss.",
+        f"Mean over the finished runs on seeds {seeds}. Bold: the best rate, that with the lowest evaluation loss.",
     ]
 
 
@@ -148,20 +162,25 @@ def _header(result: StudyResult) -> str:
         for name, version in (json.loads(recorded.read_text())["versions"] if recorded.is_file() else {}).items():
             versions.setdefault(name, set()).add(version)
     study = result.study
-    tuned = f", rates chosen on {_listed(study.tuning_seeds)}" if study.tuning_seeds else ""
+    tuned = f", learning rates chosen on {_listed(study.tuning_seeds)}" if study.tuning_seeds else ""
     parts = [
         f"`{made['command']}`" if "command" in made else "",
         str(made.get("date", "")),
         ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in versions.items()),
         f"seeds {_listed(study.seeds)}{tuned}",
-        f"threads a run: {_listed(made['threads'])}" if "threads" in made else "",
+        f"threads per run: {_listed(made['threads'])}" if "threads" in made else "",
         f"{(result.cells['status'] == 'finished').sum()} of {len(result.cells)} runs finished",
     ]
     return f"# {result.folder.name}\n\n" + "; ".join(part for part in parts if part) + "."
 
 
 def grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table.
+
+    Args:
+        columns: the headings.
+        rows: the cells of each row, as text; pipes are escaped.
+    """
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

@@ -1,0 +1,249 @@
+"""``scalora train --dry-run``: what a run would do, found without weights, without training and without writing."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer
+
+from scalora.config import Merge
+from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.model.memory import Memory, bytes_of_base, quantisable_layers, training_memory
+from scalora.model.placement import resolve_merge
+from scalora.rivals.scalora import ScaLoraMethod
+from scalora.runs.data import longest_text
+from scalora.runs.lengths import token_counts
+from scalora.runs.messages import without_message
+from scalora.runs.models import empty_base
+from scalora.runs.prepare import PreparedRun, prepare, trainer_maker, training_arguments
+from scalora.runs.results import result_names
+from scalora.runs.settings import Settings
+from scalora.runs.shown_example import ShownExample, shown_example
+
+_HEAD = 1000  # examples that are tokenised: enough to see their lengths, within seconds
+
+_SHOWN = 2
+
+# The Trainer makes its output folder, and a repository on the hub if it shall push to one, when it is made.
+_WRITES_NOTHING = {"report_to": "none", "push_to_hub": False}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the first training examples, before anything is cut off.
+
+    Attributes:
+        examples: number of examples that were looked at.
+        shortest: tokens of the shortest one.
+        median: median number of tokens.
+        longest: tokens of the longest one.
+        limit: tokens after which an example is cut off; None without a limit.
+        cut: number of examples that are cut off; for classification and regression, that reach the limit.
+        left_out: number of examples that training leaves out, because no token to train on is within the limit.
+    """
+
+    examples: int
+    shortest: int
+    median: float
+    longest: int
+    limit: int | None
+    cut: int
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Optimizer steps of a run.
+
+    Attributes:
+        per_epoch: steps of an epoch.
+        total: steps of the run.
+        batch: examples per step; packed sequences, if examples are packed.
+        estimated: whether the number of examples that are left, or sequences, is extrapolated from the first ones.
+    """
+
+    per_epoch: int
+    total: int
+    batch: int
+    estimated: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do.
+
+    Attributes:
+        run: the run, resolved and checked.
+        model: class of the model.
+        parameters: number of the base model's parameters.
+        trained: number of parameters that are trained.
+        layers: number of layers that ScaLoRA rescales; 0 for other methods.
+        merge: where their remainders go; None for other methods.
+        memory: memory of training, without activations.
+        lengths: tokens of the first examples.
+        steps: optimizer steps.
+        shown: the first examples.
+        results: folders that the run would write in its run folder at its end.
+    """
+
+    run: PreparedRun
+    model: str
+    parameters: int
+    trained: int
+    layers: int
+    merge: Merge | None
+    memory: Memory
+    lengths: Lengths
+    steps: Steps
+    shown: list[ShownExample]
+    results: list[str]
+
+
+def dry_run(settings: Settings, *, overwrite: bool = False, resume: bool = False) -> Plan:
+    """Find out what a run would do, and raise what it would raise before training.
+
+    The model is built from its config on torch's meta device. No weights are read, and nothing is written except the
+    caches of the libraries that load the data. Not tried are reading the weights, the gradients that some starts need,
+    and compiling ScaLoRA's C++ (``native``).
+
+    Args:
+        settings: the run's settings.
+        overwrite: whether the run may replace an earlier run's folder.
+        resume: whether to resume the run in the folder from its last whole checkpoint.
+
+    Raises:
+        InputError: something in the config, the data or the model's config can't be used.
+    """
+    run = prepare(settings, overwrite=overwrite, resume=resume)
+    base = empty_base(run.source, settings, run.tokenizer, run.labels)
+    parameters = sum(p.numel() for p in base.parameters())
+    quantised = quantisable_layers(base) if settings.quantization else set()
+    base_bytes = bytes_of_base(base, quantised, settings.quantization)
+    model = _adapted(run, base)
+    trainer, uncut = _trainers(run, model)
+    pairs = _pairs(run, trainer.model, quantised)
+    merge = resolve_merge(pairs, *_placement(run)) if pairs else None
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    return Plan(
+        run=run,
+        model=type(base).__name__,
+        parameters=parameters,
+        trained=sum(p.numel() for p in trained),
+        layers=len(pairs),
+        merge=merge,
+        memory=_memory(run, base_bytes, sum(p.nbytes for p in trained), pairs, merge),
+        lengths=_lengths(run, trainer, uncut),
+        steps=_steps(run, trainer),
+        shown=_shown(run, trainer),
+        results=result_names(run, factored=merge == "factored"),
+    )
+
+
+class _NeedsGradients(Exception):
+    """A method's start asks for gradients of the adapted model, which has no weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+
+def _adapted(run: PreparedRun, base: nn.Module) -> nn.Module:
+    """The model as the method adapts it, without the numbers of its start."""
+    method = run.method
+    if isinstance(method, ScaLoraMethod):
+        method = replace(method, start="zero")
+
+    def stop(model: nn.Module) -> NoReturn:
+        raise _NeedsGradients(model)
+
+    try:
+        with torch.device("meta"):
+            return method.adapt(base, run.peft_config, stop)
+    except _NeedsGradients as adapted:
+        return adapted.model
+
+
+def _trainers(run: PreparedRun, model: nn.Module) -> tuple[Trainer, Trainer]:
+    """The trainer over the first examples, and one that does not cut them off."""
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        without_message("transformers.tokenization_utils_base", "Token indices sequence length is longer"),
+    ):
+        trainer = _trainer(run, model, scratch)
+        if run.settings.task != "sft":
+            return trainer, trainer
+        return trainer, _trainer(run, model, scratch, max_length=None, packing=False)
+
+
+def _trainer(run: PreparedRun, model: nn.Module, scratch: str, **changes: Any) -> Trainer:
+    training = run.settings.training | _WRITES_NOTHING | {"output_dir": scratch} | changes
+    settings = run.settings.model_copy(update={"training": training})
+    arguments = training_arguments(settings, run.method, evaluates="eval" in run.examples)
+    # Not files, so that what is made of them is not written to a cache either.
+    head = {split: Dataset.from_dict(rows[:_HEAD], features=rows.features) for split, rows in run.examples.items()}
+    make = trainer_maker(settings, run.tokenizer, head, arguments, run.labels)
+    return make(model, optimizers=(run.method.optimizer(model, arguments), None))
+
+
+def _pairs(run: PreparedRun, model: nn.Module, quantised: set[nn.Module]) -> list[LoraPair]:
+    """What ScaLoRA would rescale, as it would be over a quantised base."""
+    if not isinstance(run.method, ScaLoraMethod):
+        return []
+    return [replace(pair, quantised=pair.layer.get_base_layer() in quantised) for pair in find_lora_pairs(model)]
+
+
+def _placement(run: PreparedRun) -> tuple[Merge, int]:
+    assert isinstance(run.method, ScaLoraMethod)
+    return run.method.config.merge, run.method.config.remainder_rank
+
+
+def _memory(run: PreparedRun, base: int, trained: int, pairs: list[LoraPair], merge: Merge | None) -> Memory:
+    adapter = 0 if run.peft_config is None else trained
+    if merge is None:
+        return training_memory(base, adapter, trained)
+    return training_memory(base, adapter, trained, pairs, merge, _placement(run)[1])
+
+
+def _lengths(run: PreparedRun, trainer: Trainer, uncut: Trainer) -> Lengths:
+    counts = token_counts(uncut.train_dataset)
+    left_out = 0
+    limit: int | None = longest_text(run.tokenizer)
+    cut = sum(count == limit for count in counts)  # texts of classification and regression are cut off already
+    if run.settings.task == "sft":
+        packing = trainer.args.packing
+        # Unless the packing strategy is this one, an example that is too long goes on in the next sequence.
+        limit = trainer.args.max_length if not packing or trainer.args.packing_strategy == "bfd" else None
+        cut = 0 if limit is None else sum(count > limit for count in counts)
+        left_out = 0 if packing else len(counts) - len(trainer.train_dataset)
+    return Lengths(len(counts), min(counts), statistics.median(counts), max(counts), limit, cut, left_out)
+
+
+def _steps(run: PreparedRun, trainer: Trainer) -> Steps:
+    """As the Trainer counts them, whose own count wants a loader of all examples."""
+    arguments, examples = run.arguments, len(run.examples["train"])
+    looked_at = min(examples, _HEAD)
+    sequences = round(examples * len(trainer.train_dataset) / looked_at)
+    per_device = arguments.train_batch_size * arguments.world_size
+    batches = sequences // per_device if arguments.dataloader_drop_last else math.ceil(sequences / per_device)
+    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    return Steps(
+        per_epoch=per_epoch,
+        total=total,
+        batch=per_device * arguments.gradient_accumulation_steps,
+        estimated=looked_at < examples and sequences != examples,
+    )
+
+
+def _shown(run: PreparedRun, trainer: Trainer) -> list[ShownExample]:
+    rows = trainer.train_dataset.select(range(min(_SHOWN, len(trainer.train_dataset))))
+    labels: list[str | None] = [None] * len(rows)
+    if run.settings.task != "sft":
+        labels = [run.labels[label] if run.labels else f"{label:g}" for label in rows["labels"]]
+    return [shown_example(row, trainer, run.tokenizer, label) for row, label in zip(rows, labels, strict=True)]

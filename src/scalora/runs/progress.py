@@ -1,0 +1,136 @@
+"""What training shows while it runs: one progress bar on a terminal, and a line for each log entry."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# What people watch, with its label and format. Everything that is logged is in metrics.jsonl.
+_WATCHED = {
+    "loss": ("loss", ".4f"),
+    "eval_loss": ("eval loss", ".4f"),
+    "eval_accuracy": ("accuracy", ".4f"),
+    "eval_f1": ("F1", ".4f"),
+    "eval_matthews": ("Matthews", ".4f"),
+    "eval_pearson": ("Pearson", ".4f"),
+    "eval_spearman": ("Spearman", ".4f"),
+    "eval_mse": ("MSE", ".4g"),
+    "learning_rate": ("lr", ".3g"),
+    "scalora/column_share": ("scaled by column", ".0%"),
+}
+
+
+class TrainingProgress(TrainerCallback):  # type: ignore[misc]
+    """Shows the progress of training and of the evaluations in it, with the time left, on standard error.
+
+    A context manager: the bar is gone when it ends, whatever ends it. Warns when training has diverged.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self._console,
+            transient=True,
+            speed_estimate_period=600,  # steps may take minutes
+            refresh_per_second=2,
+            disable=not self._console.is_terminal,
+        )
+        self._training: TaskID | None = None
+        self._evaluation: TaskID | None = None
+        self._start = (0.0, 0)
+        self._diverged = False
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar; of a resumed run from where it continues."""
+        self._start = time.perf_counter(), state.global_step
+        self._training = self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar on."""
+        assert self._training is not None
+        self._bar.update(self._training, completed=state.global_step)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the evaluation's progress in place of the training's."""
+        if self._evaluation is None:
+            self._show_training(False)
+            self._evaluation = self._bar.add_task("evaluating", total=len(kwargs["eval_dataloader"]))
+        self._bar.advance(self._evaluation)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Go back to the training's progress."""
+        if self._evaluation is not None:
+            self._bar.remove_task(self._evaluation)
+            self._evaluation = None
+            self._show_training(True)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Print the watched numbers of a log entry, if it has any."""
+        if not state.is_world_process_zero:
+            return
+        figures = [f"{label} {logs[key]:{form}}" for key, (label, form) in _WATCHED.items() if key in logs]
+        if figures:
+            width = len(str(state.max_steps))
+            words = [f"step {state.global_step:>{width}}/{state.max_steps}", *figures, *self._time_left(state)]
+            self._console.print("  ".join(words), markup=False, soft_wrap=True)
+        self._warn_if_diverged(logs, state.global_step, args)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the bar away; an evaluation may follow."""
+        assert self._training is not None
+        self._bar.remove_task(self._training)
+        self._training = None
+
+    def _show_training(self, visible: bool) -> None:
+        if self._training is not None:
+            self._bar.update(self._training, visible=visible)
+
+    def _time_left(self, state: TrainerState) -> list[str]:
+        """Where there is no bar to say it."""
+        begin, first = self._start
+        done, left = state.global_step - first, state.max_steps - state.global_step
+        if self._console.is_terminal or done <= 0 or left <= 0:
+            return []
+        return [f"{timedelta(seconds=round((time.perf_counter() - begin) / done * left))} left"]
+
+    def _warn_if_diverged(self, logs: dict[str, Any], step: int, arguments: TrainingArguments) -> None:
+        """Warn once about a loss or gradient that is not finite; with float16 the scaled gradients may overflow."""
+        watched = ["loss", "eval_loss"] if arguments.fp16 else ["loss", "eval_loss", "grad_norm"]
+        bad = [name for name in watched if not math.isfinite(logs.get(name, 0.0))]
+        if bad and not self._diverged:
+            self._diverged = True
+            warnings.warn(
+                f"{bad[0]} is {logs[bad[0]]} at step {step}: training has diverged; lower the learning rate, or check "
+                "the data",
+                stacklevel=2,
+            )

@@ -1,0 +1,77 @@
+"""What a run leaves behind in its folder: the trained model, adapter and state, each in a folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scalora.model.adapters import find_lora_pairs
+from scalora.rescale.remainder import FactoredRemainder
+from scalora.rivals.scalora import ScaLoraMethod
+from scalora.runs.models import save_tokenizer
+from scalora.runs.prepare import PreparedRun
+from scalora.saving.attach import state_of
+from scalora.saving.files import atomic_folder
+from scalora.saving.ordinary_adapter import write_adapter
+from scalora.saving.readme import write_readme
+from scalora.saving.state_file import STATE_FILE, write_state
+
+
+def result_names(run: PreparedRun, *, factored: bool) -> list[str]:
+    """The folders that a run writes at its end.
+
+    ``delta`` is the exact state of a ScaLoRA run, for `scalora export`. ``adapter`` is an ordinary adapter, where it
+    costs nothing: of a method that leaves the base unchanged, and of a factored remainder. ``model`` is the merged
+    model; a quantised base can't take the update.
+
+    Args:
+        run: the run.
+        factored: whether ScaLoRA keeps a factored remainder.
+    """
+    if not run.settings.save_model:
+        return []
+    names = []
+    if isinstance(run.method, ScaLoraMethod):
+        names += ["delta", "adapter"] if factored else ["delta"]
+    elif run.peft_config is not None and run.method.ordinary_adapter:
+        names.append("adapter")
+    if run.settings.quantization is None:
+        names.append("model")
+    return names
+
+
+def write_results(run: PreparedRun, model: Any, folder: Path) -> None:
+    """Write the folders named by `result_names`, each whole or not at all.
+
+    Args:
+        run: the run.
+        model: the trained model.
+        folder: the run folder.
+    """
+    pairs = find_lora_pairs(model) if isinstance(run.method, ScaLoraMethod) else []
+    factored = bool(pairs) and isinstance(pairs[0].remainder, FactoredRemainder)
+
+    def write_delta(target: Path) -> None:
+        state = state_of(model, pairs)
+        write_state(target / STATE_FILE, state)
+        write_readme(target, state)
+
+    def write_ordinary_adapter(target: Path) -> None:
+        if factored:
+            write_adapter(model, pairs, target)
+        else:
+            model.save_pretrained(target)
+
+    def write_model(target: Path) -> None:
+        run.method.merged(model).save_pretrained(target)  # type: ignore[operator]
+        save_tokenizer(run.tokenizer, target)
+
+    writers: dict[str, Callable[[Path], None]] = {
+        "delta": write_delta,
+        "adapter": write_ordinary_adapter,
+        "model": write_model,
+    }
+    for name in result_names(run, factored=factored):
+        with atomic_folder(folder / name) as target:
+            writers[name](target)
