@@ -158,5 +158,5 @@ def test_a_resumed_run_is_the_one_that_did_not_stop(results):
 def test_sharded_weights_are_refused_by_name(results):
     for result in results:
         for message in result["refusals"]:
-            assert "layers.0.self_attn.q_proj': its base weight is sharded" in message
+            assert "layers.0.self_attn.q_proj' is not supported: its base weight is sharded" in message
             assert "DistributedDataParallel" in message
