@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from scalora.cli import app
+from scalora.report.charts import STUDY_CHARTS
 from scalora.report.figures import (
     column_share_by_steps,
     factors,
@@ -24,9 +25,11 @@ from scalora.report.figures import (
     rank_by_steps,
     run_loss,
     run_rank,
+    run_spectrum,
     scaling_shares,
 )
-from scalora.report.summaries import NoData
+from scalora.report.summaries import NoData, final_spectra, mean_ranks
+from scalora.report.tables import html_from_markdown, table_of
 from scalora.report.write import read_run, read_study
 
 METHODS = (
@@ -70,6 +73,10 @@ def rank(method, seed, step, layer):
     return 4 + (step // 12 + seed + layer if "scalora" in method else 0)
 
 
+def spectrum(layer):
+    return [10 ** (-place / (6 + 2 * layer)) for place in range(64)]
+
+
 def scaling_log(step):
     share = 0.7 + 0.1 * np.sin(step / 40)
     log = {"column_share": share, "scalar_share": 0.9 - share, "left_alone_share": 0.1}
@@ -104,10 +111,10 @@ def write_run(folder, method="scalora", rate=1e-3, seed=1, inspected=True, track
                 "numerical_rank": rank(method, seed, step, layer),
                 "effective_rank": 0.6 * rank(method, seed, step, layer),
                 "norm": 0.1 * step,
-                "singular_values": [1.0, 0.5],
+                "singular_values": [0.01 * step * value for value in spectrum(place)],
             }
             for step in range(24, STEPS + 1, 24)
-            for layer in (0, 8, 16, 23)
+            for place, layer in enumerate((0, 8, 16, 23))
         ]
         write_lines(folder / "updates.jsonl", lines)
     summary = {
@@ -116,6 +123,8 @@ def write_run(folder, method="scalora", rate=1e-3, seed=1, inspected=True, track
         "seconds_per_step": seconds,
         "peak_memory_bytes": (500 + 40 * METHODS.index(method)) * 2**20,
         "trainable_parameters": 81920,
+        "measuring_seconds": 0.004 * seconds * STEPS,
+        "adapter_rank": 8,
         "eval_loss": logs[-1]["eval_loss"],
         "eval_accuracy": logs[-1]["eval_accuracy"],
     }
@@ -331,6 +340,18 @@ def test_a_run_shows_the_mean_rank_and_its_spread(run):
     assert set(band[band[:, 0] == STEPS][:, 1]) == {min(ranks[-1]), max(ranks[-1])}
 
 
+def test_a_run_shows_the_spectra_at_its_end_and_the_rank_of_its_adapter(run):
+    axes = run_spectrum(run).axes[0]
+    seen = [value for value in spectrum(1) if value >= 1e-5]
+    assert len(seen) < 64
+    drawn = line(axes, "2.query")  # encoder.layer.2.query without what all four have in common
+    np.testing.assert_allclose(drawn.get_ydata(), seen)
+    np.testing.assert_allclose(drawn.get_xdata(), range(1, len(seen) + 1))
+    assert set(line(axes, "a thousandth").get_ydata()) == {1e-3}
+    assert set(line(axes, "rank of the adapter").get_xdata()) == {8}
+    assert set(line(run_rank(run).axes[0], "rank of the adapter").get_ydata()) == {8}
+
+
 def test_shares_of_a_run_stack_up_to_all_layers(run):
     layers = scaling_shares(run).axes[0].collections
     assert [layer.get_label() for layer in layers] == ["column", "scalar", "left alone"]
@@ -365,7 +386,7 @@ def test_the_heat_map_has_blocks_across_and_kinds_down(run, value, of):
 
 def test_the_distance_to_the_oracle_has_every_layer_and_scaling(run):
     axes = oracle_distance(run).axes[0]
-    np.testing.assert_allclose(line(axes, "as it is").get_xdata(), [0.99 + 0.1 * i for i in range(24)])
+    np.testing.assert_allclose(line(axes, "no scaling").get_xdata(), [0.99 + 0.1 * i for i in range(24)])
     np.testing.assert_allclose(line(axes, "column").get_xdata(), [0.9 - 0.01 * i for i in range(24)])
     np.testing.assert_allclose(line(axes, "oracle (SVD)").get_xdata(), [0.3 + 0.01 * (i % 7) for i in range(24)])
     assert line(axes, "chosen").get_xdata()[5] == 0.95
@@ -447,14 +468,14 @@ def test_every_id_is_there_once_and_every_reference_has_its_id(kind, request):
     assert referred <= set(ids)
 
 
-@pytest.mark.parametrize(("kind", "count"), [("study_output", 9), ("run_output", 8)])
+@pytest.mark.parametrize(("kind", "count"), [("study_output", 9), ("run_output", 9)])
 def test_every_figure_has_words_numbers_and_files(kind, count, request):
     output, page, said = request.getfixturevalue(kind)
     parsed = Parsed(page)
     drawings = parsed.all("svg")
     assert len(drawings) == len(parsed.all("figure")) == len(parsed.all("figcaption")) == count
     assert all(drawing["role"] == "img" and len(drawing["aria-label"]) > 60 for drawing in drawings)
-    assert len(parsed.all("details")) == count + 1  # the settings
+    assert len(parsed.all("details")) == count + (2 if kind == "run_output" else 1)  # the settings, a run's summary
     for suffix, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
         files = sorted((output / "figures").glob(f"*.{suffix}"))
         assert len(files) == count
@@ -465,21 +486,27 @@ def test_every_figure_has_words_numbers_and_files(kind, count, request):
 @pytest.mark.parametrize("kind", ["study_output", "run_output"])
 def test_every_table_has_a_caption_and_headings(kind, request):
     _, page, _ = request.getfixturevalue(kind)
-    tables = re.findall(r"<table>.*?</table>", page, re.DOTALL)
+    tables = re.findall(r'<table role="table">.*?</table>', page, re.DOTALL)
     for table in tables:
-        assert re.match(r"<table><caption[^>]*>[^<]+</caption>", table)
-        assert '<th scope="col">' in table
-        rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)[1:]
+        assert re.match(r'<table role="table"><caption[^>]*>[^<]+</caption>', table)
+        heads = r'<th (?:scope="col" role="columnheader"|role="columnheader" scope="col")>\s*(.*?)</th>'
+        headings = re.findall(heads, table)
+        assert headings
+        rows = re.findall(r'<tr role="row">(.*?)</tr>', table, re.DOTALL)[1:]
         assert rows
-        assert all(row.strip().startswith('<th scope="row">') for row in rows)
+        assert all(re.match(r'\s*<th scope="row" role="rowheader">', row) for row in rows)
+        # Stacked on a phone, each cell says what it is.
+        labels = [heading.replace("<wbr>", "") for heading in headings[1:]]
+        assert all(re.findall(r'<td role="cell" data-label="(.*?)">', row) == labels for row in rows)
+        assert table.count("<td") == len(rows) * (len(headings) - 1)
     assert len(tables) == page.count("<table")
 
 
 def test_a_studys_results_are_those_of_its_table(study_output, study):
     _, page, _ = study_output
-    results = page[: page.index("<h2>Figures</h2>")]
+    results = page[page.index('<section id="tables"') :]
     mean, error = over_seeds(lambda seed, step: 1 - eval_loss("mora", 1e-3, seed, step) / 2, STEPS)
-    row = re.search(r'<th scope="row">\s*mora</th>(.*?)</tr>', results, re.DOTALL)[1]
+    row = re.search(r'<th scope="row" role="rowheader">\s*mora</th>(.*?)</tr>', results, re.DOTALL)[1]
     assert f"{mean[0]:.4f} ± {error[0]:.4f}" in row
 
 
@@ -515,7 +542,7 @@ def test_the_same_data_gives_the_same_bytes(tmp_path):
     again, _ = page_of(folder, tmp_path / "again")
     assert again == once
     written = sorted((tmp_path / "once" / "figures").iterdir())
-    assert len(written) == 4
+    assert len(written) == 6
     assert all((tmp_path / "again" / "figures" / path.name).read_bytes() == path.read_bytes() for path in written)
 
 
@@ -535,20 +562,39 @@ def test_what_a_run_lacks_is_said_with_the_command_that_gives_it(tmp_path):
     page, said = page_of(folder, tmp_path / "output")
     for text in (page, said):
         assert "scalora inspect RUN" in text
-        assert "track_updates: 20" in text
+        assert "track_updates: 0" in text
+        assert "scalora train" in text
         assert "method: scalora" in text
+        for title in ("Distance to the oracle", "Spectrum of the total update at the end", "Scaling factors"):
+            assert title in text
     assert "<code>scalora inspect RUN</code>" in page
-    assert len(Parsed(page).all("figure")) == 1
+    parsed = Parsed(page)
+    assert len(parsed.all("figure")) == 1
     assert len(list((tmp_path / "output" / "figures").iterdir())) == 2
+    # Nothing stands in place of the others: one line for each reason, at the end of the page.
+    assert len([attributes for attributes in parsed.all("section") if "aria-labelledby" in attributes]) == 1
+    assert page.index("Distance to the oracle") > page.index("<pre>")
+    assert said.count("left out: ") == page[page.index("Not shown</h2>") :].count("<p>") == 3
+
+
+def test_a_run_that_was_measured_only_at_its_end_shows_its_spectrum(tmp_path):
+    folder = write_run(tmp_path / "run", method="lora", inspected=False)
+    path = folder / "updates.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[-4:]))
+    page, said = page_of(folder, tmp_path / "output")
+    assert (tmp_path / "output" / "figures" / "spectrum-of-the-update.png").is_file()
+    assert not (tmp_path / "output" / "figures" / "rank-of-the-update.png").exists()
+    assert "Rank of the total update: the run was measured only at its end" in said
+    assert "track_updates: 20" in page
 
 
 def test_what_a_study_lacks_is_said_with_the_command_that_gives_it(tmp_path):
     folder = write_study(tmp_path / "study", methods=("lora", "dora"), tracked=False)
     page, said = page_of(folder, tmp_path / "output")
     for text in (page, said):
-        assert "track_updates: 20" in text
+        assert "track_updates: 0" in text
         assert "scalora compare" in text
-        assert "No finished run rescaled columns" in text
+        assert "no finished run has rescaled columns" in text
 
 
 def test_a_study_without_a_finished_run_is_a_page_without_figures(tmp_path):
@@ -557,7 +603,10 @@ def test_a_study_without_a_finished_run_is_a_page_without_figures(tmp_path):
         summary.unlink()
     page, said = page_of(folder, tmp_path / "output")
     assert not Parsed(page).all("figure")
-    assert said.count("left out: ") == 9
+    assert "<h2>Figures" not in page
+    left_out = [line for line in said.splitlines() if line.startswith("left out: ")]
+    assert len([chart for chart in STUDY_CHARTS if any(chart.title in line for line in left_out)]) == 9
+    assert "No method has a finished run" in page
 
 
 def test_a_seed_that_failed_leaves_the_others(tmp_path):
@@ -568,9 +617,152 @@ def test_a_seed_that_failed_leaves_the_others(tmp_path):
     np.testing.assert_allclose(drawn[-1], np.mean([eval_loss("lora", 1e-3, seed, STEPS) for seed in SEEDS]))
 
 
+def facts_of(page):
+    """What the page begins with: value and note of each fact."""
+    found = re.findall(
+        r'<dt>(.*?)</dt><dd class="value">(.*?)</dd>(?:<dd class="note">(.*?)</dd>)?', page[: page.index("<h2>")]
+    )
+    return {label: (value, note) for label, value, note in found}
+
+
+def test_a_runs_page_begins_with_what_it_reached_and_what_it_cost(run_output):
+    _, page, _ = run_output
+    facts = facts_of(page)
+    first, last = (training_loss("scalora", 1, step) for step in (6, STEPS))
+    assert facts["Training loss"] == (f"{first:.4g} → {last:.4g}", "first → last")
+    first, last = (eval_loss("scalora", 1e-3, 1, step) for step in (24, STEPS))
+    assert facts["Evaluation loss"] == (f"{first:.4g} → {last:.4g}", "first → last")
+    assert facts["Evaluation accuracy"][0] == f"{1 - first / 2:.1%} → {1 - last / 2:.1%}"
+    ranks = sorted(rank("scalora", 1, STEPS, layer) for layer in (0, 8, 16, 23))
+    note = f"from an adapter of rank 8; median of 4 layers, {ranks[0]} to {ranks[-1]}"
+    assert facts["Rank of the update"] == (str(ranks[1]), note)
+    assert facts["Training time"][0] == "33.6 s"
+    assert facts["Time per step"] == ("140 ms", "median")
+    assert facts["Peak memory"][0] == "860 MiB"
+    assert facts["Trainable parameters"][0] == "81,920"
+    assert "scalora on somewhere/model, sft, 240 steps" in page
+
+
+def test_an_unfinished_run_has_the_facts_that_there_are(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "summary.json").unlink()
+    page, _ = page_of(folder, tmp_path / "output")
+    assert set(facts_of(page)) == {"Training loss", "Evaluation loss", "Evaluation accuracy", "Rank of the update"}
+    assert "not finished" in page[: page.index("<h2>")]
+
+
+def verdict_of(tmp_path, scores, baseline="lora", seeds=SEEDS):
+    """What the page of a study says of the final accuracies of some methods, a list over seeds each."""
+    folder = write_study(tmp_path / "study", methods=tuple(scores), tracked=False)
+    study_file = folder / "study.yaml"
+    content = yaml.safe_load(study_file.read_text()) | {"seeds": list(seeds), "baseline": baseline}
+    study_file.write_text(yaml.safe_dump(content, sort_keys=False))
+    from scalora.studies.study import study_of
+
+    for cell in study_of(folder).tuning_cells():
+        path = cell.folder / "summary.json"
+        accuracy = scores[cell.method][SEEDS.index(cell.seed)]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eval_accuracy": accuracy}))
+    page, _ = page_of(folder, tmp_path / "output")
+    return re.search(r'<p class="verdict">(.*?)</p>', page)[1], facts_of(page)
+
+
+LORA = [0.70, 0.71, 0.72]
+
+
+@pytest.mark.parametrize(
+    ("scores", "says"),
+    [
+        (
+            {"lora": LORA, "scalora": [0.80, 0.811, 0.822]},
+            [
+                "scalora reaches the highest eval_accuracy: 0.8110 ± 0.0064.",
+                "+0.10100 ± 0.00058",
+                "more than noise (p =",
+            ],
+        ),
+        ({"lora": LORA, "scalora": [0.66, 0.75, 0.78]}, ["scalora reaches", "level within noise (p = 0.5"]),
+        # Significant alone, but not among four comparisons.
+        (
+            {"lora": LORA, "dora": [0.71, 0.732, 0.736], "pissa": LORA, "mora": LORA, "hira": [0.6, 0.5, 0.4]},
+            ["dora reaches", "level within noise (p = 0.044, but 0.18 corrected for 4 comparisons)"],
+        ),
+        (
+            {"lora": LORA, "dora": [0.80, 0.811, 0.822], "pissa": LORA},
+            ["dora reaches", "more than noise (p = 3.3e-05, 6.5e-05 corrected for 2 comparisons)"],
+        ),
+        (
+            {"lora": LORA, "scalora": [0.6, 0.5, 0.66]},
+            ["lora reaches", "It is the baseline. The next is scalora: -0.12"],
+        ),
+        ({"lora": LORA, "scalora": [0.75, 0.76, 0.77]}, ["+0.05", "the same on every seed, which gives no p value"]),
+    ],
+)
+def test_a_study_says_what_is_best_and_whether_it_is_more_than_noise(scores, says, tmp_path):
+    verdict, facts = verdict_of(tmp_path, scores)
+    for text in says:
+        assert text in verdict
+    best = verdict.split(" reaches")[0]
+    assert facts["Best method"][0] == best
+    assert ("Against lora" in facts) == (best != "lora")
+
+
+def test_a_study_of_one_seed_has_no_noise_to_compare_with(tmp_path):
+    verdict, facts = verdict_of(tmp_path, {"lora": LORA, "scalora": [0.8, 0.8, 0.8]}, seeds=[1])
+    assert "+0.1, from one seed, which can&#39;t be told from noise." in verdict
+    assert facts["Against lora"][0] == "+0.1"
+
+
+def test_a_studys_facts_compare_the_costs_with_the_baselines(tmp_path):
+    _, facts = verdict_of(tmp_path, {"lora": LORA, "scalora": [0.80, 0.81, 0.83]})
+    assert facts["Time per step"] == ("140 ms", "lora: 50 ms")
+    assert facts["Peak memory"] == ("860 MiB", "lora: 500 MiB")
+
+
+def test_ranks_of_a_study_are_at_steps_that_all_seeds_have(study):
+    # Runs that choose when to measure have some steps of their own.
+    extra = study.updates[(study.updates["seed"] == 1) & (study.updates["step"] == 24)].assign(step=30)
+    updates = pd.concat([study.updates, extra])
+    found = mean_ranks(type(study)(**vars(study) | {"updates": updates}))
+    pd.testing.assert_frame_equal(found, mean_ranks(study))
+
+
+def test_a_table_merges_what_belongs_together():
+    frame = pd.DataFrame(
+        {
+            "step": [1, 2],
+            "rank_mean": [3.25, 4.0],
+            "rank_min": [1, 2],
+            "rank_max": [5, 6],
+            "mean": [0.5, 0.25],
+            "standard_error": [0.1, float("nan")],
+            "alpha_p10": [1.0, 1.5],
+            "alpha_p50": [2.0, 2.5],
+            "alpha_p90": [3.0, 3.5],
+        }
+    )
+    table = table_of(frame, "A < B")
+    headings = re.findall(r'columnheader">(.*?)</th>', table)
+    assert headings == ["step", "rank: mean (range)", "mean ± standard error", "alpha: median (10–90 %)"]
+    cells = re.findall(r'<td role="cell" data-label="[^"]*">(.*?)</td>', table)
+    assert cells == ["3.25 (1 to 5)", "0.50 ± 0.10", "2 (1 to 3)", "4 (2 to 6)", "0.25", "2.5 (1.5 to 3.5)"]
+    assert '<caption class="said">A &lt; B</caption>' in table
+    assert "wide" not in table
+
+
+@pytest.mark.parametrize(("columns", "width"), [(4, "fit"), (5, "fit middle"), (6, "fit wide")])
+def test_a_table_says_how_much_room_it_needs(columns, width):
+    rows = "\n".join("|" + f" {cell} |" * columns for cell in ("a", "---", "1"))
+    frame = pd.DataFrame([range(columns)], columns=list("abcdef")[:columns])
+    assert f'<div class="{width}"><table' in html_from_markdown(rows)
+    assert f'<div class="{width}"><table' in table_of(frame, "t")
+
+
 def test_a_figure_without_data_says_so_in_a_notebook(tmp_path):
     with pytest.raises(NoData, match="scalora inspect"):
         layer_heat_map(read_run(write_run(tmp_path / "run", inspected=False)))
+    with pytest.raises(NoData, match="track_updates"):
+        final_spectra(read_run(write_run(tmp_path / "untracked", tracked=False)))
 
 
 def damaged(tmp_path, name, content):

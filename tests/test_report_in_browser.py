@@ -4,6 +4,7 @@ Needs playwright and a Chromium on this machine (or where CHROME_PATH says); wit
 With SCREENSHOTS=FOLDER the pages are kept as pictures.
 """
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -20,8 +21,8 @@ if CHROMIUM is None:
     )
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
 
-WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 400, "height": 800}
-DRAWN = {"study": 9, "run": 8}
+WIDE, PHONE, SMALL = {"width": 1280, "height": 900}, {"width": 400, "height": 800}, {"width": 320, "height": 640}
+DRAWN = {"study": 9, "run": 9}
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +83,10 @@ def test_every_figure_is_seen_and_the_page_never_scrolls_sideways(kind, scheme, 
     for figure in figures.all():
         assert figure.is_visible()
         box = figure.bounding_box()
-        assert box["width"] >= 500
+        assert box["width"] >= 340
         assert box["height"] >= 150
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= size["width"]
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
     keep(page, f"{kind}-{scheme}-{size['width']}")
 
@@ -127,32 +130,73 @@ def overlap(one, other):
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-def test_tab_reaches_the_skip_link_first_and_then_every_region(kind, visit):
+def test_tab_reaches_the_skip_link_first_and_then_everything_that_opens(kind, visit):
     page = visit(kind, size=PHONE)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     assert page.locator(".skip").bounding_box()["y"] >= 0
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "results"
-    reached = set()
-    for _ in range(60):
+    summaries = page.locator("summary").count()
+    assert summaries > DRAWN[kind]
+    for place in range(summaries):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.getAttribute('aria-label')"))
-    named = page.evaluate(
-        "[...document.querySelectorAll('[role=region]')].filter(r => r.checkVisibility()).map(r => r.ariaLabel)"
-    )
-    assert len(named) > DRAWN[kind]
-    assert set(named) <= reached
+        index = "[...document.querySelectorAll('summary')].indexOf(document.activeElement)"
+        assert page.evaluate(index) == place
+    page.keyboard.press("Enter")
+    assert page.locator("details").last.get_attribute("open") is not None
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-def test_a_region_scrolls_with_the_keyboard(kind, visit):
-    page = visit(kind, size=PHONE)
-    region = page.locator("figure .scroll").first
-    region.focus()
-    for _ in range(5):
-        page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.activeElement.scrollLeft > 0", timeout=5000)
+@pytest.mark.parametrize("size", [WIDE, PHONE, SMALL], ids=["wide", "phone", "small"])
+def test_nothing_scrolls_or_is_cut_off_with_everything_open(kind, size, visit):
+    page = visit(kind, size=size)
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    # Elements that scroll or cut off by themselves; what only screen readers see is one pixel large.
+    inner = page.evaluate(
+        """() => [...document.querySelectorAll("body *")].filter(one => !one.closest("svg, .said, thead"))
+          .filter(one => ["auto", "scroll", "hidden", "clip"].some(way => getComputedStyle(one).overflow.includes(way)))
+          .map(one => one.outerHTML.slice(0, 80))"""
+    )
+    assert inner == []
+    beyond = page.evaluate(
+        """width => [...document.querySelectorAll("p, dd, dt, h1, h2, h3, th, td, pre, figcaption, caption")]
+          .filter(one => !one.matches(".said, .said *") && !(one.closest("thead") && one.closest(".wide, .middle")))
+          .filter(one => one.getBoundingClientRect().right > width || one.scrollWidth > one.clientWidth + 1)
+          .map(one => one.outerHTML.slice(0, 80))""",
+        size["width"],
+    )
+    assert beyond == []
+    keep(page, f"{kind}-open-{size['width']}")
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_a_wide_table_is_a_list_on_a_phone_and_a_table_to_a_screen_reader(kind, visit):
+    described = {}
+    for size in (WIDE, PHONE):
+        page = visit(kind, size=size)
+        page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+        table = page.locator(".wide table").last
+        cells = [cell.bounding_box() for cell in table.locator("tbody tr").first.locator("th, td").all()]
+        assert len(cells) > 4
+        if size is PHONE:
+            assert all(below["y"] >= above["y"] + above["height"] - 1 for above, below in itertools.pairwise(cells))
+            labels = (
+                table.locator("tbody tr")
+                .first.locator("td")
+                .evaluate_all("cells => cells.map(cell => getComputedStyle(cell, '::before').content.slice(1, -1))")
+            )
+            headings = table.locator("thead th").all_text_contents()
+            assert labels == [heading.strip() for heading in headings[1:]]
+        elif kind == "study":
+            assert all(after["x"] > before["x"] for before, after in itertools.pairwise(cells))
+        snapshot = table.aria_snapshot()
+        described[size["width"]] = [
+            snapshot.count(f"- {role} ") for role in ("columnheader", "rowheader", "cell") if f"- {role} " in snapshot
+        ]
+    assert len(described[400]) == 3
+    assert described[400][:2] == described[1280][:2]
 
 
 @pytest.mark.parametrize("kind", DRAWN)
@@ -176,7 +220,7 @@ def test_numbers_open_below_their_figure(kind, visit):
     page = visit(kind)
     for details in page.locator("details").all():
         details.locator("summary").click()
-    assert page.locator("details table").count() == DRAWN[kind]
+    assert page.locator("details table").count() == DRAWN[kind] + (kind == "run")  # its summary
     assert all(table.is_visible() for table in page.locator("details table").all())
     keep(page, f"{kind}-open")
 

@@ -1,7 +1,7 @@
 """`make demo`: teaches a real language model a task with ScaLoRA, using the same commands that users have.
 
 Scores SmolLM2-135M on reversing lists of words (reasoning-gym), fine-tunes it with `scalora train`, scores it again,
-and measures the rank of the update to the weights, which would be at most r with plain LoRA.
+writes the run's report, and measures the rank of the update to the weights, which would be at most r with plain LoRA.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def main() -> None:
     before = scores(base, run.with_name("demo-before.json"))
     scalora("train", CONFIG, "--model", base, "--overwrite")
     after = scores(run, run.with_name("demo-after.json"))
+    scalora("report", run)
     summary = json.loads((run / "summary.json").read_text())
     resolved = yaml.safe_load((run / "config.yaml").read_text())
 

@@ -3,6 +3,7 @@
 Needs matplotlib and pandas.
 """
 
+from scalora.report.facts import Fact
 from scalora.report.figures import (
     column_share_by_steps,
     factors,
@@ -16,13 +17,16 @@ from scalora.report.figures import (
     rank_by_steps,
     run_loss,
     run_rank,
+    run_spectrum,
     scaling_shares,
 )
-from scalora.report.page import Page, run_page, study_page
+from scalora.report.page import Opening, Page, run_page, study_page
 from scalora.report.summaries import NoData, RunData, StudyData
 
 __all__ = [
+    "Fact",
     "NoData",
+    "Opening",
     "Page",
     "RunData",
     "StudyData",
@@ -39,6 +43,7 @@ __all__ = [
     "run_loss",
     "run_page",
     "run_rank",
+    "run_spectrum",
     "scaling_shares",
     "study_page",
 ]

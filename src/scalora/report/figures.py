@@ -1,7 +1,8 @@
 """The figures of a report, each a function from a study's or a run's data to a matplotlib figure.
 
 They use no state of pyplot, so a notebook shows what they return and a server can draw them in any thread. Every colour
-has a partner for dark pages in `DARK`; methods differ by marker and dashes too, so that colour is never needed.
+has a counterpart for dark pages in `DARK`. Methods also differ by marker and dashes, so that no figure needs colour to
+be read. The figures of a page are drawn at the width of a phone, where their text is still legible.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from scalora.maths.lowrank import DEFAULT_RTOL
 from scalora.report.summaries import (
     FACTORS,
     RESIDUALS,
@@ -24,6 +26,7 @@ from scalora.report.summaries import (
     StudyData,
     factor_quantiles,
     final_metrics,
+    final_spectra,
     layer_map,
     layer_residuals,
     layer_shares,
@@ -38,7 +41,8 @@ from scalora.report.summaries import (
 
 INK, GRID = "#1f2329", "#d8dce1"
 
-# At least 3:1 against a white page, and its partner against `PAGE_DARK`; neighbours differ in lightness as well as hue.
+# Contrast of at least 3:1 against a white page, and of the counterpart against `PAGE_DARK`. Neighbours differ in
+# lightness as well as hue.
 SERIES = {
     "#0068a8": "#5cb3f2",
     "#c44e00": "#ff9155",
@@ -57,14 +61,21 @@ _COLOURS = tuple(SERIES)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*")
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 
-_WIDTH = 6.4  # inches
-_CHARACTERS = 80  # of a legend's line at that width
+# Inches. A page on a phone shows a figure 360 pixels wide: 1.09 pixels per point of text.
+_WIDTH = 4.6
+_WIDE = 6.4  # of figures for documents, whose rows have long names
+
+_CHARACTERS = 12.5  # per inch of a legend's line
+
+_REFERENCE: dict[str, Any] = {"color": INK, "linestyle": (0, (4, 3)), "linewidth": 1}  # lines to compare with
+
+_SMALLEST = 1e-5  # of the singular values in a figure: a hundredth of the smallest that counts for a rank
 
 _STYLE = rc_context(
     {
         "font.family": ["DejaVu Sans"],
-        "font.size": 10,
-        "axes.titlesize": 10,
+        "font.size": 9.5,
+        "axes.titlesize": 9.5,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
@@ -79,8 +90,8 @@ _STYLE = rc_context(
         "grid.linewidth": 0.8,
         "legend.frameon": False,
         "legend.fontsize": 9,
-        "lines.linewidth": 1.6,
-        "lines.markersize": 4.5,
+        "lines.linewidth": 1.4,
+        "lines.markersize": 4,
         "figure.facecolor": "white",
         "axes.facecolor": "none",
     }
@@ -93,6 +104,10 @@ def loss_by_steps(study: StudyData, name: Literal["eval_loss", "loss"] = "eval_l
 
     Training losses are running means over a tenth of the run.
 
+    Args:
+        study: the study's data.
+        name: ``"eval_loss"`` or ``"loss"``, the training loss.
+
     Raises:
         NoData: no run logged that loss.
     """
@@ -101,7 +116,13 @@ def loss_by_steps(study: StudyData, name: Literal["eval_loss", "loss"] = "eval_l
 
 @_STYLE
 def loss_by_seconds(study: StudyData, name: Literal["eval_loss", "loss"] = "eval_loss") -> Figure:
-    """As `loss_by_steps`, against the seconds of training (without evaluations), mean over seeds.
+    """Evaluation or training loss against seconds of training (without evaluations, mean over seeds).
+
+    The band is one standard error over seeds. Training losses are running means over a tenth of the run.
+
+    Args:
+        study: the study's data.
+        name: ``"eval_loss"`` or ``"loss"``, the training loss.
 
     Raises:
         NoData: no run logged that loss.
@@ -111,13 +132,16 @@ def loss_by_seconds(study: StudyData, name: Literal["eval_loss", "loss"] = "eval
 
 @_STYLE
 def learning_rate_sensitivity(study: StudyData) -> Figure:
-    """Final evaluation loss over the learning rate, a line a method; a ring marks the rate it is reported at.
+    """Final evaluation loss against the learning rate, a line per method; a ring marks the reported rate.
+
+    Args:
+        study: the study's data.
 
     Raises:
         NoData: no evaluation loss, or one learning rate only.
     """
     means = loss_by_rate(study)
-    figure, (axes,) = _figure(3.4)
+    figure, (axes,) = _figure(2.9)
     for method, rows in means.groupby("method", sort=False):
         axes.errorbar(
             rows["learning_rate"],
@@ -150,11 +174,14 @@ def learning_rate_sensitivity(study: StudyData) -> Figure:
 def rank_by_steps(study: StudyData) -> Figure:
     """Numerical and effective rank of the total update against steps (the paper's Figure 2(b)); band: standard error.
 
+    Args:
+        study: the study's data.
+
     Raises:
-        NoData: no run tracked its updates.
+        NoData: no run measured its updates.
     """
     means = mean_ranks(study)
-    figure, panels = _figure(5.4, rows=2, sharex=True)
+    figure, panels = _figure(4.4, rows=2, sharex=True)
     for axes, rank in zip(panels, ("numerical_rank", "effective_rank"), strict=True):
         for method, rows in means.groupby("method", sort=False):
             _line(axes, rows["step"], rows[rank], rows[f"{rank}_error"], method, _look(study, method))
@@ -168,11 +195,14 @@ def rank_by_steps(study: StudyData) -> Figure:
 def column_share_by_steps(study: StudyData) -> Figure:
     """Share of layers that took the column solution against steps (the paper's Figure 2(d)); band: standard error.
 
+    Args:
+        study: the study's data.
+
     Raises:
         NoData: no method rescales.
     """
     means = mean_curve(study, "scalora/column_share")
-    figure, (axes,) = _figure(3.2)
+    figure, (axes,) = _figure(2.7)
     for method, rows in means.groupby("method", sort=False):
         _line(axes, rows["step"], rows["mean"], rows["standard_error"], method, _look(study, method))
     axes.set(xlabel="optimizer steps", ylabel="share of layers", ylim=(0, 1.02))
@@ -182,17 +212,20 @@ def column_share_by_steps(study: StudyData) -> Figure:
 
 @_STYLE
 def memory_and_speed(study: StudyData) -> Figure:
-    """Peak memory and time a step, a bar a method; whiskers are one standard error over seeds.
+    """Peak memory and time per step, a bar per method; whiskers are one standard error over seeds.
+
+    Args:
+        study: the study's data.
 
     Raises:
-        NoData: the cells have neither.
+        NoData: the runs have neither.
     """
     means = mean_costs(study)
-    figure, panels = _figure(0.8 + 0.3 * len(means), columns=2, sharey=True)
+    figure, panels = _figure(0.8 + 0.26 * len(means), columns=2, sharey=True)
     colours = [_look(study, method)["color"] for method in means["method"]]
     for axes, (name, label) in zip(
         panels,
-        (("peak_memory_mib", "peak memory (MiB)"), ("milliseconds_per_step", "time a step (ms)")),
+        (("peak_memory_mib", "peak memory (MiB)"), ("milliseconds_per_step", "time per step (ms)")),
         strict=True,
     ):
         bars = axes.barh(
@@ -206,8 +239,8 @@ def memory_and_speed(study: StudyData) -> Figure:
         axes.bar_label(
             bars, labels=[f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in means[name]], padding=4
         )
-        axes.set(xlabel=label, xlim=(0, 1.3 * means[name].max()))
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set(xlabel=label, xlim=(0, 1.45 * means[name].max()))
+        axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.grid(visible=False, axis="y")
     panels[0].invert_yaxis()
     return figure
@@ -217,8 +250,11 @@ def memory_and_speed(study: StudyData) -> Figure:
 def final_metric(study: StudyData) -> Figure:
     """The final metric of each method, the best on top: mean with one standard error, and each seed.
 
+    Args:
+        study: the study's data.
+
     Raises:
-        NoData: no cell has the metric.
+        NoData: no run has the metric.
     """
     means = final_metrics(study)
     figure, (axes,) = _figure(0.9 + 0.32 * len(means))
@@ -237,7 +273,7 @@ def final_metric(study: StudyData) -> Figure:
         )
     axes.set_yticks(range(len(means)), means["method"])
     if study.baseline in set(means["method"]):
-        axes.axvline(means.set_index("method")["mean"][study.baseline], color=INK, linestyle=(0, (4, 3)), linewidth=1)
+        axes.axvline(means.set_index("method")["mean"][study.baseline], **_REFERENCE)
     axes.set(xlabel=study.metric.replace("_", " "), ylim=(len(means) - 0.5, -0.5))
     _keep_readable(axes, means["values"].explode().astype(float), along="x", low=study.greater_is_better)
     return figure
@@ -247,11 +283,14 @@ def final_metric(study: StudyData) -> Figure:
 def run_loss(run: RunData) -> Figure:
     """Training loss, as logged and as a running mean, and evaluation loss of one run against steps.
 
+    Args:
+        run: the run's data.
+
     Raises:
         NoData: the run logged no loss.
     """
     rows = losses(run)
-    figure, (axes,) = _figure(3.2)
+    figure, (axes,) = _figure(2.7)
     training, evaluation = rows.dropna(subset="loss"), rows.dropna(subset="eval_loss")
     if len(training):
         axes.plot(training["step"], training["loss"], color=_COLOURS[0], alpha=0.55, linewidth=0.8, label="training")
@@ -266,20 +305,52 @@ def run_loss(run: RunData) -> Figure:
 
 @_STYLE
 def run_rank(run: RunData) -> Figure:
-    """Rank of one run's total update against steps: mean of the tracked layers, and the band from least to greatest.
+    """Rank of one run's total update against steps: mean of the measured layers, and the band from least to greatest.
+
+    Args:
+        run: the run's data.
 
     Raises:
-        NoData: the run did not track it.
+        NoData: the run has measured its update once or never.
     """
     spread = rank_spread(run)
-    figure, (axes,) = _figure(3.2)
+    figure, (axes,) = _figure(2.7)
     for index, rank in enumerate(("numerical_rank", "effective_rank")):
         look = {"color": _COLOURS[index], "marker": _MARKERS[index], "linestyle": _DASHES[index]}
         axes.plot(spread["step"], spread[f"{rank}_mean"], label=f"{rank.replace('_', ' ')}", **look)
         axes.fill_between(
             spread["step"], spread[f"{rank}_min"], spread[f"{rank}_max"], color=_COLOURS[index], alpha=0.15, linewidth=0
         )
-    axes.set(xlabel="optimizer steps", ylabel="rank of the total update", ylim=(0, None))
+    if run.adapter_rank is not None:
+        axes.axhline(run.adapter_rank, label="rank of the adapter", **_REFERENCE)
+    axes.set(xlabel="optimizer steps", ylabel="rank of the update", ylim=(0, None))
+    _legend(figure, axes)
+    return figure
+
+
+@_STYLE
+def run_spectrum(run: RunData) -> Figure:
+    """The largest singular values of one run's total update at the end, over the largest one, a line per layer.
+
+    Args:
+        run: the run's data.
+
+    Raises:
+        NoData: the run has not measured its update.
+    """
+    spectra = final_spectra(run)
+    figure, (axes,) = _figure(2.9)
+    for place, layer in enumerate(spectra.columns.drop("index")):
+        look = {"color": _COLOURS[place], "marker": _MARKERS[place], "linestyle": _DASHES[place]}
+        seen = spectra[spectra[layer] >= _SMALLEST]
+        axes.plot(seen["index"], seen[layer], label=layer, markevery=max(1, len(seen) // 8), **look)
+    axes.axhline(DEFAULT_RTOL, label="a thousandth", **_REFERENCE)
+    if run.adapter_rank is not None:
+        axes.axvline(run.adapter_rank, label="rank of the adapter", **_REFERENCE | {"linestyle": _DASHES[2]})
+    axes.set_yscale("log")
+    _plain_ticks(axes, [10.0**power for power in range(-4, 1)], along="y")
+    axes.set(xlabel="singular value", ylabel="over the largest", ylim=(_SMALLEST, 1.5), xlim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure, axes)
     return figure
 
@@ -288,11 +359,14 @@ def run_rank(run: RunData) -> Figure:
 def scaling_shares(run: RunData) -> Figure:
     """Shares of the layers that were scaled by column, by one scalar, or left alone, stacked, against steps.
 
+    Args:
+        run: the run's data.
+
     Raises:
-        NoData: the run is of another method.
+        NoData: the run's method is not ScaLoRA.
     """
     shares = layer_shares(run)
-    figure, (axes,) = _figure(3.0)
+    figure, (axes,) = _figure(2.7)
     axes.stackplot(
         shares["step"],
         *(shares[kind] for kind in ("column", "scalar", "left_alone")),
@@ -309,20 +383,23 @@ def scaling_shares(run: RunData) -> Figure:
 
 @_STYLE
 def factors(run: RunData) -> Figure:
-    """Distribution of the factors α and β against steps: median, and the band from 10 to 90 percent, log scale.
+    """Distribution of the factors α and β against steps: median, and the band from 10 to 90 %, on a log scale.
+
+    Args:
+        run: the run's data.
 
     Raises:
-        NoData: the run is of another method, or rescaled nothing.
+        NoData: the run's method is not ScaLoRA, or it has rescaled nothing.
     """
     quantiles = factor_quantiles(run)
-    figure, panels = _figure(4.6, rows=2, sharex=True)
+    figure, panels = _figure(4.2, rows=2, sharex=True)
     for index, (axes, factor) in enumerate(zip(panels, FACTORS, strict=True)):
         low, middle, high = (quantiles[f"{factor}_{quantile}"] for quantile in ("p10", "p50", "p90"))
         axes.fill_between(
-            quantiles["step"], low, high, color=_COLOURS[index], alpha=0.25, linewidth=0, label="10 to 90 percent"
+            quantiles["step"], low, high, color=_COLOURS[index], alpha=0.25, linewidth=0, label="10 to 90 %"
         )
         axes.plot(quantiles["step"], middle, color=_COLOURS[index], label="median")
-        axes.axhline(1, color=INK, linestyle=(0, (4, 3)), linewidth=1)
+        axes.axhline(1, **_REFERENCE)
         axes.set_yscale("log")
         _plain_ticks(axes, _log_ticks(low, high), along="y")
         axes.set_ylabel(f"{'αβ'[index]} (of {'AB'[index]}'s columns)")
@@ -335,23 +412,28 @@ def factors(run: RunData) -> Figure:
 def layer_heat_map(run: RunData, value: LayerValue = "effective_rank") -> Figure:
     """One number of every inspected layer: blocks from left to right, kinds of module from top to bottom.
 
+    Args:
+        run: the run's data.
+        value: which number: ``"numerical_rank"``, ``"effective_rank"`` or ``"norm"`` of the layer's update.
+
     Raises:
         NoData: the run has not been inspected.
     """
     layers = layer_map(run)
     grid = layers.pivot_table(index="kind", columns="index", values=value, sort=False).sort_index(axis="columns")
-    figure, (axes,) = _figure(1.2 + 0.34 * len(grid))
+    figure, (axes,) = _figure(1.5 + 0.3 * len(grid))
     cells = axes.pcolormesh(np.ma.masked_invalid(grid.to_numpy(float)), cmap="cividis")
     axes.set_xticks(np.arange(grid.shape[1]) + 0.5, ["none" if index < 0 else str(index) for index in grid.columns])
     axes.set_yticks(np.arange(len(grid)) + 0.5, grid.index)
-    if grid.shape[1] > 16:
+    if grid.shape[1] > 12:
         axes.xaxis.set_major_locator(FixedLocator([i + 0.5 for i in range(0, grid.shape[1], 4)]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: str(grid.columns[int(place)])))
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.set_xlabel("block")
-    figure.colorbar(cells, ax=axes, label=f"{value.replace('_', ' ')} of the update", aspect=12, pad=0.02)
-    if grid.shape[1] <= 9:
+    label = f"{value.replace('_', ' ')} of the update"
+    figure.colorbar(cells, ax=axes, label=label, location="bottom", aspect=30, ticks=MaxNLocator(5))
+    if grid.shape[1] <= 6:
         for (row, column), number in np.ndenumerate(grid.to_numpy(float)):
             if np.isfinite(number):
                 bright = sum(cells.cmap(cells.norm(number))[:3]) > 1.5
@@ -362,16 +444,19 @@ def layer_heat_map(run: RunData, value: LayerValue = "effective_rank") -> Figure
                     ha="center",
                     va="center",
                     fontsize=9,
-                    color="#000001" if bright else "#fffffe",  # not the ink, which a dark page turns round
+                    color="#000001" if bright else "#fffffe",  # not the ink, which a dark page inverts
                 )
     return figure
 
 
 @_STYLE
 def oracle_distance(run: RunData) -> Figure:
-    """Share of each layer's gradient that a step leaves uncaptured, by scaling, and the least there can be (oracle).
+    """Share of each layer's gradient that a step leaves uncaptured, by kind of scaling, and the optimum (oracle).
 
-    Up to 1 the scale is linear, beyond it logarithmic: the adapter as it is can make a step that is far too long.
+    The scale is linear up to 1 and logarithmic beyond: without scaling, a step can be far too long.
+
+    Args:
+        run: the run's data.
 
     Raises:
         NoData: the run has not been inspected, or without gradients.
@@ -391,7 +476,7 @@ def oracle_distance(run: RunData) -> Figure:
             markersize=size,
             color=_COLOURS[index],
             markerfacecolor="none" if kind == "chosen" else _COLOURS[index],
-            label={"none": "as it is", "oracle": "oracle (SVD)"}.get(kind, kind),
+            label={"none": "no scaling", "oracle": "oracle (SVD)"}.get(kind, kind),
         )
     axes.set_xscale("symlog", linthresh=1)
     top = float(np.nanmax(residuals[list(RESIDUALS)].to_numpy()))
@@ -409,7 +494,7 @@ def oracle_distance(run: RunData) -> Figure:
 
 def _loss(study: StudyData, name: str, by: Literal["step", "seconds"], label: str) -> Figure:
     means = mean_curve(study, name, smooth=name == "loss")
-    figure, (axes,) = _figure(3.4)
+    figure, (axes,) = _figure(2.9)
     for method, rows in means.groupby("method", sort=False):
         _line(axes, rows[by], rows["mean"], rows["standard_error"], method, _look(study, method))
     axes.set(xlabel=label, ylabel="evaluation loss" if name == "eval_loss" else "training loss, running mean")
@@ -426,7 +511,7 @@ def step_ratios(rows: Iterable[tuple[str, float, tuple[float, float]]]) -> Figur
         rows: what each is, its ratio, and where the middle half begins and ends.
     """
     rows = list(rows)
-    figure, (axes,) = _figure(0.9 + 0.3 * len(rows))
+    figure, (axes,) = _figure(0.9 + 0.3 * len(rows), width=_WIDE)
     names = [name for name, _, _ in rows]
     for name, _, ends in rows:
         axes.plot(ends, [name, name], color=_COLOURS[0], linewidth=2.5, alpha=0.45, solid_capstyle="butt")
@@ -446,7 +531,7 @@ def rescale_parts(rows: Iterable[tuple[str, dict[str, float], float]]) -> Figure
         rows: the case, the seconds of the parts, the seconds of the floor.
     """
     rows = list(rows)
-    figure, (axes,) = _figure(1.1 + 0.34 * len(rows))
+    figure, (axes,) = _figure(1.1 + 0.34 * len(rows), width=_WIDE)
     names = [name for name, _, _ in rows]
     left = np.zeros(len(rows))
     for part, colour in zip(rows[0][1], _COLOURS, strict=False):
@@ -463,9 +548,15 @@ def rescale_parts(rows: Iterable[tuple[str, dict[str, float], float]]) -> Figure
 
 
 def _figure(
-    height: float, rows: int = 1, columns: int = 1, *, sharex: bool = False, sharey: bool = False
+    height: float,
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    width: float = _WIDTH,
+    sharex: bool = False,
+    sharey: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False).flat)
 
 
@@ -494,9 +585,14 @@ def _keep_readable(
     low: bool = False,
     kept: Iterable[float] = (),
 ) -> None:
-    """Let what is far off (a diverged run) leave the frame, where it would press everything else into a line.
+    """Let outliers (diverged runs) leave the frame, where they would squeeze everything else into a line.
 
-    `low` says that it is the small values that are bad; `kept` are values that stay in the frame: where curves begin.
+    Args:
+        axes: the axes whose limits are set.
+        values: all values drawn.
+        along: the axis that the values are on.
+        low: whether it is the small values that are bad.
+        kept: values that stay in the frame: where curves begin.
     """
     finite = np.array([value for value in values if np.isfinite(value)])
     if not finite.size:
@@ -514,13 +610,13 @@ def _legend(figure: Figure, axes: Axes) -> None:
     """Below the axes, in as many columns as its longest name leaves room for; the figure grows by its height."""
     handles, labels = axes.get_legend_handles_labels()
     longest = max(len(label) for label in labels) + 6
-    columns = max(1, min(len(labels), _CHARACTERS // longest))
+    columns = max(1, min(len(labels), int(_CHARACTERS * figure.get_figwidth()) // longest))
     figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3)
 
 
 def _plain_ticks(axes: Axes, values: Iterable[float], along: Literal["x", "y"] = "x") -> None:
-    """Ticks at these values, written without powers: powers are mathematical text, which a browser sets badly."""
+    """Set ticks at these values, written without powers: those are mathematical text, which browsers render badly."""
     axis = axes.xaxis if along == "x" else axes.yaxis
     axis.set_major_locator(FixedLocator(list(values)))
     axis.set_minor_locator(NullLocator())
@@ -528,10 +624,10 @@ def _plain_ticks(axes: Axes, values: Iterable[float], along: Literal["x", "y"] =
 
 
 def _far_apart(rates: pd.Series) -> list[float]:
-    """Those of the rates whose ticks don't touch on a logarithmic axis: an eighth of it or more from one another."""
+    """The rates whose ticks don't touch on a logarithmic axis: at least a sixth of it apart."""
     kept: list[float] = []
     for rate in sorted(set(rates)):
-        if not kept or np.log(rate / kept[-1]) > np.log(rates.max() / rates.min()) / 8:
+        if not kept or np.log(rate / kept[-1]) > np.log(rates.max() / rates.min()) / 6:
             kept.append(float(rate))
     return kept
 
@@ -546,6 +642,6 @@ def _log_ticks(low: pd.Series, high: pd.Series) -> list[float]:
 
 
 def _span(steps: pd.Series) -> tuple[float, float]:
-    """Limits of an axis, which must not coincide when there is one step."""
+    """Limits of an axis of steps, which must differ even if there is only one step."""
     first, last = float(steps.min()), float(steps.max())
     return first, max(last, first + 1)

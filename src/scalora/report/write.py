@@ -13,31 +13,34 @@ from scalora.runs.run_folder import json_lines
 from scalora.runs.settings import run_settings
 from scalora.saving.files import atomic_folder, atomic_write, naming_errors
 from scalora.studies.study import STUDY_FILE
-from scalora.studies.table import load_study
+from scalora.studies.table import StudyResult, load_study
 from scalora.studies.table_markdown import markdown
 
 if TYPE_CHECKING:
     from scalora.report.page import Page
     from scalora.report.summaries import RunData, StudyData
 
-_UPDATE_COLUMNS = ["step", "layer", "numerical_rank", "effective_rank", "norm"]
+_UPDATE_COLUMNS = ["step", "layer", "numerical_rank", "effective_rank", "norm", "singular_values"]
 _LAYER_COLUMNS = ["name", "numerical_rank", "effective_rank", "norm", "residual"]
 
 
 def report(folder: Path, output: Path | None = None) -> Page:
-    """Write ``report.html`` and ``figures/`` of a study or a run.
+    """Write ``report.html`` and ``figures/`` for a study or a run.
 
     Args:
-        folder: of the study or the run.
-        output: where to write; the folder itself when None.
+        folder: folder of the study or the run.
+        output: folder to write to; `folder` itself when None.
+
+    Returns:
+        The page, whose `missing` says which figures were left out and which commands add them.
 
     Raises:
-        InputError: the folder is of neither or can't be read, the output has figures that no report wrote, or
-            matplotlib is missing.
+        InputError: the folder is neither a study's nor a run's, or can't be read; the output folder has figures that no
+            report has written; or matplotlib is missing.
         OSError: the report can't be written.
     """
     try:
-        import matplotlib  # noqa: F401 - what the extra is for
+        import matplotlib  # noqa: F401 - the extra is for it
     except ImportError:
         raise InputError("`scalora report` needs matplotlib: pip install 'scalora[report]'") from None
     output = folder if output is None else output
@@ -55,7 +58,10 @@ def report(folder: Path, output: Path | None = None) -> Page:
 
 
 def read_study(folder: Path) -> StudyData:
-    """What the figures of a study are made from: its finished runs.
+    """The numbers behind a study's figures, from its finished runs.
+
+    Args:
+        folder: folder of the study.
 
     Raises:
         InputError: it is not the folder of a study, or can't be read.
@@ -64,7 +70,10 @@ def read_study(folder: Path) -> StudyData:
 
 
 def read_run(folder: Path) -> RunData:
-    """What the figures of a run are made from, as far as it has been written.
+    """The numbers behind a run's figures, finished or not.
+
+    Args:
+        folder: folder of the run.
 
     Raises:
         InputError: it is not the folder of a run, or can't be read.
@@ -78,6 +87,7 @@ def read_run(folder: Path) -> RunData:
             metrics=pd.DataFrame(json_lines(folder / "metrics.jsonl")),
             updates=pd.DataFrame(json_lines(folder / "updates.jsonl")).reindex(columns=_UPDATE_COLUMNS),
             layers=pd.DataFrame(inspected).reindex(columns=_LAYER_COLUMNS),
+            adapter_rank=_json(folder / "summary.json").get("adapter_rank"),
         )
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise InputError(f"run {str(folder)!r} can't be read: {error}") from None
@@ -87,14 +97,16 @@ def read_run(folder: Path) -> RunData:
 
 
 def _study_page(folder: Path) -> Page:
-    from scalora.report.page import study_page
+    from scalora.report.facts import study_facts, study_subtitle, study_verdict
+    from scalora.report.page import Opening, study_page
 
-    data, results = _study(folder)
+    data, result, tables = _study(folder)
+    opening = Opening(folder.resolve().name, study_subtitle(result), study_verdict(result), study_facts(result))
     settings = (folder / STUDY_FILE).read_text(encoding="utf-8")
-    return study_page(data, title=folder.resolve().name, results=results, settings=settings)
+    return study_page(data, opening, tables=tables, settings=settings)
 
 
-def _study(folder: Path) -> tuple[StudyData, str]:
+def _study(folder: Path) -> tuple[StudyData, StudyResult, str]:
     from scalora.report.summaries import StudyData
 
     try:
@@ -104,8 +116,8 @@ def _study(folder: Path) -> tuple[StudyData, str]:
         raise
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(
-            f"study {str(folder)!r} can't be read ({error}): `scalora compare` makes the runs again whose folders are "
-            "deleted"
+            f"study {str(folder)!r} can't be read ({error}): delete the folder of the damaged run and run "
+            "`scalora compare` again"
         ) from None
     study = result.study
     order = {method: result.table.set_index("method")["learning_rate"][method] for method in study.methods}
@@ -119,28 +131,28 @@ def _study(folder: Path) -> tuple[StudyData, str]:
         greater_is_better=study.larger_is_better(),
         baseline=study.baseline,
     )
-    return data, tables
+    return data, result, tables
 
 
 def _run_page(folder: Path) -> Page:
-    from scalora.report.page import run_page
+    from scalora.report.facts import run_facts, run_subtitle
+    from scalora.report.page import Opening, run_page
 
     if not folder.is_dir():
         raise InputError(f"{str(folder)!r} does not exist: give the folder of a run or a study")
     if not (folder / "config.yaml").is_file():
         raise InputError(
-            f"{str(folder)!r} holds neither {STUDY_FILE} nor config.yaml: it is the folder of no study and of no run"
+            f"{str(folder)!r} holds neither {STUDY_FILE} nor config.yaml: give the folder of a run or a study"
         )
-    return run_page(
-        read_run(folder),
-        title=folder.resolve().name,
-        summary=_json(folder / "summary.json"),
-        settings=(folder / "config.yaml").read_text(encoding="utf-8"),
-    )
+    run, summary = read_run(folder), _json(folder / "summary.json")
+    subtitle = run_subtitle(summary, run_settings(folder))
+    opening = Opening(folder.resolve().name, subtitle, "", run_facts(run, summary))
+    settings = (folder / "config.yaml").read_text(encoding="utf-8")
+    return run_page(run, opening, summary=summary, settings=settings)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What is in a file that a run need not have."""
+    """The content of a file that a run need not have; empty without it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -153,9 +165,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _check_replaceable(figures: Path) -> None:
-    """A report replaces its figures as a whole, so that no earlier one stays; it must not take others' along."""
-    from scalora.report.page import FILE_NAMES
+    """Raise `InputError` if replacing the folder of figures would delete files that no report has written."""
+    from scalora.report.charts import FILE_NAMES
 
     foreign = sorted({path.name for path in figures.glob("*")} - FILE_NAMES)
     if foreign:
-        raise InputError(f"{str(figures)!r} holds {foreign[0]!r}, which no report wrote: choose another --output")
+        raise InputError(f"{str(figures)!r} holds {foreign[0]!r}, which no report has written: choose another --output")
