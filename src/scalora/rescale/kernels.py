@@ -1,7 +1,7 @@
 """What a rescale does to the tensors of layers of one shape, in PyTorch's own operations: on any device.
 
-The number of operations does not depend on the number of layers, save for merges into the weights. `native` does the
-same in C++ on CPUs.
+The number of operations does not depend on the number of layers, except for merges into the weights.
+`scalora.rescale.native` does the same in C++ on CPUs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,18 @@ from scalora.maths.scaling import grams as grams_of_stacks
 from scalora.rescale.remainder import Remainder, add_to_all, scale_columns
 
 Multiply = Callable[..., None]
-"""As `multiply`."""
+"""A function with the arguments of `multiply`."""
 
 
 class Kernels(NamedTuple):
-    """The four operations as one implementation has them: `PYTORCH`, or what `native.build` returns."""
+    """The four operations in one implementation: `PYTORCH`, or what `scalora.rescale.native.build` returns.
+
+    Attributes:
+        grams: inner products of factors and gradients.
+        merge: adds what a rescale takes out of the factors to the remainders.
+        expand_factors: brings factors of rows or columns into the shape that `multiply` takes.
+        multiply: multiplies tensors by powers of their factors.
+    """
 
     grams: Callable[..., Grams]
     merge: Callable[..., None]
@@ -36,7 +43,14 @@ def grams(
     lora_A: Sequence[Float[Tensor, "r n"]],
     grad_A: Sequence[Float[Tensor, "r n"]],
 ) -> Grams:
-    """The inner products that the optimum of each layer depends on; see `scalora.maths.scaling.grams`."""
+    """The inner products that the optimum of each layer depends on, see `scalora.maths.scaling.grams`.
+
+    Args:
+        lora_B: the layers' ``lora_B`` weights, the paper's A.
+        grad_B: their gradients, ``s·G·B``.
+        lora_A: the layers' ``lora_A`` weights, the paper's Bᵀ.
+        grad_A: their gradients, ``s·(Gᵀ·A)ᵀ``.
+    """
     A, GB, Bt, GtAt = map(torch.stack, (lora_B, grad_B, lora_A, grad_A))  # type: ignore[arg-type]
     return grams_of_stacks(A, Bt.mT, GB, GtAt.mT)
 
@@ -51,24 +65,24 @@ def merge(
     """Add ``lora_B · diag(coefficients) · lora_A`` to each layer's remainder.
 
     Args:
-        remainders: of the layers.
-        weights: their base weights.
-        lora_B: PEFT's parameters.
-        lora_A: likewise.
-        coefficients: a column with exactly 0 is left out, whatever the parameters hold there.
+        remainders: the layers' remainders.
+        weights: the layers' base weights, as they are stored.
+        lora_B: the layers' ``lora_B`` weights.
+        lora_A: the layers' ``lora_A`` weights.
+        coefficients: (layers, r); a column with exactly 0 is left out, whatever the weights hold there.
     """
     left, right = scale_columns(torch.stack(list(lora_B)), torch.stack(list(lora_A)).mT, coefficients)
     add_to_all(remainders, weights, left.unbind(), right.unbind())
 
 
 def expand_factors(factors: Float[Tensor, "layers rows columns"], like: Sequence[Tensor]) -> list[Tensor]:
-    """Factors of rows or columns as `multiply` takes them: in the shape of the parameters that they are for.
+    """Bring factors of rows or columns into the shape of the parameters that they multiply.
 
     Args:
         factors: (layers, 1, columns), (layers, rows, 1), or (layers, 1, 1).
-        like: the parameters of the layers.
+        like: the layers' parameters.
     """
-    # Of one layout with the parameters: so that one kernel takes all.
+    # In the layout of the parameters, so that one kernel handles all of them.
     return list(factors.expand(len(like), *like[0].shape).contiguous().unbind())
 
 
@@ -76,12 +90,13 @@ def multiply(tensors: Sequence[Tensor], factors: Sequence[Tensor], power: int = 
     """Multiply each tensor by a power of its factor, in place.
 
     Args:
-        tensors: the entries of some parameters.
-        factors: from `expand_factors`.
-        power: at least 1, applied as so many products: no copy of the factors, and exact where the power is.
+        tensors: parameters, gradients or entries of the optimizer's state.
+        factors: one for each tensor, from `expand_factors`.
+        power: at least 1. Applied as so many products, which needs no copy of the factors.
     """
     for _ in range(power):
         torch._foreach_mul_(list(tensors), list(factors))
 
 
 PYTORCH = Kernels(grams, merge, expand_factors, multiply)
+"""The operations in PyTorch."""

@@ -34,7 +34,7 @@ def grams(
     lora_A: Sequence[Float[Tensor, "r n"]],
     grad_A: Sequence[Float[Tensor, "r n"]],
 ) -> Grams:
-    """As `kernels.grams`."""
+    """`kernels.grams` in C++, for contiguous float32 on a CPU; PyTorch does anything else."""
     if not _are_plain(lora_B, grad_B, lora_A, grad_A):
         return kernels.grams(lora_B, grad_B, lora_A, grad_A)
     return Grams(*torch.ops.scalora.grams(lora_B, grad_B, lora_A, grad_A))
@@ -47,7 +47,7 @@ def merge(
     lora_A: Sequence[Float[Tensor, "r n"]],
     coefficients: Float[Tensor, "layers r"],
 ) -> None:
-    """As `kernels.merge`."""
+    """`kernels.merge` in C++, for float32 and bfloat16 weights that are stored (m, n); PyTorch does anything else."""
     upright = [r for r in remainders if isinstance(r, DenseRemainder) and not r.transposed]
     rounded_off = [r.rounded_off for r in upright if r.rounded_off is not None]
     of_half = len(rounded_off) == len(weights) and _are_plain(rounded_off, dtype=torch.int16)
@@ -59,12 +59,12 @@ def merge(
 
 
 def expand_factors(factors: Float[Tensor, "layers rows columns"], like: Sequence[Tensor]) -> list[Tensor]:
-    """As `kernels.expand_factors`, without copies."""
+    """`kernels.expand_factors` without copies."""
     return list(factors.expand(len(like), *like[0].shape).unbind())
 
 
 def multiply(tensors: Sequence[Tensor], factors: Sequence[Tensor], power: int = 1) -> None:
-    """As `kernels.multiply`."""
+    """`kernels.multiply` in C++, for contiguous float32 on a CPU; PyTorch does anything else."""
     if not (_are_plain(tensors) and all(f.is_cpu and f.dtype == torch.float32 for f in factors)):
         kernels.multiply(tensors, factors, power)
         return
