@@ -338,6 +338,27 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path, monkeyp
     assert len(lines(tmp_path)) == 2 * 8
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_spectra_are_computed_by_one_thread(fails, tmp_path, monkeypatch):
+    threads = []
+
+    def seen(tracked):
+        threads.append(torch.get_num_threads())
+        if fails:
+            raise torch.OutOfMemoryError
+        return torch.ones(2)
+
+    monkeypatch.setattr(update_spectra, "_spectrum", seen)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        measured(TwoLayers(), tmp_path, lambda model: model)
+        assert set(threads) == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("times", ["auto", 10])
 def test_measuring_ends_when_the_memory_does(times, tmp_path, monkeypatch, caplog):
     def full(tracked):

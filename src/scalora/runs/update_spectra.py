@@ -162,12 +162,17 @@ class UpdateSpectra(TrainerCallback):  # type: ignore[misc]
 
     def _lines(self, step: int, tracked: list[_Tracked]) -> list[dict[str, Any]]:
         """The lines of some layers; none, now and later, if the device has no memory for them."""
+        threads = torch.get_num_threads()
+        # Eigensolvers gain little from more, and take many times as long where other processes use the cores too.
+        torch.set_num_threads(1)
         try:
             return [line for layer in tracked if (line := _line(step, layer)) is not None]
         except torch.OutOfMemoryError:
             _log.warning("no memory to measure the rank of the update: it is not measured from step %d on", step)
             self._tracked = []
             return []
+        finally:
+            torch.set_num_threads(threads)
 
     def _spend(self, start: float) -> float:
         """Account for the time since `start`, and return it."""
