@@ -51,8 +51,8 @@ def test_every_method_is_measured_in_every_case_beside_lora_and_a_rescale_beside
 
 
 def test_peak_memory_is_each_methods_own(tmp_path):
-    # Full fine-tuning keeps two moments and a gradient for each weight, 12 bytes, and AdamW's step takes two copies more;
-    # LoRA keeps next to nothing.
+    # Full fine-tuning keeps two moments and a gradient for each weight, 12 bytes, and AdamW's step takes two copies
+    # more; LoRA keeps next to nothing.
     wide = ["--width", "512", "--layers", "4", "--sequence", "8", "--batch", "1", "--rounds", "1", "--device", "cpu"]
     result = bench(*wide, "--method", "full", "--output", str(tmp_path))
     assert result.exit_code == 0, result.output
