@@ -159,6 +159,18 @@ def load_settings(path: Path, overrides: Sequence[str] = (), options: Sequence[s
     content = read_yaml(path, "config")
     for key, value in parsed_overrides(overrides, options):
         _assign(content, key, value, options)
+    return checked_settings(content)
+
+
+def checked_settings(content: Mapping[str, Any]) -> Settings:
+    """Make settings of the keys and values of a config, and check all of them.
+
+    Args:
+        content: nested keys and values.
+
+    Raises:
+        InputError: a key or value is wrong.
+    """
     try:
         settings = Settings.model_validate(content)
     except ValidationError as error:

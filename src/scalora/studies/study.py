@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scalora.runs.errors import InputError
-from scalora.runs.settings import Settings, check_keys, check_nested, first_problem
+from scalora.runs.settings import Settings, check_keys, checked_settings, first_problem
 from scalora.runs.yaml_file import parsed_overrides, read_yaml, set_dotted
 
 STUDY_FILE = "study.yaml"
@@ -234,13 +234,9 @@ def _study(content: dict[str, Any]) -> Study:
 
 def _run_settings(content: dict[str, Any], where: str) -> Settings:
     try:
-        settings = Settings.model_validate(content)
-        check_nested(settings)
-    except ValidationError as error:
-        raise InputError(where + first_problem(error)) from None
+        return checked_settings(content)
     except InputError as error:
         raise InputError(f"{where}{error}") from None
-    return settings
 
 
 def _check_fairness(study: Study) -> None:
