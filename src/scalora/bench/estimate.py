@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from transformers import (
 from scalora.bench.floor import rescale_work_of
 from scalora.bench.settings import EstimateSettings
 from scalora.config import DEFAULT_TARGET_MODULES, Merge
-from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.model.adapters import LoraPair
 from scalora.model.layers import ADAPTABLE
-from scalora.model.memory import Memory, bytes_of_base, quantisable_layers, training_memory
+from scalora.model.memory import Memory, bytes_of_base, pairs_over_quantised, quantisable_layers, training_memory
 from scalora.model.placement import resolve_merge
 from scalora.runs.errors import InputError
 from scalora.studies.table_markdown import grid
@@ -118,7 +118,7 @@ def estimate(settings: EstimateSettings) -> Estimate:
         matrices, uncounted = _matrices(base)
         adapted = get_peft_model(base, LoraConfig(r=settings.r, target_modules=_targets(base, settings)))
         trainable, total = adapted.get_nb_trainable_parameters()
-        pairs = [replace(pair, quantised=pair.layer.get_base_layer() in quantised) for pair in find_lora_pairs(adapted)]
+        pairs = pairs_over_quantised(adapted, quantised)
     if settings.merge == "dense" and any(pair.quantised for pair in pairs):
         raise InputError(f"--merge dense: can't merge into {settings.quantization} weights; use auto or factored")
     merge = resolve_merge(pairs, settings.merge, settings.remainder_rank)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from scalora.config import Merge
-from scalora.model.adapters import LoraPair, by_shape
+from scalora.model.adapters import LoraPair, by_shape, find_lora_pairs
 from scalora.model.layers import LINEAR
 from scalora.rescale.remainder import HALF
 
@@ -81,6 +81,19 @@ def training_memory(
         remainder=sum(_bytes_of_remainder(pair, merge, remainder_rank) for pair in pairs),
         scratch=max(map(_bytes_of_scratch, by_shape(list(pairs))), default=0),
     )
+
+
+def pairs_over_quantised(model: nn.Module, quantised: set[nn.Module]) -> list[LoraPair]:
+    """The LoRA pairs of a model in full precision, as they would be if some of its layers were quantised.
+
+    Args:
+        model: the adapted model.
+        quantised: the layers of the base that would be quantised.
+
+    Raises:
+        UnsupportedLayerError: a module is not supported.
+    """
+    return [replace(pair, quantised=pair.layer.get_base_layer() in quantised) for pair in find_lora_pairs(model)]
 
 
 def quantisable_layers(base: PreTrainedModel) -> set[nn.Module]:

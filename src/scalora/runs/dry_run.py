@@ -14,8 +14,8 @@ from torch import nn
 from transformers import Trainer
 
 from scalora.config import Merge
-from scalora.model.adapters import LoraPair, find_lora_pairs
-from scalora.model.memory import Memory, bytes_of_base, quantisable_layers, training_memory
+from scalora.model.adapters import LoraPair
+from scalora.model.memory import Memory, bytes_of_base, pairs_over_quantised, quantisable_layers, training_memory
 from scalora.model.placement import resolve_merge
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.data import longest_text
@@ -128,7 +128,8 @@ def dry_run(settings: Settings, *, overwrite: bool = False, resume: bool = False
     base_bytes = bytes_of_base(base, quantised, settings.quantization)
     model = _adapted(run, base)
     trainer, uncut = _trainers(run, model)
-    pairs = _pairs(run, trainer.model, quantised)
+    scales = isinstance(run.method, ScaLoraMethod)
+    pairs = pairs_over_quantised(trainer.model, quantised) if scales else []
     merge = resolve_merge(pairs, *_placement(run)) if pairs else None
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     return Plan(
@@ -189,13 +190,6 @@ def _trainer(run: PreparedRun, model: nn.Module, scratch: str, **changes: Any) -
     head = {split: Dataset.from_dict(rows[:_HEAD], features=rows.features) for split, rows in run.examples.items()}
     make = trainer_maker(settings, run.tokenizer, head, arguments, run.labels)
     return make(model, optimizers=(run.method.optimizer(model, arguments), None))
-
-
-def _pairs(run: PreparedRun, model: nn.Module, quantised: set[nn.Module]) -> list[LoraPair]:
-    """What ScaLoRA would rescale, as it would be over a quantised base."""
-    if not isinstance(run.method, ScaLoraMethod):
-        return []
-    return [replace(pair, quantised=pair.layer.get_base_layer() in quantised) for pair in find_lora_pairs(model)]
 
 
 def _placement(run: PreparedRun) -> tuple[Merge, int]:
