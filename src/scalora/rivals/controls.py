@@ -77,15 +77,11 @@ def leave_alone(grams: Grams, *, target_norm: Float[Tensor, "layers 2"]) -> Scal
         grams: the Gram matrices of the layers.
         target_norm: ``1/√(Lη)`` of each layer, (layers, 2), which has no effect.
     """
-    optimum = scaling_of_grams(grams, target_norm=target_norm)
-    nothing = torch.zeros_like(optimum.degenerate)
-    return optimum._replace(
-        alpha=torch.ones_like(optimum.alpha),
-        beta=torch.ones_like(optimum.beta),
-        choice=torch.full_like(optimum.choice, LEFT_ALONE),
-        nonfinite=nothing,
-        exploding=nothing,
-    )
+    *layers, columns, _ = grams.left.shape
+    ones = grams.left.new_ones(*layers, columns // 2)
+    nothing = torch.zeros(layers, dtype=torch.bool, device=ones.device)
+    choice = torch.full(layers, LEFT_ALONE, dtype=torch.int32, device=ones.device)
+    return Scaling(ones, ones, choice, degenerate=nothing, nonfinite=nothing, exploding=nothing)
 
 
 class OracleRestarts(ScaLora):
