@@ -137,8 +137,7 @@ def main() -> None:
             moment = moments.uniform(0.05, 0.95) * seconds
             killed, _ = run(folder, arguments.merge, moment)
             whole = get_last_checkpoint(str(folder / "trainer")) if (folder / "trainer").is_dir() else None
-            # Nothing is left to train after the last step's checkpoint, and a Trainer that resumes there trains on.
-            if not killed or (whole and Path(whole).name == f"checkpoint-{STEPS}"):
+            if not killed:
                 continue
             kills += 1
             run(folder, arguments.merge, None)

@@ -26,6 +26,12 @@ the default. An unknown key stops the run, and the error names the nearest known
 - `scalora config --all` adds the keys of `lora` and `training` that are left out here.
 - `scalora train --help` lists the keys too.
 
+Values are checked before anything is done. Numbers are read as YAML 1.2 and Python read them: `1e-3`, `1_000` and
+`0x1F` are numbers, `017` is refused. `yes`, `no`, `on`, `off`, dates and times are texts; `true` and `false` are the
+truth values. A key or section that is there twice is an error. A single text stands for a list of one where only a list
+is possible. In paths, `~` and `$NAME` stand for what they stand for in a shell. On the command line a value needs
+quotes only if it begins with a bracket or brace, or is a text that looks like a number.
+
 The libraries' keys and defaults are those of {versions}.
 This page is written by `python docs/config_page.py`.
 """

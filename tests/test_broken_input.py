@@ -15,16 +15,17 @@ import pytest
 import torch
 import yaml
 from conftest import WORDS
-from models import TwoLayers, tiny_gpt2, tiny_llama, trainable, with_lora
+from models import TwoLayers, tiny_gpt2, trainable, with_lora
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 from typer.testing import CliRunner
 
 import scalora
 from scalora import ScaLora, ScaLoraConfig, StateError
 from scalora.cli import app
+from scalora.saving.checkpoints import set_broken_checkpoints_aside
 from scalora.saving.state_file import read_state, write_state
 
 STATE = "scalora_state.safetensors"
@@ -131,6 +132,13 @@ def run(trained, tmp_path):
 
 
 @pytest.fixture
+def stopped_run(run):
+    """A run that was stopped before it wrote its summary."""
+    (run / "summary.json").unlink()
+    return run
+
+
+@pytest.fixture
 def factored_run(trained, tmp_path):
     shutil.copytree(trained / "factored", tmp_path / "run")
     return tmp_path / "run"
@@ -234,12 +242,6 @@ def point_beyond_the_end(path, marker):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
-def link_out(path, marker):
-    elsewhere = path.parent.parent / "elsewhere.safetensors"
-    path.rename(elsewhere)
-    path.symlink_to(elsewhere)
-
-
 def dangle(path, marker):
     path.unlink()
     path.symlink_to(path.parent / "nothing.safetensors")
@@ -283,7 +285,6 @@ STATE_FILES = {
     "torch-file-in-its-place": (make_torch_zip, "not a complete safetensors file"),
     "header-longer-than-the-file": (overstate_header, "not a complete safetensors file"),
     "tensor-beyond-the-end": (point_beyond_the_end, "not a complete safetensors file"),
-    "link-out-of-the-folder": (link_out, "is a link to another folder"),
     "link-to-nothing": (dangle, "does not exist"),
     "other-safetensors-file": (
         lambda path, marker: rewrite(path, lambda m: {"format": "pt"}),
@@ -704,6 +705,9 @@ BASES = {
     "tokenizer-not-json": (lambda base, marker: truncate(base / "tokenizer.json", 0.5), "tokenizer"),
 }
 
+# An export carries the run's own tokenizer.
+NOT_EXPORTED = ("tokenizer-missing", "tokenizer-not-json")
+
 
 @pytest.mark.parametrize("kind", BASES)
 def test_a_broken_base_model(kind, run, own_base, write_jsonl, tmp_path):
@@ -712,7 +716,8 @@ def test_a_broken_base_model(kind, run, own_base, write_jsonl, tmp_path):
     data = write_jsonl("eval.jsonl", [{"prompt": "say:", "completion": " red"}])
     damage(own_base, marker)
     before = contents(tmp_path)
-    assert_one_line(command("export", run), named)
+    if kind not in NOT_EXPORTED:
+        assert_one_line(command("export", run), named)
     assert_one_line(command("evaluate", own_base, run / "config.yaml", "--data.eval", data), named)
     assert_one_line(command("train", run / "config.yaml", "--output_dir", tmp_path / "new"), named)
     assert contents(tmp_path) == before
@@ -725,7 +730,9 @@ def change_weights(base):
 
 
 def change_architecture(base):
-    tiny_gpt2().save_pretrained(base)
+    model = tiny_gpt2()
+    model.resize_token_embeddings(512)  # as many as the tokenizer has, and more
+    model.save_pretrained(base)
 
 
 @pytest.mark.parametrize(
@@ -844,6 +851,7 @@ def test_a_full_disk_for_the_result_of_training(trained, tmp_path):
         )
     assert_one_line(result, str(tmp_path / "run" / "delta"))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        ".scalora-run",
         "config.yaml",
         "environment.json",
         "metrics.jsonl",
@@ -859,7 +867,10 @@ def test_a_full_disk_for_a_checkpoint(run, trained, tmp_path):
         result = resume(run, trained, "--max_steps", 5, "--save_steps", 5)
     assert_one_line(result, "checkpoint-5")
     after = contents(run)
-    assert {name for name in before if before[name] != after.get(name)} == {"metrics.jsonl", "updates.jsonl"}
+    changed = {name for name in before if before[name] != after.get(name)}
+    moved = {name for name in changed if name.startswith(("delta", "model", "summary.json"))}
+    assert changed - moved == {"config.yaml", "environment.json", "metrics.jsonl", "updates.jsonl"}
+    assert {name: before[name] for name in moved}.items() <= contents(run / "results.earlier-1").items()
     whole_steps = [line for line in metrics.splitlines() if "loss" in json.loads(line)]
     assert set(whole_steps) <= set((run / "metrics.jsonl").read_text().splitlines())
     assert not [name for name in after if name.endswith(".partial")]
@@ -944,20 +955,16 @@ def test_a_broken_checkpoint_is_skipped_and_kept(kind, run, trained, tmp_path):
     with pytest.warns(UserWarning, match=named):
         assert scalora.last_checkpoint(run / "trainer") == run / "trainer" / "checkpoint-2"
     with pytest.warns(UserWarning, match=rf"set aside as 'incomplete-checkpoint-4': .*{named}"):
-        make_trainer(run / "trainer")
+        set_broken_checkpoints_aside(run / "trainer")
     assert contents(broken.with_name("incomplete-checkpoint-4")) == before
     assert get_last_checkpoint(run / "trainer") == str(run / "trainer" / "checkpoint-2")
     assert not marker.exists()
 
 
-def make_trainer(output_dir):
-    model = with_lora(tiny_llama(), r=2, target_modules="all-linear")
-    return Trainer(model, TrainingArguments(str(output_dir), report_to="none"), callbacks=[scalora.ScaLoraCallback()])
-
-
 @pytest.mark.filterwarnings("ignore:checkpoint:UserWarning")
 @pytest.mark.parametrize("kind", ["optimizer-with-code", "state-cut"])
-def test_resuming_past_a_broken_checkpoint(kind, run, trained, tmp_path):
+def test_resuming_past_a_broken_checkpoint(kind, stopped_run, trained, tmp_path):
+    run = stopped_run
     marker = tmp_path / "executed"
     broken = run / "trainer" / "checkpoint-4"
     CHECKPOINTS[kind][0](broken, marker)
@@ -987,7 +994,8 @@ def break_all(run):
     ],
     ids=["no-trainer-folder", "no-checkpoint", "only-broken-ones"],
 )
-def test_nothing_to_resume_from(damage, run, trained, tmp_path):
+def test_nothing_to_resume_from(damage, stopped_run, trained, tmp_path):
+    run = stopped_run
     damage(run)
     before = contents(tmp_path)
     assert_one_line(resume(run, trained), "no whole checkpoint in")
@@ -1025,7 +1033,8 @@ def factored_run_checkpoint(run, trained):
     shutil.copytree(trained / "factored" / "trainer" / "checkpoint-4", run / "trainer" / "checkpoint-4")
 
 
-def test_a_cut_last_line_of_metrics_is_dropped(run, trained):
+def test_a_cut_last_line_of_metrics_is_dropped(stopped_run, trained):
+    run = stopped_run
     metrics = run / "metrics.jsonl"
     whole = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= 2]
     metrics.write_bytes("\n".join([*whole, '{"step": 3, "lo']).encode() + b"\xe2\x82")

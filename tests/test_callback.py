@@ -1,5 +1,7 @@
 """`ScaLoraCallback` in `transformers.Trainer` and TRL's trainers."""
 
+import warnings
+
 import pytest
 import torch
 from datasets import Dataset
@@ -126,6 +128,23 @@ def test_dpo_with_a_factored_remainder_has_the_untouched_model_as_its_reference(
             reference = trainer.model.eval()(input_ids=ids).logits.log_softmax(-1)
         assert torch.equal(reference, untouched.eval()(input_ids=ids).logits.log_softmax(-1))
         assert not torch.equal(trainer.model(input_ids=ids).logits.log_softmax(-1), reference)
+
+
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [({"warmup_steps": 6}, 7), ({"warmup_steps": 2, "interval": 5}, 7), ({"warmup_steps": 5}, None)],
+)
+def test_a_run_too_short_to_rescale_is_said_when_it_begins(settings, first, tmp_path):
+    model = with_lora(tiny_llama(), r=2, target_modules="all-linear")
+    callbacks = [ScaLoraCallback(ScaLoraConfig(**settings))]
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=tokens(), callbacks=callbacks)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.train()
+    texts = [str(warning.message) for warning in said if "never rescales" in str(warning.message)]
+    assert len(texts) == (first is not None)
+    assert all("this run of 6 steps never rescales, so it is plain LoRA: with warmup_steps=" in text for text in texts)
+    assert all(f"the first rescale is at step {first};" in text for text in texts)
 
 
 def test_training_twice_attaches_once_each_time(tmp_path):

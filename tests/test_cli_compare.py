@@ -20,7 +20,7 @@ from scalora.cli import app
 from scalora.studies.study import load_study_file
 
 # Stands in for `python -m scalora train CONFIG`, in no time: the figures follow from the config alone. What a method's
-# lora.r asks for it does: 13 fails, 14 never ends, 15 diverges, 16 is killed.
+# lora.r asks for it does: 12 stops because it diverges, 13 fails, 14 never ends, 15 has a loss of NaN, 16 is killed.
 TRAINER = """#!{python}
 import json, os, pathlib, signal, sys, time, yaml
 config = yaml.safe_load(open(sys.argv[-1]))
@@ -32,6 +32,10 @@ training, rank = config["training"], config["lora"].get("r")
 (folder / "started.json").write_text(json.dumps({{
     "arguments": sys.argv[1:-1], "threads": os.environ["OMP_NUM_THREADS"], "pid": os.getpid()}}))
 print("training", flush=True)
+if rank == 12:
+    (folder / "metrics.jsonl").write_text(json.dumps({{"step": 1, "loss": None}}))
+    (folder / "diverged.json").write_text(json.dumps({{"step": 1, "error": "training diverged"}}))
+    sys.exit("error: training diverged")
 if rank == 13:
     sys.exit("error: no such layer")
 if rank == 14:
@@ -269,6 +273,43 @@ def test_a_run_that_diverged_is_finished(write_study, trainer):
     result = scalora("compare", write_study(methods={"lora": {}, "wild": {"method": "lora", "lora": {"r": 15}}}))
     assert result.exit_code == 0, result.output
     assert "| wild | 0.001* | 2 | inf" in result.stdout
+
+
+def test_a_run_that_stopped_because_it_diverged_is_finished_and_the_worst(write_study, trainer):
+    methods = {"lora": {}, "wild": {"method": "lora", "lora": {"r": 12}}}
+    study = write_study(methods=methods, learning_rates=[1e-3], metric="eval_accuracy")
+    for how in ("diverged after", "kept"):
+        result = scalora("compare", study)
+        assert result.exit_code == 0, result.output
+        assert len([line for line in result.stderr.splitlines() if "wild" in line and how in line]) == 2
+        assert "| wild | 0.001* | 2 | -inf | — | inf" in result.stdout
+    assert "4 of 4 runs finished" in Path("study/table.md").read_text()
+
+
+def test_what_an_earlier_try_left_is_kept(write_study, trainer):
+    study = write_study(methods={"lora": {"lora": {"r": 13}}}, learning_rates=[1e-3], seeds=[1])
+    assert scalora("compare", study).exit_code == 1
+    folder = cell("lora", 1e-3, 1)
+    (folder / "notes.txt").write_text("mine")
+    result = scalora("compare", study, "--methods.lora.lora.r", 8)
+    assert result.exit_code == 0, result.output
+    aside = folder.with_name(f"{folder.name}.earlier-1")
+    assert f"what an earlier try left is now in '{aside}'" in result.stderr
+    assert (aside / "notes.txt").read_text() == "mine"
+    assert "no such layer" in (aside / "log.txt").read_text()
+
+
+def test_a_study_file_of_the_user_s_is_not_replaced(write_study, trainer):
+    study = write_study(learning_rates=[1e-3], seeds=[1])
+    before = study.read_text()
+    result = scalora("compare", study, "--output_dir", ".")
+    assert result.exit_code == 2
+    assert "is not empty and not the folder of a study" in errors(result)[0]
+    assert study.read_text() == before
+    Path("own").mkdir()
+    study.rename("own/study.yaml")
+    assert scalora("compare", "own/study.yaml", "--output_dir", "own").exit_code == 2
+    assert [path.name for path in Path("own").iterdir()] == ["study.yaml"]
 
 
 def test_a_metric_that_the_evaluations_do_not_give_stops_at_the_first_run(write_study, trainer):

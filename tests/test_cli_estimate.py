@@ -100,7 +100,7 @@ def test_lora_takes_what_a_real_model_and_a_real_optimizer_take(tiny, tmp_path, 
 def test_the_remainder_takes_what_a_real_one_takes_at_its_largest(tiny, tmp_path, dtype, merge):
     pairs = find_lora_pairs(adapted(tiny_llama().to(getattr(torch, dtype))))
     place_remainders(pairs, merge, 8)
-    # Sixteen columns are twice the rank, four more are compressed: the largest is while they are.
+    # Sixteen columns are twice the rank, and a rescale adds four more before they are compressed.
     real = 0
     for pair in pairs:
         remainder = pair.remainder
@@ -109,8 +109,8 @@ def test_the_remainder_takes_what_a_real_one_takes_at_its_largest(tiny, tmp_path
             continue
         for _ in range(4):
             remainder.add(pair.weight, torch.randn(len(pair.lora_B), 4), torch.randn(pair.lora_A.shape[1], 4))
-        assert remainder.left.shape[1] == 16
-        real += (remainder.left.nbytes + remainder.right.nbytes) * 20 // 16
+        assert remainder.columns == 16
+        real += remainder.left.nbytes + remainder.right.nbytes
     found = estimated(tmp_path, tiny, "--r", 4, "--dtype", dtype, "--merge", merge, "--remainder-rank", 8)
     assert found["merge"] == merge
     assert found["memory"]["remainder"] == real
@@ -372,9 +372,10 @@ def test_what_is_no_config_of_a_model_is_said_in_one_line(tmp_path, content, mes
         refused(command(path), message)
 
 
-def test_a_tied_head_is_refused_by_name(tmp_path):
+def test_a_tied_head_takes_a_factored_remainder_only(tmp_path):
     tiny_llama(tie_word_embeddings=True).config.save_pretrained(tmp_path)
-    refused(command(tmp_path, "--target-modules", "lm_head"), "its base weight is tied")
+    assert "Remainder: factored" in command(tmp_path, "--target-modules", "lm_head").output
+    refused(command(tmp_path, "--target-modules", "lm_head", "--merge", "dense"), "its base weight is tied")
 
 
 def refused(result, message):

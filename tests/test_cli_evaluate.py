@@ -158,7 +158,12 @@ def test_a_run_folder_is_scored_as_the_model_in_it(causal_folder, write_jsonl, t
     ("settings", "named"),
     [
         ({"evaluate": {"metrics": ["multiple_choice"]}}, "no column 'choices'"),
-        ({"evaluate": {"metrics": ["bleu"]}}, "evaluate.metrics.0='bleu'"),
+        ({"evaluate": {"metrics": ["bleu"]}}, "evaluate.metrics=['bleu']: write one of: loss | exact_match"),
+        ({"evaluate": {"metrics": []}}, "evaluate.metrics=[]: "),
+        (
+            {"evaluate": {"answer_pattern": "(red"}},
+            "evaluate.answer_pattern='(red': not a regular expression: missing )",
+        ),
         ({"data": {}}, "data.eval is missing"),
         ({"task": "classification"}, "no head for classification"),
     ],

@@ -11,7 +11,13 @@ from conftest import WORDS, pairs
 from models import tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from typer.testing import CliRunner
 
 import scalora
@@ -24,6 +30,9 @@ TRAINING = {
     "learning_rate": 2e-2,
     "gradient_checkpointing": False,
 }
+
+
+ROLES = [("user", "prompt"), ("assistant", "completion")]
 
 
 def command(*words):
@@ -227,7 +236,7 @@ def test_an_export_that_is_not_the_run_is_refused_and_removed(train, tmp_path, m
     monkeypatch.setattr(scalora.saving.ordinary_adapter, "_save_with_peft", corrupted)
     result = command("export", run, "--output", tmp_path / "out")
     assert result.exit_code == 1
-    assert "differ from those of the run" in result.stderr
+    assert "differs from the layer's update" in result.stderr
     assert not (tmp_path / "out").exists()
 
     def broken(model, adapter, state, *rest):
@@ -238,6 +247,73 @@ def test_an_export_that_is_not_the_run_is_refused_and_removed(train, tmp_path, m
     assert result.exit_code == 1
     assert "NaN" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|user|>{% endfor %}"
+
+
+@pytest.mark.parametrize("merge", ["dense", "factored"])
+def test_every_result_has_the_tokenizer_of_the_run(merge, train, causal_folder, write_jsonl, tmp_path):
+    chats = [[{"role": role, "content": pair[part]} for role, part in ROLES] for pair in pairs(24)]
+    data = str(write_jsonl("chats.jsonl", [{"messages": chat} for chat in chats]))
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    bare = AutoTokenizer.from_pretrained(causal_folder)
+    bare.chat_template = None
+    base(causal_folder).save_pretrained(tmp_path / "base")
+    bare.save_pretrained(tmp_path / "base")
+    changes = {"chat_template_path": str(tmp_path / "template.jinja"), "eos_token": "<|user|>"}
+    saving = {"save_strategy": "steps", "save_steps": 6}
+    run = train(
+        model=str(tmp_path / "base"),
+        data={"train": data, "eval": data},
+        scalora={"merge": merge},
+        training=TRAINING | changes | saving,
+    )
+    for to in ("adapter", "merged", "delta"):
+        result = command("export", run, "--to", to)
+        assert result.exit_code == 0, result.stderr[-300:]
+    result = command("export", run / "trainer" / "checkpoint-6", "--output", tmp_path / "early")
+    assert result.exit_code == 0, result.stderr[-300:]
+    wanted = GenerationConfig.from_pretrained(run / "model")
+    assert wanted.eos_token_id == [bare.convert_tokens_to_ids("<|user|>"), 2]
+    adapter = ["adapter"] if merge == "factored" else []
+    folders = [run / name for name in ("model", "delta", *adapter, "export-adapter", "export-merged", "export-delta")]
+    for folder in (*folders, tmp_path / "early"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert (tokenizer.chat_template, tokenizer.eos_token) == (TEMPLATE, "<|user|>"), folder
+        assert GenerationConfig.from_pretrained(folder).to_dict() == wanted.to_dict(), folder
+    configs = [AutoConfig.from_pretrained(run / name) for name in ("model", "export-merged")]
+    for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        assert getattr(configs[0], key) == getattr(configs[1], key)
+
+
+def test_a_chat_template_that_changes_the_embeddings_is_refused(train, causal_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(causal_folder)
+    tokenizer.add_tokens(["<|new|>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    with pytest.raises(AssertionError, match="no adapter would hold"):
+        train(training=TRAINING | {"chat_template_path": str(tmp_path / "chatty")})
+
+
+def test_a_quantised_classifier_is_loaded_as_in_training(tokenizer, write_jsonl, tmp_path):
+    settings = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "pad_token_id": 1}
+    tiny_llama(vocab_size=len(tokenizer), **settings).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"text": f" {WORDS[i % 10]} {WORDS[i % 3]}", "label": WORDS[i % 3]} for i in range(24)]
+    content = {
+        "model": str(tmp_path / "base"),
+        "task": "classification",
+        "dtype": "bfloat16",
+        "quantization": "nf4",
+        "output_dir": str(tmp_path / "run"),
+        "data": {"train": str(write_jsonl("train.jsonl", rows))},
+        "training": TRAINING | {"max_steps": 3},
+    }
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(content))
+    assert command("train", tmp_path / "train.yaml").exit_code == 0
+    for to in ("adapter", "merged"):
+        result = command("export", tmp_path / "run", "--to", to)
+        assert result.exit_code == 0, result.stderr[-300:]
 
 
 def test_another_base_is_refused(train, causal_folder, tmp_path):

@@ -239,7 +239,7 @@ def test_a_run_is_not_overwritten_unless_asked_and_not_by_a_bad_one(causal_folde
     assert json.loads((run / "summary.json").read_text())["steps"] == 4
 
 
-@pytest.mark.parametrize("method", ["relora", "galore", "apollo", "lora_ga_restart"])
+@pytest.mark.parametrize("method", ["relora", "galore", "lora_ga_restart"])
 def test_a_run_that_cant_go_on_from_a_checkpoint_is_left_alone(method, causal_folder, write_jsonl, tmp_path):
     train = write_jsonl("train.jsonl", pairs(24))
     training = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}

@@ -172,6 +172,8 @@ def test_nothing_is_written(flags, write_config, tmp_path, monkeypatch):
     if flags:
         assert scalora("train", config).exit_code == 0
         (tmp_path / "run" / "trainer" / "checkpoint-4" / "trainer_state.json").unlink()
+    if "--resume" in flags:
+        (tmp_path / "run" / "summary.json").unlink()
     before = contents(tmp_path)
     result = scalora("train", config, "--dry-run", *flags)
     assert result.exit_code == 0, result.output
@@ -208,7 +210,7 @@ REFUSED = {
     "an example that is no text": (
         ["--overwrite"],
         {"rows": lambda n: [*pairs(n), {"prompt": "a", "completion": None}]},
-        "example 25",
+        "row 25",
     ),
 }
 
@@ -219,6 +221,7 @@ def test_what_training_refuses_is_refused_with_the_same_words(name, write_config
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("model: x")
+    (tmp_path / "run" / "environment.json").write_text("{}")
     config = write_config(**settings)
     before = contents(tmp_path)
     dry = scalora("train", config, *flags, "--dry-run")

@@ -398,9 +398,5 @@ def test_what_can_not_be_done_is_refused():
     model = two_layers()
     with pytest.raises(UnsupportedOptimizerError, match=r"Adafactor.*factored"):
         ScalarRefactorer(model, torch.optim.Adafactor(trainable(model)))
-    optimizer = torch.optim.SGD(trainable(model), lr=RATE)
-    GradientRefactorer(model, optimizer)
-    with pytest.raises(ValueError, match="without a closure"):
-        optimizer.step(lambda: 0.0)
     with pytest.raises(ValueError, match="warmup_steps=-1"):
         RefLora(warmup_steps=-1)

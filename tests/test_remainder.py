@@ -29,7 +29,7 @@ def test_a_thousand_dense_merges_in_half_precision_drift_no_more_than_one_roundi
 def test_a_thousand_factored_merges_drift_less_than_a_ten_thousandth():
     engine, replay = train(torch.bfloat16, "factored", width=WIDTH, remainder_rank=WIDTH)
     assert engine.metrics()["scalora/rescales"] == 1000
-    assert replay.layer.frozen_remainder.left.shape[1] <= 2 * WIDTH
+    assert replay.layer.frozen_remainder.columns <= 2 * WIDTH
     assert drift(replay.live(), replay.weight) < 1e-4
     assert engine.metrics()["scalora/discarded"] < 1e-5
 
@@ -38,7 +38,7 @@ def test_what_a_cap_discards_is_what_is_missing_and_is_reported():
     engine, replay = train(torch.bfloat16, "factored", width=WIDTH, steps=200, remainder_rank=8)
     with pytest.warns(UserWarning, match="remainder_rank=8 is too small"):
         metrics = engine.metrics()
-    columns = replay.layer.frozen_remainder.left.shape[1]
+    columns = replay.layer.frozen_remainder.columns
     assert 8 <= columns <= 16
     assert metrics["scalora/remainder_columns"] == columns
     kept = replay.layer.frozen_remainder.dense().double()
@@ -190,7 +190,7 @@ def test_products_compressed_together_are_each_its_truncated_svd(dtype, max_rank
 def test_layers_that_are_full_are_compressed_together_and_the_others_left_alone():
     shapes, products = [(30, 40), (50, 20), (30, 40)], []
     generator = torch.Generator().manual_seed(0)
-    remainders = [FactoredRemainder(m, n, 4, dtype=torch.float32, device=torch.device("cpu")) for m, n in shapes]
+    remainders = [FactoredRemainder(m, n, 4, 3, dtype=torch.float32, device=torch.device("cpu")) for m, n in shapes]
     replay = [torch.zeros(m, n) for m, n in shapes]
     for columns in (3, 3, 3):
         # The last layer comes one round later.
@@ -203,7 +203,7 @@ def test_layers_that_are_full_are_compressed_together_and_the_others_left_alone(
         add_to_all(remainders[:n_layers], [torch.empty(0)] * n_layers, lefts, rights)
         for total, (left, right) in zip(replay, products, strict=False):
             total += left @ right.T
-    assert [remainder.left.shape[1] for remainder in remainders] == [4, 4, 6]
+    assert [remainder.columns for remainder in remainders] == [4, 4, 6]
     for remainder, total in zip(remainders, replay, strict=True):
         missing = (total - remainder.dense()).double()
         torch.testing.assert_close(remainder.discarded.double(), missing.square().sum(), rtol=1e-4, atol=1e-6)

@@ -14,12 +14,14 @@ import yaml
 from conftest import WORDS
 from datasets import Dataset
 from models import TwoLayers, tiny_llama, trainable, with_lora
+from test_broken_input import contents
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 from scalora import ScaLora, ScaLoraCallback, ScaLoraConfig, StateError, last_checkpoint
 from scalora.cli import app
+from scalora.saving.checkpoints import set_broken_checkpoints_aside
 
 MERGES = ["dense", "factored"]
 
@@ -100,14 +102,62 @@ def test_a_checkpoint_that_was_cut_off_is_set_aside_and_the_one_before_is_used(t
     with pytest.warns(UserWarning, match="is skipped") as warned:
         assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     assert len([w for w in warned if "skipped" in str(w.message)]) == 2
+    resumed = trainer(tmp_path)
+    assert not list(tmp_path.glob("incomplete-*"))  # a Trainer that is merely made touches nothing
     with pytest.warns(UserWarning, match="set aside"):
-        resumed = trainer(tmp_path)
+        resumed.train(resume_from_checkpoint=True)
     assert {path.name for path in tmp_path.glob("incomplete-*")} == {
         "incomplete-checkpoint-6",
         "incomplete-checkpoint-8",
     }
-    resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 8
+
+
+def test_whole_checkpoints_of_the_model_alone_are_kept_and_not_resumed_from(tmp_path):
+    trainer(tmp_path, save_only_model=True).train()
+    before = contents(tmp_path)
+    resumed = trainer(tmp_path, save_only_model=True)
+    for checkpoint in (True, str(tmp_path / "checkpoint-4")):
+        with pytest.raises(StateError, match="the model without the optimizer's state"):
+            resumed.train(resume_from_checkpoint=checkpoint)
+    with pytest.warns(UserWarning, match="is skipped: it holds the model"):
+        assert last_checkpoint(tmp_path) is None
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_that_another_process_sets_aside_meanwhile_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-3").mkdir()
+    rename = Path.rename
+
+    def too_late(self, target):
+        rename(self, tmp_path / "incomplete-checkpoint-3")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", too_late)
+    set_broken_checkpoints_aside(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["incomplete-checkpoint-3"]
+
+
+def test_a_checkpoint_that_was_cut_off_is_refused_by_name(tmp_path):
+    trainer(tmp_path).train()
+    (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
+    with pytest.raises(StateError, match=r"checkpoint-8.*cut off while it was written"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+@pytest.mark.parametrize("steps", [6, 8])  # within an epoch, and at the end of one
+def test_a_trainer_that_resumes_at_its_last_step_trains_no_further(steps, tmp_path):
+    first = trainer(tmp_path, max_steps=steps)
+    first.train()
+    before = contents(tmp_path)
+    second = trainer(tmp_path, max_steps=steps)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == steps
+    assert_same(weights(second.model), weights(first.model))
+    assert contents(tmp_path) == before
+    second.args.max_steps = steps + 2
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == steps + 2
 
 
 def test_a_checkpoint_of_another_base_is_refused(tmp_path):
@@ -163,6 +213,22 @@ def test_the_engines_own_state_brings_everything_back(merge, optimizer, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["scalora_state.safetensors"]
 
 
+def test_a_state_is_read_through_links_as_in_the_hugging_face_cache(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "5f3a"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    model, engine = loop("dense", torch.optim.AdamW, 7)
+    engine.save(blobs)
+    (blobs / "scalora_state.safetensors").rename(blobs / "9c41")
+    (tmp_path / "link").symlink_to(blobs / "9c41")
+    (snapshot / "scalora_state.safetensors").symlink_to("../../link")
+    before = weights(model)
+    again = with_lora(TwoLayers(), r=3, target_modules=["first", "second"], random_B=False)
+    config = ScaLoraConfig(warmup_steps=2, interval=2, merge="dense")
+    ScaLora(again, torch.optim.AdamW(trainable(again), lr=1e-2), config).load(snapshot)
+    assert_same(weights(again), before)
+
+
 @pytest.mark.parametrize("merge", MERGES)
 def test_a_state_dict_in_memory(merge):
     model, engine = loop(merge, torch.optim.AdamW, 9)
@@ -213,6 +279,7 @@ def test_the_command_resumes(causal_folder, write_jsonl, tmp_path):
     assert command("alone").exit_code == 0
     assert command("run").exit_code == 0
     (tmp_path / "run" / "trainer" / "checkpoint-6").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "summary.json").unlink()
     summary = (tmp_path / "run" / "metrics.jsonl").read_text()
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')

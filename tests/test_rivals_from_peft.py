@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import TwoLayers, tiny_gpt2, tiny_llama, trainable
 from peft import PeftModel
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -16,8 +17,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from scalora.rivals.apollo import Apollo
 from scalora.rivals.from_peft import Dora, Hira, LoraGa, LoraPlus, Pissa, Riemannian, RsLora
-from scalora.rivals.full_weights import Apollo, Full, GaLore
+from scalora.rivals.full_weights import Full, GaLore
 
 TWO = {"r": 3, "lora_alpha": 6, "target_modules": ["first", "second"]}
 X = torch.randn(20, 12, generator=torch.Generator().manual_seed(1))
@@ -324,13 +326,82 @@ def test_the_optimizers_settings_are_the_users(method, arguments):
         assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.01, (0.8, 0.9), 1e-4, 0.1)
 
 
-@pytest.mark.parametrize("method", [GaLore(), Apollo()])
+def apollo_steps(arguments, gradients, optimizer=None, **options):
+    """Gives gradients to a weight in a block, and returns its changes and the optimizer."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(6, 9, bias=False)})])})
+    optimizer = optimizer or Apollo(rank=2, scale=4.0, **options).optimizer(model, arguments(learning_rate=1e-2))
+    ((weight,),) = (group["params"] for group in optimizer.param_groups)
+    changes = []
+    for gradient in gradients:
+        before = weight.detach().clone()
+        weight.grad = gradient.clone()
+        optimizer.step()
+        changes.append(weight.detach() - before)
+    return changes, optimizer
+
+
+def test_an_update_of_apollo_grows_by_a_hundredth_at_most(arguments):
+    G = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    (first, second, third), _ = apollo_steps(arguments, [G, -3 * G, G])
+    assert second.norm() / first.norm() <= 1.01 + 1e-5
+    assert third.norm() / second.norm() <= 1.01 + 1e-5
+    (first, second, none), optimizer = apollo_steps(arguments, [0 * G, G, 0 * G])
+    assert first.norm() == none.norm() == 0 < second.norm()
+    assert all(change.isfinite().all() for change in apollo_steps(arguments, [G], optimizer)[0])
+
+
+def test_apollo_draws_its_space_anew_after_the_gap(arguments):
+    G = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    _, optimizer = apollo_steps(arguments, [G], update_proj_gap=2)
+    ((weight,),) = (group["params"] for group in optimizer.param_groups)
+    moments = [optimizer.state[weight]["exp_avg"].clone()]
+    for _ in range(2):
+        apollo_steps(arguments, [G], optimizer)
+        moments.append(optimizer.state[weight]["exp_avg"].clone())
+    projected = [moments[0] / 0.1, (moments[1] - 0.9 * moments[0]) / 0.1, (moments[2] - 0.9 * moments[1]) / 0.1]
+    torch.testing.assert_close(projected[1], projected[0], rtol=1e-4, atol=1e-5)
+    assert (projected[2] - projected[0]).norm() > 0.1 * projected[0].norm()
+
+
+def test_apollo_goes_on_from_its_state_as_if_it_had_not_stopped(arguments):
+    gradients = [torch.randn(9, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    whole, _ = apollo_steps(arguments, gradients, update_proj_gap=2)
+    _, first = apollo_steps(arguments, gradients[:3], update_proj_gap=2)
+    _, second = apollo_steps(arguments, [], update_proj_gap=2)
+    second.load_state_dict(first.state_dict())
+    rest, _ = apollo_steps(arguments, gradients[3:], second)
+    for change, expected in zip(rest, whole[3:], strict=True):
+        torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_apollo_does_not_project_is_trained_by_adamw(arguments):
+    keywords = {"learning_rate": 1e-2, "weight_decay": 0.1}
+    model, other = tiny_llama(), tiny_llama()
+    optimizer = Apollo().optimizer(model, arguments(**keywords))
+    reference = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(2):
+        step(model, optimizer)
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        reference.step()
+    theirs = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        if not is_in_block(name):
+            torch.testing.assert_close(parameter, theirs[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_model_without_blocks_has_nothing_for_apollo(arguments):
+    with pytest.raises(ValueError, match="no linear layers in numbered blocks"):
+        Apollo().optimizer(nn.Linear(4, 4), arguments())
+
+
+@pytest.mark.parametrize("method", [GaLore()])
 def test_another_optimizer_under_the_methods_name_is_refused(method, arguments):
     with pytest.raises(ValueError, match=rf"training.optim='sgd': .*'{method.optim}'; leave training.optim out"):
         method.optimizer(tiny_llama(), arguments(**method.training_defaults() | {"optim": "sgd"}))
 
 
-@pytest.mark.parametrize("method", [GaLore(), Apollo()])
+@pytest.mark.parametrize("method", [GaLore()])
 def test_a_missing_package_is_said_before_anything_is_loaded(method, monkeypatch):
     monkeypatch.setitem(sys.modules, method.package.replace("-", "_"), None)
     with pytest.raises(ImportError, match=f"pip install {method.package}"):

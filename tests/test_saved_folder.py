@@ -6,14 +6,16 @@ from models import tiny_llama, trainable, with_lora
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from transformers import AutoModelForCausalLM, pipeline
+from typer.testing import CliRunner
 
 import scalora
 from scalora import ScaLora, ScaLoraConfig
+from scalora.cli import app
 
 
-def saved(base, folder, merge="dense"):
+def saved(base, folder, merge="dense", **settings):
     """Save a model after one step with a rescale."""
-    model = with_lora(AutoModelForCausalLM.from_pretrained(base), r=2, target_modules="all-linear")
+    model = with_lora(AutoModelForCausalLM.from_pretrained(base), r=2, target_modules="all-linear", **settings)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0, merge=merge))
     tokens = torch.randint(0, 64, (4, 10), generator=torch.Generator().manual_seed(0))
@@ -39,7 +41,7 @@ def state(base, tmp_path_factory):
 
 def in_fence(text, language):
     """The contents of the only code block in a language."""
-    (block,) = text.split(f"```{language}\n")[1:]
+    block = text.split(f"```{language}\n")[1]
     return block.split("```")[0]
 
 
@@ -47,7 +49,7 @@ def test_the_readme_names_the_commands_and_its_python_runs(base, state, tmp_path
     readme = (state / "README.md").read_text()
     for named in (
         "scalora_state.safetensors",
-        "scalora export RUN --to adapter",
+        "scalora export path/to/this/folder --to adapter",
         "scalora.export_merged(base, folder, output)",
         "scalora.load_model(base, folder)",
         str(base),
@@ -62,6 +64,25 @@ def test_the_readme_names_the_commands_and_its_python_runs(base, state, tmp_path
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
         # An adapter leaves out up to a thousandth of each layer's update, which this model amplifies.
         assert (model(input_ids=tokens).logits - live).norm() < 5e-2 * (live - untouched).norm()
+
+
+def test_the_command_that_the_readme_names_makes_the_adapter(base, tmp_path):
+    saved(base, tmp_path / "saved", task_type="CAUSAL_LM")
+    command = in_fence((tmp_path / "saved" / "README.md").read_text(), "").strip().split()
+    words = [str(tmp_path / "saved") if word == "path/to/this/folder" else word for word in command[1:]]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.stderr[-400:]
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved" / "export-adapter")
+
+
+def test_a_readme_names_no_folder_that_holds_no_model(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    (tmp_path / "files").mkdir()
+    model.name_or_path = str(tmp_path / "files")
+    model = with_lora(model, r=2, target_modules="all-linear")
+    ScaLora(model, torch.optim.AdamW(trainable(model)), ScaLoraConfig(merge="dense"))
+    model.save_pretrained(tmp_path / "saved")
+    assert str(tmp_path) not in (tmp_path / "saved" / "README.md").read_text()
 
 
 LOADERS = {

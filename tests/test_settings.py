@@ -1,6 +1,7 @@
 """Reading and checking a config."""
 
 import dataclasses
+import json
 
 import pytest
 from peft import LoraConfig
@@ -34,14 +35,31 @@ def test_a_word_of_the_command_line_replaces_the_key_of_the_file(load):
     assert settings.lora == {"r": 2, "lora_alpha": 4}
     assert settings.training == {"max_steps": 7}
     assert settings.data.eval is None
-    assert load("model: base", "--learning_rate", "-1").training == {"learning_rate": -1}
+    assert load("model: base", "--max_steps", "-1").training == {"max_steps": -1}
+
+
+def default_values(cls):
+    """The fields of a class with their defaults, as far as those are plain data."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        made = field.default_factory is not dataclasses.MISSING
+        value = field.default_factory() if made else field.default
+        plain = (str, int, float, bool, list, dict, type(None))
+        found[field.name] = value if type(value) in plain else None
+    return found
 
 
 @pytest.mark.parametrize(("task", "cls"), [("sft", SFTConfig), ("regression", TrainingArguments)])
 def test_no_key_of_the_libraries_is_refused(task, cls, load):
-    training, lora = ({field.name: None for field in dataclasses.fields(c)} for c in (cls, LoraConfig))
-    check_nested(Settings(model="base", task=task, training=training, lora=lora))
-    bare = [word for name in training if name not in Settings.model_fields for word in (f"--{name}", "null")]
+    training, lora = (default_values(c) for c in (cls, LoraConfig))
+    checked = check_nested(Settings(model="base", task=task, training=training, lora=lora))
+    assert (checked.training, checked.lora) == (training, lora)
+    bare = [
+        word
+        for name, value in training.items()
+        if name not in Settings.model_fields
+        for word in (f"--{name}", json.dumps(value) if value != "" else "''")
+    ]
     assert load(f"model: base\ntask: {task}", *bare).training.keys() == training.keys() - Settings.model_fields.keys()
     assert training_class(task) is cls
 
@@ -49,7 +67,7 @@ def test_no_key_of_the_libraries_is_refused(task, cls, load):
 def test_a_text_that_a_field_takes_is_not_refused(load):
     values = {"include_num_input_tokens_seen": "no", "lr_scheduler_type": "cosine", "report_to": "none", "fsdp": "off"}
     assert load("model: base", *(f"--{key}={value}" for key, value in values.items())).training == values
-    assert load("model: base", "--lora.init_lora_weights=pissa").lora == {"init_lora_weights": "pissa"}
+    assert load("model: base", "--lora.init_lora_weights=gaussian").lora == {"init_lora_weights": "gaussian"}
     with pytest.raises(InputError, match=r"lora\.init_lora_weights='off': write true or false"):
         load("model: base", "--lora.init_lora_weights=off")
 

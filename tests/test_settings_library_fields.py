@@ -10,8 +10,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 
 from scalora.rivals import METHODS, home_of
 from scalora.runs import library_fields
+from scalora.runs.field_values import converted
 from scalora.runs.library_fields import UNKNOWN, dataclass_fields, named_values
-from scalora.runs.settings import _instead_of_text
 
 CLASSES = [
     ("peft", "LoraConfig"),
@@ -33,6 +33,17 @@ def read(monkeypatch):
     return dataclass_fields.__wrapped__
 
 
+VALUES = ("no", "true", "3", "1e-3", "auto", 3, 0.5, True, None, ["a"], {"a": 1})
+
+
+def outcome(value, annotation):
+    """What a value becomes under an annotation, or what is said against it."""
+    try:
+        return converted(value, annotation)
+    except ValueError as error:
+        return str(error).replace("typing.", "")
+
+
 def real_default(field):
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
@@ -47,8 +58,11 @@ def test_the_source_gives_the_fields_of_the_class(module, name, read):
     for key, field in fields.items():
         annotation = real[key].type
         text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-        for value in ("no", "true", "3", "1e-3", "auto"):
-            assert _instead_of_text(field.annotation, value) == _instead_of_text(text, value), key
+        for value in VALUES:
+            kept, real_kept = (outcome(value, written) for written in (field.annotation, text))
+            assert type(kept) is type(real_kept), key
+            if not isinstance(kept, str) or isinstance(value, str):
+                assert kept == real_kept, key
         if field.default is not UNKNOWN:
             assert field.default == real_default(real[key]), key
         if help_text := real[key].metadata.get("help"):
@@ -62,8 +76,8 @@ def test_importing_the_class_gives_the_same(module, name):
     assert list(read) == list(imported)
     for key, field in read.items():
         assert (field.help, field.module) == (imported[key].help, imported[key].module)
-        for value in ("no", "3"):
-            assert _instead_of_text(field.annotation, value) == _instead_of_text(imported[key].annotation, value)
+        for value in ("no", "3", 3):
+            assert type(outcome(value, field.annotation)) is type(outcome(value, imported[key].annotation)), key
         assert field.default in (UNKNOWN, imported[key].default)
 
 

@@ -183,16 +183,17 @@ def test_only_what_is_there_and_applies_is_shown(settings, results, commands, wr
 
 
 def test_divergence_is_said_once_and_logged_as_it_is(write_config, tmp_path):
-    result = trained(write_config(training={"learning_rate": 1e38}))
-    assert len(warnings_in(result.stderr)) == 2
-    left_alone, diverged = warnings_in(result.stderr)
+    result = scalora("train", write_config(training={"learning_rate": 1e38}))
+    assert result.exit_code == 1
+    left_alone, *_ = warnings_in(result.stderr)
     assert re.match("warning: ScaLoRA left .* alone .* NaN or infinite entries", left_alone)
-    assert diverged.startswith("warning: loss is nan at step 2: training has diverged; lower the learning rate")
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: training diverged: loss is nan at step 2 of 10. No result is written; ")
+    assert "training.learning_rate" in error
     logs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [log["loss"] for log in logs if "loss" in log]
     assert math.isfinite(losses[0])
-    assert len(losses) == 10
-    assert all(math.isnan(loss) for loss in losses[1:])
+    assert losses[1:] == [None]
 
 
 def test_examples_that_are_cut_off_or_left_out_are_counted(write_config, write_jsonl):
@@ -212,7 +213,7 @@ def test_texts_that_are_cut_off_are_counted(encoder_folder, write_config, write_
     data = {"train": str(write_jsonl("texts.jsonl", texts)), "eval": None}
     config = write_config(model=str(encoder_folder), task="classification", data=data, training={"max_steps": 2})
     assert warnings_in(trained(config).stderr) == [
-        "warning: 3 of 12 train examples reach the limit of 64 tokens, where texts are cut off"
+        f"warning: data {data['train']!r}: 3 of 12 texts are truncated to 64 tokens (all that the model takes)"
     ]
 
 
@@ -239,6 +240,7 @@ def test_a_skipped_checkpoint_is_said_when_training_resumes(write_config, tmp_pa
     config = write_config(training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2})
     assert not warnings_in(trained(config).stderr)
     (tmp_path / "run" / "trainer" / "checkpoint-4" / "trainer_state.json").unlink()
+    (tmp_path / "run" / "summary.json").unlink()
     skipped, aside = warnings_in(trained(config, "--resume").stderr)
     assert re.match(r"warning: checkpoint '.*checkpoint-4' is skipped: it has no trainer_state.json", skipped)
     assert re.match(r"warning: checkpoint '.*checkpoint-4' is set aside as 'incomplete-checkpoint-4'", aside)

@@ -25,20 +25,23 @@ if TYPE_CHECKING:
     from scalora.maths.spectrum import effective_rank as effective_rank
     from scalora.maths.spectrum import numerical_rank as numerical_rank
     from scalora.model.adapters import UnsupportedLayerError as UnsupportedLayerError
+    from scalora.model.factor_guard import ChangedFactorsError as ChangedFactorsError
+    from scalora.model.remainder_layer import ChangedBaseError as ChangedBaseError
+    from scalora.model.remainder_layer import accept_factors as accept_factors
     from scalora.rescale.optimizers import UnsupportedOptimizerError as UnsupportedOptimizerError
     from scalora.rescale.optimizers import register_optimizer as register_optimizer
-    from scalora.saving.attach import ChangedBaseError as ChangedBaseError
     from scalora.saving.checkpoints import last_checkpoint as last_checkpoint
     from scalora.saving.errors import StateError as StateError
-    from scalora.saving.export import ExportError as ExportError
     from scalora.saving.export import export_adapter as export_adapter
     from scalora.saving.export import export_merged as export_merged
     from scalora.saving.export import load_model as load_model
+    from scalora.saving.verify import ExportError as ExportError
     from scalora.start import optimal_start as optimal_start
 
 _HOMES = {
-    "ChangedBaseError": "scalora.saving.attach",
-    "ExportError": "scalora.saving.export",
+    "ChangedBaseError": "scalora.model.remainder_layer",
+    "ChangedFactorsError": "scalora.model.factor_guard",
+    "ExportError": "scalora.saving.verify",
     "LayerState": "scalora.maths.reference",
     "ScaLora": "scalora.engine",
     "ScaLoraCallback": "scalora.integrations.transformers",
@@ -46,6 +49,7 @@ _HOMES = {
     "StateError": "scalora.saving.errors",
     "UnsupportedLayerError": "scalora.model.adapters",
     "UnsupportedOptimizerError": "scalora.rescale.optimizers",
+    "accept_factors": "scalora.model.remainder_layer",
     "captured_energy": "scalora.maths.residuals",
     "choose_scaling": "scalora.maths.scaling",
     "column_scaling": "scalora.maths.scaling",

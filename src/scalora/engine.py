@@ -8,10 +8,11 @@ single layer.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,13 @@ from torch.autograd.profiler import record_function
 from torch.optim import Optimizer
 
 from scalora.config import ScaLoraConfig
-from scalora.maths.lowrank import DEFAULT_RTOL
-from scalora.maths.scaling import Grams, Scaling, scaling_of_grams, solver_dtype
-from scalora.model.adapters import LoraPair, by_rank, by_shape
-from scalora.model.target_norms import target_norms
-from scalora.parallel.data_parallel import unwrapped
+from scalora.maths.scaling import Grams, Scaling, scaling_of_grams
+from scalora.model.adapters import LoraPair, by_rank, by_shape, find_lora_pairs
+from scalora.model.placement import check_places
+from scalora.model.solve_constants import ConstantsOnDevice
+from scalora.model.target_norms import BaseRates, target_norms
+from scalora.parallel.data_parallel import keep_out_of_broadcasts, unwrapped
+from scalora.parallel.processes import process_rank
 from scalora.rescale import native
 from scalora.rescale.kernels import PYTORCH, Kernels
 from scalora.rescale.metrics import (
@@ -33,20 +36,25 @@ from scalora.rescale.metrics import (
     remainder_energy,
     summarise,
 )
-from scalora.rescale.optimizers import refuse_closure, state_degrees, unwrapped_optimizer
-from scalora.rescale.transport import scale_gradients_and_states
-from scalora.saving.attach import attach, state_of
+from scalora.rescale.notices import Notices
+from scalora.rescale.optimizers import evaluate_closure, state_degrees, unwrapped_optimizer
+from scalora.rescale.other_optimizers import WatchOfOtherOptimizers
+from scalora.rescale.transport import check_states, scale_gradients_and_states
+from scalora.saving.attach import attach
 from scalora.saving.errors import StateError
-from scalora.saving.random_state import check_random_state, random_state, set_random_state
-from scalora.saving.state import check_base, check_content, check_fit, restore, saved_config
+from scalora.saving.model_state import state_of
+from scalora.saving.random_state import (
+    check_random_state,
+    random_file,
+    random_state,
+    set_random_state,
+    why_of_another_process,
+)
+from scalora.saving.state import check_base, check_base_rates, check_content, check_fit, restore, saved_config
 from scalora.saving.state_file import STATE_FILE, read_state, write_state
 
 PARTS = ("scalora::solve", "scalora::merge", "scalora::transport")
 """Names of the parts of a rescale in a profiler's trace."""
-
-# Warn if compressions have discarded more than this share of a factored remainder. An exported adapter may leave out as
-# much.
-DISCARD_WARNING = DEFAULT_RTOL
 
 ScalingRule = Callable[..., Scaling]
 """Chooses α and β for layers of one rank. Called with their `Grams` and ``target_norm``, (layers, 2)."""
@@ -55,12 +63,8 @@ Transport = Callable[..., None]
 """Transports gradients and optimizer state through a rescale. Has the arguments of `scale_gradients_and_states`."""
 
 
-class _Constants(NamedTuple):
-    """Inputs of the solve other than parameters and gradients, for the layers of one rank."""
-
-    scalings: list[float]
-    target_norms: Tensor
-    scaling: Tensor
+# Engines that are attached. Each model and each optimizer has at most one.
+_ATTACHED: weakref.WeakSet[ScaLora] = weakref.WeakSet()
 
 
 class ScaLora:
@@ -70,6 +74,12 @@ class ScaLora:
         >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         >>> ScaLora(model, optimizer, ScaLoraConfig())  # and train as before
+
+    A model and an optimizer have one engine at a time: a new one replaces, and detaches, an earlier one of either.
+    Nothing has been changed if an error is raised.
+
+    Several processes of one data-parallel run have an engine each. What they do is equal to the bit as long as their
+    gradients are, as those of `DistributedDataParallel`, and their devices of one kind; nothing is sent around.
 
     Args:
         model: a model with PEFT LoRA layers and one adapter, which is active. With `DistributedDataParallel`, the model
@@ -93,7 +103,6 @@ class ScaLora:
         config: the settings.
         optimizer: the optimizer itself, without a wrapper.
         pairs: the adapted layers.
-        target_norms: for each layer's name, the target norm for α and the one for β.
     """
 
     def __init__(
@@ -111,33 +120,65 @@ class ScaLora:
         self._scaling_rule = scaling_rule or partial(scaling_of_grams, mode=self.config.mode)
         self._transport = transport
         self._degrees = state_degrees(self.optimizer)
+        pairs = find_lora_pairs(self._model)
+        check_places(pairs, self.config.merge, self.config.remainder_rank)
+        self._rates = BaseRates(pairs, self.optimizer)
+        target_norms(pairs, self._rates.current(), self.config)
+        check_states(self.optimizer, self._degrees, [p for pair in pairs for p in (pair.lora_A, pair.lora_B)])
+        self._kernels = self._chosen_kernels(pairs)
+        # Nothing has been changed up to here.
         self.pairs, self._progress = attach(self._model, self.config.merge, self.config.remainder_rank)
-        self.target_norms = target_norms(self.pairs, self.optimizer, self.config)
+        keep_out_of_broadcasts(model)
+        self._replace_earlier_engines()
         self._groups = [by_shape(pairs) for pairs in by_rank(self.pairs)]
-        self._kernels = self._chosen_kernels()
+        self._constants = [ConstantsOnDevice(shapes, self.config) for shapes in self._groups]
         self._progress.config = self.config
+        self._progress.base_rates = self._rates.current()
         self._progress.restart(step=0, rescales=0)
-        self._constants: dict[tuple[str, ...], _Constants] = {}
         self._last: list[Rescaled] | None = None
+        self._had_gradients = False
+        self._checked_states = False
+        self._replaced = False
         self._left_alone = {reason: torch.zeros(()) for reason in LEFT_ALONE_BECAUSE}
-        self._warned: set[str] = set()
+        self._notices = Notices(self.config)
         self._hook = self.optimizer.register_step_pre_hook(self._before_step)
+        factors = {key: p for pair in self.pairs for key, p in zip(pair.keys, (pair.lora_A, pair.lora_B), strict=True)}
+        self._watch = WatchOfOtherOptimizers(self._model, self.optimizer, factors)
+        _ATTACHED.add(self)
 
     @property
     def step(self) -> int:
         """Number of optimizer steps so far; during a step, the number of that step, counted from 1."""
         return self._progress.step
 
+    @property
+    def target_norms(self) -> dict[str, tuple[float, float]]:
+        """For each layer's name, the target norm for α and the one for β.
+
+        With `smoothness`, they follow PEFT's scalings and the base learning rates (`scalora.model.target_norms`).
+        """
+        return target_norms(self.pairs, self._rates.current(), self.config)
+
     def detach(self) -> None:
-        """Stop rescaling. From now on the model trains as plain LoRA on its current base and remainder."""
+        """Stop rescaling. From now on the model trains as plain LoRA on its current base and remainder.
+
+        Warns if the run had no rescale.
+        """
         self._hook.remove()
-        self._warn_about_skipped_layers()
+        self._watch.stop()
+        _ATTACHED.discard(self)
+        self._notices.about_layers(self._left_alone)
+        if not self._replaced:
+            # A run that was resumed may have had its rescales before.
+            active = self._had_gradients or self._last is None
+            kind, rescales = type(self.optimizer).__name__, self._progress.rescales
+            self._notices.about_run(kind, self.step, rescales, had_gradients=active)
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the last rescale, and counts since attaching. Waits for the device.
 
         Returns:
-            Nothing before the first rescale, then
+            Nothing before this engine's first rescale (of one that was replaced, the number of rescales by now), then
 
             - ``scalora/column_share``, ``scalora/scalar_share``, ``scalora/left_alone_share``: shares of the layers by
               kind of scaling; ``scalora/degenerate_share``: share of the layers that were left alone because their
@@ -151,24 +192,27 @@ class ScaLora:
             - with a factored remainder, ``scalora/remainder_columns``: the largest number of columns of any layer, and
               ``scalora/discarded``: the norm of what compressions have left out, relative to that of the remainder.
         """
-        self._warn_about_skipped_layers()
+        self._notices.about_layers(self._left_alone)
+        rescales = float(self._progress.rescales)
         if self._last is None:
-            return {}
+            return {"scalora/rescales": rescales} if self._replaced and rescales else {}
         counts = {f"scalora/{reason}": count.item() for reason, count in self._left_alone.items()}
-        counts["scalora/rescales"] = float(self._progress.rescales)
+        counts["scalora/rescales"] = rescales
         remainders = factored_metrics([pair.remainder for pair in self.pairs])
-        self._warn_about_discarded(remainders.get("scalora/discarded", 0.0))
+        self._notices.about_discarded(remainders.get("scalora/discarded", 0.0))
         return summarise(self._last, len(self.pairs)) | counts | remainders
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs to continue exactly as if it had not stopped, as tensors, numbers and strings.
 
         That is the base weights with the remainders merged into them, or the factored remainders; the trained
-        parameters; the optimizer's state; counters and settings; the states of the random number generators. The
-        learning rate scheduler and the position in the data belong to the training loop. Tensors are not copied: use
-        `copy.deepcopy` to keep a state beyond the next step.
+        parameters; the optimizer's state; counters, settings and base learning rates; the states of this process's
+        random number generators. The learning rate scheduler and the position in the data belong to the training loop.
+        Tensors are not copied: use `copy.deepcopy` to keep a state beyond the next step.
         """
-        self._warn_about_skipped_layers()
+        self._notices.about_layers(self._left_alone)
+        if not self._replaced:
+            self._progress.base_rates = self._rates.current()
         return state_of(self._model, self.pairs) | {
             "optimizer": self.optimizer.state_dict(),
             "random": random_state(),
@@ -176,6 +220,9 @@ class ScaLora:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state from `state_dict`, to continue from there.
+
+        The random number generators keep their own states, with a warning, if the state is from another process of a
+        run, or from a run with another number of processes.
 
         Args:
             state: the state. One without an optimizer, as `save_pretrained` writes it, restores everything else.
@@ -190,6 +237,7 @@ class ScaLora:
         if saved is not None and saved != self.config:
             raise StateError(f"the state was saved with {saved}, but this run has {self.config}: use the same settings")
         check_fit(self._model, self.pairs, state["tensors"])
+        check_base_rates(state, [pair.name for pair in self.pairs])
         if "random" in state:
             check_random_state(state["random"])
         if "optimizer" in state:
@@ -201,11 +249,25 @@ class ScaLora:
                 ) from None
         restore(self._model, self.pairs, state["tensors"])
         if "random" in state:
-            set_random_state(state["random"])
+            if (why := why_of_another_process(state["random"])) is None:
+                set_random_state(state["random"])
+            else:
+                warnings.warn(
+                    f"random number generators are not restored: {why}; the run goes on, but not as if it had not "
+                    "stopped",
+                    stacklevel=2,
+                )
+        if "optimizer" in state or state.get("base_rates") is not None:
+            self._rates.restore(state.get("base_rates"))
+        self._progress.base_rates = self._rates.current()
         self._progress.restart(step=state["step"], rescales=state["rescales"])
+        self._checked_states = False
 
     def save(self, folder: str | Path) -> None:
         """Write `state_dict` to ``scalora_state.safetensors`` in a folder, atomically.
+
+        Of several processes, the first one writes it. The others write the states of their random number generators
+        beside it, ``scalora_random_1.safetensors`` and so on, and no process waits for another.
 
         Args:
             folder: the folder; created if it does not exist. An earlier state in it is replaced once the new one is
@@ -215,36 +277,73 @@ class ScaLora:
             OSError: the state can't be written; an earlier one is unchanged.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_state(Path(folder) / STATE_FILE, self.state_dict())
+        if rank := process_rank():
+            write_state(random_file(Path(folder), rank), {"step": self.step, "random": random_state()})
+        else:
+            write_state(Path(folder) / STATE_FILE, self.state_dict())
 
     def load(self, folder: str | Path) -> None:
         """Restore a state that `save` wrote, or `save_pretrained` of a model with ScaLoRA attached.
 
         Args:
-            folder: a folder with a ``scalora_state.safetensors``.
+            folder: a folder with a ``scalora_state.safetensors``. With several processes, all load it, and each
+                restores its own random number generators.
 
         Raises:
             StateError: the file is missing, damaged or of another format version; or the state belongs to another base
                 model, adapter or settings, lacks an entry, or has NaN or infinite entries. The model has not been
                 changed then.
         """
-        self.load_state_dict(read_state(Path(folder)))
+        state = read_state(Path(folder))
+        if "random" in state and (rank := process_rank()) and (own := random_file(Path(folder), rank)).is_file():
+            of_process = read_state(own)
+            # A run that is killed while it saves may leave files of two steps behind.
+            if of_process.get("step") == state.get("step"):
+                state["random"] = of_process.get("random")
+        self.load_state_dict(state)
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        refuse_closure("ScaLoRA", args, kwargs)
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        with_loss = evaluate_closure(args, kwargs)
+        rescales = self.config.rescales_at(self.step + 1)
+        if rescales:
+            self._check_before_rescale()
         self._progress.step += 1
-        if not self.config.rescales_at(self._progress.step):
-            return
-        # GradScaler calls a fused optimizer even if it is going to skip the step, which only the device knows.
-        skipped = getattr(optimizer, "found_inf", None)
-        self._last = [self._rescale_group(shapes, skipped) for shapes in map(_with_gradients, self._groups) if shapes]
+        if rescales:
+            self._rescale(getattr(optimizer, "found_inf", None))
+        return with_loss
+
+    def _check_before_rescale(self) -> None:
+        """Raise what a rescale could raise, before it changes anything."""
+        for pair in self.pairs:
+            pair.check_ready()
+        if self.config.smoothness is not None:
+            self._rates.observe()
+            self._progress.base_rates = self._rates.current()
+        if not self._checked_states:
+            parameters = [p for pair in self.pairs for p in (pair.lora_A, pair.lora_B)]
+            # The optimizer has no state before its first step.
+            self._checked_states = check_states(self.optimizer, self._degrees, parameters)
+
+    def _rescale(self, skipped: Tensor | None) -> None:
+        """Rescale all layers that have gradients.
+
+        Args:
+            skipped: GradScaler calls a fused optimizer even if it is going to skip the step, which only the device
+                knows: a scalar that is positive then. None if it can't be skipped.
+        """
+        active = [(i, shapes) for i, group in enumerate(self._groups) if (shapes := _with_gradients(group))]
+        self._had_gradients = self._had_gradients or bool(active)
+        self._last = [self._rescale_group(i, shapes, skipped) for i, shapes in active]
         self._progress.count_rescale(skipped)
+        self.pairs[0].layer.factor_guard.forget()
         for scaling, _ in self._last:
             for reason, count in self._left_alone.items():
                 self._left_alone[reason] = count.to(scaling.alpha.device) + getattr(scaling, reason).sum()
 
-    def _rescale_group(self, shapes: list[list[LoraPair]], skipped: Tensor | None) -> Rescaled:
+    def _rescale_group(self, index: int, shapes: list[list[LoraPair]], skipped: Tensor | None) -> Rescaled:
         """Solve, merge and transport for layers of one rank.
 
         The solve is batched over all layers, the other operations over the layers of each shape, except for the merge,
@@ -252,7 +351,8 @@ class ScaLora:
         """
         sizes = [len(pairs) for pairs in shapes]
         with record_function(PARTS[0]):
-            constants = self._constants_of([pair for pairs in shapes for pair in pairs])
+            rates = self._progress.base_rates or {}
+            constants = self._constants[index].of([pair for pairs in shapes for pair in pairs], rates)
             parts = [self._kernels.grams(*_factors_and_gradients(pairs)) for pairs in shapes]
             grams = Grams(*map(torch.cat, zip(*parts, strict=True)))
             scaling = self._scaling_rule(grams, target_norm=constants.target_norms)
@@ -261,11 +361,11 @@ class ScaLora:
             dtype, exact = shapes[0][0].lora_A.dtype, scaling.alpha.dtype
             alpha, beta = scaling.alpha.to(dtype), scaling.beta.to(dtype)
             # 1 − αβ of the rounded factors, in the solver's precision, so that the function changes only by rounding.
-            coefficients = constants.scaling * (1 - alpha.to(exact) * beta.to(exact))
-        of_shapes = (torch.split(factors, sizes) for factors in (alpha, beta, coefficients))
+            merged = 1 - alpha.to(exact) * beta.to(exact)
+        of_shapes = (torch.split(factors, sizes) for factors in (alpha, beta, constants.merge_scaling * merged))
         for pairs, *of_shape in zip(shapes, *of_shapes, strict=True):
             self._apply(pairs, *of_shape)
-        return Rescaled(scaling, remainder_energy(grams, coefficients))
+        return Rescaled(scaling, remainder_energy(grams, constants.scaling * merged))
 
     def _apply(self, pairs: list[LoraPair], alpha: Tensor, beta: Tensor, coefficients: Tensor) -> None:
         """Merge the remainders of layers of one shape, then scale their factors, gradients and optimizer state."""
@@ -283,38 +383,17 @@ class ScaLora:
     def _carry_over(self, parameters: list[Tensor], factors: list[Tensor]) -> None:
         self._transport(self.optimizer, self._degrees, parameters, factors, self._kernels.multiply)
 
-    def _chosen_kernels(self) -> Kernels:
-        on_cpu = any(pair.lora_A.is_cpu for pair in self.pairs)
+    def _chosen_kernels(self, pairs: list[LoraPair]) -> Kernels:
+        on_cpu = any(pair.lora_A.is_cpu for pair in pairs)
         return native.build() if self.config.native and on_cpu else PYTORCH
 
-    def _constants_of(self, pairs: list[LoraPair]) -> _Constants:
-        """Target norms and scalings on the device, copied there only when the layers or PEFT's scalings change."""
-        names, scalings = tuple(pair.name for pair in pairs), [pair.scaling for pair in pairs]
-        # The key does not include the scalings, so that a scheduled scaling does not fill up the cache.
-        known = self._constants.get(names)
-        if known is None or known.scalings != scalings:
-            device = pairs[0].lora_A.device
-            dtype = solver_dtype(device)
-            norms = torch.tensor([self.target_norms[name] for name in names], dtype=dtype)
-            scaling = torch.tensor(scalings, dtype=dtype)[:, None]
-            known = self._constants[names] = _Constants(scalings, norms.to(device), scaling.to(device))
-        return known
-
-    def _warn_about_skipped_layers(self) -> None:
-        """Warn once for each reason. Not done during a step, which must not wait for the device."""
-        for reason, explanation in LEFT_ALONE_BECAUSE.items():
-            if reason not in self._warned and (count := int(self._left_alone[reason].item())):
-                self._warned.add(reason)
-                warnings.warn(f"ScaLoRA left layers alone in rescales ({count} times): {explanation}", stacklevel=3)
-
-    def _warn_about_discarded(self, discarded: float) -> None:
-        if discarded > DISCARD_WARNING and "discarded" not in self._warned:
-            self._warned.add("discarded")
-            warnings.warn(
-                f"remainder_rank={self.config.remainder_rank} is too small for this run: compressions have discarded "
-                f"{discarded:.1e} of the factored remainder; raise it, or set merge='dense'",
-                stacklevel=3,
-            )
+    def _replace_earlier_engines(self) -> None:
+        """Detach the engines of the same model or optimizer, so that steps are counted and rescaled once."""
+        for earlier in list(_ATTACHED):
+            of_model = earlier._model is self._model or earlier._progress is self._progress
+            if of_model or earlier.optimizer is self.optimizer:
+                earlier._replaced = True
+                earlier.detach()
 
 
 def _with_gradients(shapes: list[list[LoraPair]]) -> list[list[LoraPair]]:

@@ -165,5 +165,5 @@ def _fill_remainders(model: nn.Module) -> None:
     """Give factored remainders as many columns as a compression leaves them in a long run."""
     for module in model.modules():
         if isinstance(module, FactoredRemainder):
-            module.left = 1e-4 * module.left.new_empty(len(module.left), module.max_rank).normal_()
-            module.right = 1e-4 * module.right.new_empty(len(module.right), module.max_rank).normal_()
+            left, right = module.used
+            module.append(*(1e-4 * torch.randn(len(f), module.max_rank).to(f) for f in (left, right)))

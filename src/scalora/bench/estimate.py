@@ -26,7 +26,7 @@ from scalora.config import DEFAULT_TARGET_MODULES, Merge
 from scalora.model.adapters import LoraPair
 from scalora.model.layers import ADAPTABLE
 from scalora.model.memory import Memory, bytes_of_base, pairs_over_quantised, quantisable_layers, training_memory
-from scalora.model.placement import resolve_merge
+from scalora.model.placement import check_places, resolve_merge
 from scalora.runs.errors import InputError
 from scalora.studies.table_markdown import grid
 
@@ -121,6 +121,7 @@ def estimate(settings: EstimateSettings) -> Estimate:
         pairs = pairs_over_quantised(adapted, quantised)
     if settings.merge == "dense" and any(pair.quantised for pair in pairs):
         raise InputError(f"--merge dense: can't merge into {settings.quantization} weights; use auto or factored")
+    check_places(pairs, settings.merge, settings.remainder_rank)
     merge = resolve_merge(pairs, settings.merge, settings.remainder_rank)
     adapter = _SINGLE * trainable
     return Estimate(

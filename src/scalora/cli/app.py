@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,8 @@ from typer.core import TyperCommand, TyperGroup
 from scalora._version import __version__
 from scalora.bench.settings import ACHIEVED, H100_TFLOPS, BenchSettings, EstimateSettings, Quantization
 from scalora.config import Dtype, Merge
+from scalora.parallel.job import is_first, let_the_first_speak
+from scalora.runs.errors import DivergedError
 from scalora.runs.messages import only_relevant_messages
 
 # Click's own, of which newer versions of typer carry a copy.
@@ -39,6 +42,8 @@ class _OneLineErrors(TyperGroup):
         """Parse the command's own options."""
         if not args:
             return super().parse_args(ctx, args)  # raises the help text
+        # A shell leaves ~ alone after an equals sign.
+        args = [re.sub(r"^(--[\w.-]+=)?~(?=/|$)", lambda m: (m[1] or "") + str(Path.home()), word) for word in args]
         with _usage_in_one_line():
             return super().parse_args(ctx, args)
 
@@ -101,7 +106,10 @@ def _root(
 def train(
     context: typer.Context,
     config: Config,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Move an earlier run in the folder aside, to NAME.earlier-N, and train anew."),
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option(
@@ -138,7 +146,9 @@ def train(
             return
         from scalora.runs.train import train as run_training
 
-        show_summary(run_training(settings, overwrite=overwrite, resume=resume), settings)
+        folder = run_training(settings, overwrite=overwrite, resume=resume)
+        if is_first():
+            show_summary(folder, settings)
 
     _in_one_line(run, debug)
 
@@ -197,8 +207,10 @@ def evaluate(
         settings = load_settings(config, context.args, _options(context))
         from scalora.cli.console import show_scores
         from scalora.runs.evaluate import evaluate as score
-        from scalora.runs.run_folder import write_json
+        from scalora.runs.run_folder import check_output, write_json
 
+        if output is not None:
+            check_output(output, "--output", {"weights", "examples"})
         scores = score(model, settings)
         show_scores(scores)
         if output is not None:
@@ -256,9 +268,21 @@ class ExportDtype(str, Enum):
     float16 = "float16"
 
 
+class ExportQuantization(str, Enum):
+    """The quantisations of a base."""
+
+    nf4 = "nf4"
+    int8 = "int8"
+
+
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Run folder, output folder of a Trainer, folder of a saved model, or checkpoint."
+        ),
+    ],
     to: Annotated[
         ExportTarget,
         typer.Option(
@@ -266,7 +290,23 @@ def export(
             help="adapter: an ordinary PEFT adapter. merged: the whole model. delta: the exact state, to resume from.",
         ),
     ] = ExportTarget.adapter,
-    output: Annotated[Path | None, typer.Option(help="Folder to write (default: RUN/export-TO).")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write (default: FOLDER/export-TO).")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model: hub id, folder or GGUF file (default: the one that training loaded)."),
+    ] = None,
+    base_dtype: Annotated[
+        ExportDtype | None,
+        typer.Option(help="dtype to load the base in, if the folder does not say it (default: that of training)."),
+    ] = None,
+    quantization: Annotated[
+        ExportQuantization | None,
+        typer.Option(help="How to quantise the base, if the folder does not say it (default: as in training)."),
+    ] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(help="adapter: what it names as its base (default: where the base was loaded from)."),
+    ] = None,
     rtol: Annotated[
         float | None,
         typer.Option(
@@ -284,14 +324,24 @@ def export(
     dtype: Annotated[ExportDtype, typer.Option(help="dtype of the exported tensors.")] = ExportDtype.float32,
     debug: Debug = False,
 ) -> None:
-    """Export a ScaLoRA run as an adapter or a model. The export is verified against the run."""
+    """Export the result of training with ScaLoRA as an adapter or a model. The export is verified after writing."""
 
     def run_export() -> None:
         from scalora.cli.console import show_export
         from scalora.runs.export import export as make
 
         target, report = make(
-            run, to.value, output, rtol=rtol, max_rank=max_rank, per_layer=per_layer, dtype=dtype.value
+            run,
+            to.value,
+            output,
+            rtol=rtol,
+            max_rank=max_rank,
+            per_layer=per_layer,
+            dtype=dtype.value,
+            base=base,
+            base_dtype=base_dtype and base_dtype.value,
+            quantization=quantization and quantization.value,
+            name=base_name,
         )
         show_export(report, target)
 
@@ -349,11 +399,12 @@ def inspect(
     def run_inspect() -> None:
         from scalora.cli.console import show_inspected
         from scalora.runs.inspect import inspect_run
-        from scalora.runs.run_folder import write_json
+        from scalora.runs.run_folder import check_output, write_json
 
+        target = output or run / "inspect.json"
+        check_output(target, "--output", {"step", "layers", "factors"})
         inspected = inspect_run(run, layers=layers, batches=batches, rank=rank)
         show_inspected(inspected, str(run))
-        target = output or run / "inspect.json"
         write_json(target, inspected)
         typer.echo(f"written to {target}")
 
@@ -418,8 +469,10 @@ def estimate(
     def run() -> None:
         from scalora.bench.estimate import as_json, markdown
         from scalora.bench.estimate import estimate as make
-        from scalora.runs.run_folder import write_json
+        from scalora.runs.run_folder import check_output, write_json
 
+        if json is not None:
+            check_output(json, "--json", {"settings", "overhead"})
         settings = EstimateSettings(
             config,
             r=r,
@@ -506,7 +559,9 @@ def bench(
 
         from scalora.bench.bench import bench as run_bench
         from scalora.cli.console import progress_line
+        from scalora.runs.run_folder import check_output
 
+        check_output(output / "bench.json", "--output", {"environment", "settings", "steps"})
         several = {
             "methods": method,
             "width": width,
@@ -548,7 +603,9 @@ def _in_one_line(command: Callable[[], Any], debug: bool) -> None:
     except Exception as error:
         if debug:
             raise
-        named = isinstance(error, (ValueError, OSError))
+        let_the_first_speak()
+        bad_input = isinstance(error, (ValueError, OSError))
         message = " ".join(str(error).split()) or "no message"
+        named = bad_input or isinstance(error, DivergedError)
         typer.echo(f"error: {message if named else f'{type(error).__name__}: {message}'}", err=True)
-        sys.exit(2 if named else 1)
+        sys.exit(2 if bad_input else 1)

@@ -59,13 +59,20 @@ def show_export(report: dict[str, Any], target: Path) -> None:
         print(f"delta written to {target}; load it with scalora.load_model(base, {str(target)!r})")
         return
     table = Table("", "", title=f"{report['to']} of {report['run']}", show_header=False)
-    if layers := report.get("layers"):
+    layers = report["layers"]
+    if report["to"] == "merged":
+        worst = max(layers, key=lambda name: layers[name]["rounding"])
+        if layers[worst]["rounding"]:
+            table.add_row(
+                f"rounding to {report['dtype']}", f"at most {layers[worst]['rounding']:.2e} of the update, in {worst}"
+            )
+    else:
         ranks, needed = ([layer[key] for layer in layers.values()] for key in ("rank", "needed"))
         worst = max(layers, key=lambda name: layers[name]["error"])
         table.add_row("rank", str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}")
         table.add_row("rank needed by the layers", f"{min(needed)} to {max(needed)}")
         table.add_row(
-            "left out of the update", f"{report['error']:.2e} (at most {layers[worst]['error']:.2e}, in {worst})"
+            "error of the update", f"{report['error']:.2e} (at most {layers[worst]['error']:.2e}, in {worst})"
         )
         table.add_row("rank that a server must allow", f"{report['serving_rank']} (vLLM: --max-lora-rank)")
     table.add_row("change of the logits by training", f"{report['logits_changed_by_training']:.4g}")
@@ -77,10 +84,14 @@ def show_export(report: dict[str, Any], target: Path) -> None:
         table.add_row(
             "evaluation loss", f"{report['eval_loss_run']:.5f} (run), {report['eval_loss_export']:.5f} (export)"
         )
+    if report["to"] == "adapter":
+        table.add_row("base that the adapter names", report["base"] or "none")
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     table.add_row("size", f"{size / 1e6:.1f} MB")
     Console().print(table)
     print(f"{report['to']} written to {target}; details are in export.json")
+    if report.get("note"):
+        print(report["note"])
 
 
 @contextmanager

@@ -52,15 +52,20 @@ def _results(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "evaluation loss", _change(summary["first_eval_loss"], scores["loss"], "first and last evaluation")
     for name, value in scores.items():
         if name not in _NOT_SCORES:
-            yield name.replace("_", " "), f"{value:.4f}"
+            yield name.replace("_", " "), _figure(value)
     if "update_rank" in summary:
         adapter = f", with adapters of rank {summary['adapter_rank']}" if "adapter_rank" in summary else ""
         yield "rank of the update", f"{summary['update_rank']:g}{adapter}"
 
 
-def _change(first: float, last: float, what: str) -> str:
-    before, after = f"{first:.4f}", f"{last:.4f}"
+def _change(first: float | None, last: float | None, what: str) -> str:
+    before, after = _figure(first), _figure(last)
     return after if before == after else f"{before} → {after} ({what})"
+
+
+def _figure(value: float | None) -> str:
+    """A score; JSON has none that is not finite."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _costs(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -148,6 +153,8 @@ def _memory(memory: Memory) -> str:
 
 def _writes(plan: Plan) -> str:
     run = plan.run
+    if run.finished:
+        return f"{run.settings.output_dir}: the run is finished, nothing would be trained or written"
     names = [*plan.results, "config.yaml", "metrics.jsonl", "summary.json"]
     words = f"{run.settings.output_dir}: {', '.join(names)}"
     if run.checkpoint is not None:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import get_last_checkpoint
 
 from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
 from scalora.model.adapters import promote_adapters
 from scalora.parallel.data_parallel import keep_out_of_broadcasts
 from scalora.saving.attach import fingerprint_of
-from scalora.saving.checkpoints import set_broken_checkpoints_aside
+from scalora.saving.checkpoints import set_broken_checkpoints_aside, why_not_resumable
 from scalora.saving.errors import StateError
 from scalora.saving.state import check_base, check_content
 from scalora.saving.state_file import STATE_FILE, read_state
+
+_T = TypeVar("_T")
 
 
 class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
@@ -36,9 +40,13 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
     they reach everything in ``report_to``.
 
     Checkpoints, ``resume_from_checkpoint`` and ``load_best_model_at_end`` work as usual. A checkpoint holds the whole
-    state and, with a factored remainder, an ordinary adapter too. Incomplete checkpoints, of a run that was killed
-    while saving, are renamed when the Trainer is created: ``resume_from_checkpoint=True`` then finds the last complete
-    one. All this needs the callback to be passed to the Trainer's constructor instead of being added later.
+    state and, with a factored remainder, an ordinary adapter too. With ``resume_from_checkpoint=True``, incomplete
+    checkpoints, of a run that was killed while saving, are renamed, and the last complete one is used; a run that has
+    taken all its steps takes no more. All this needs the callback to be passed to the Trainer's constructor instead of
+    being added later.
+
+    Warns if the settings and the number of steps leave no rescale, and if there was none in the end: such a run is
+    plain LoRA.
 
     Args:
         config: the settings. None: the defaults.
@@ -49,8 +57,8 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         UnsupportedLayerError: when training starts: a module is not supported; the message names it.
         UnsupportedOptimizerError: when training starts: the optimizer's state can't be transported; the message says
             why.
-        StateError: when training starts: the checkpoint to resume from is damaged, was written without ScaLoRA, or
-            belongs to another base model, adapter or settings.
+        StateError: when training starts: the checkpoint to resume from is damaged, was written without ScaLoRA or
+            with ``save_only_model``, or belongs to another base model, adapter or settings.
 
     Attributes:
         config: the settings.
@@ -64,18 +72,19 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._checkpoint: Path | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Rename incomplete checkpoints, and have the Trainer load complete ones through the engine.
+        """Have the Trainer find complete checkpoints only, and load them through the engine.
 
         Also converts the adapter back to float32: TRL makes that of a quantised model bfloat16, and a rescale would
         multiply its rounding errors.
 
         Args:
-            args: the Trainer's arguments.
+            args: the Trainer's arguments; not used.
             state: the Trainer's state; not used.
             control: the Trainer's control flags; not used.
             kwargs: other arguments of the event, with the model.
         """
-        set_broken_checkpoints_aside(Path(args.output_dir))
+        if (trainer := _caller(Trainer)) is not None:
+            trainer.train = _from_whole_checkpoints(trainer)
         model: nn.Module = kwargs["model"]
         keep_out_of_broadcasts(model)  # now, because the engine can't reach the wrapper from the model inside it
         if isinstance(model, PeftModel):
@@ -109,7 +118,7 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         Args:
             args: the Trainer's arguments; not used.
             state: the Trainer's state.
-            control: the Trainer's control flags; not used.
+            control: the Trainer's control flags; modified if there is nothing left to train.
             kwargs: other arguments of the event, with the model and the optimizer.
 
         Raises:
@@ -129,6 +138,8 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
                 f"training resumes at step {state.global_step}, but no ScaLoRA state was loaded: the checkpoint was "
                 "written without ScaLoRA, or ScaLoraCallback was not passed to the Trainer's constructor"
             )
+        train_no_further(state, control)
+        warn_if_plain_lora(self.config, state.max_steps)
 
     def on_log(
         self,
@@ -169,16 +180,78 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             self.engine.detach()
 
 
+def warn_if_plain_lora(config: ScaLoraConfig, steps: int) -> None:
+    """Warn, before it trains, if a run is too short to rescale even once.
+
+    Args:
+        config: the settings.
+        steps: number of optimizer steps of the run.
+    """
+    first = config.warmup_steps + config.interval
+    if steps < first:
+        warnings.warn(
+            f"this run of {steps} steps never rescales, so it is plain LoRA: with warmup_steps={config.warmup_steps} "
+            f"and interval={config.interval} the first rescale is at step {first}; lower them, or train for longer",
+            stacklevel=3,
+        )
+
+
+def train_no_further(state: TrainerState, control: TrainerControl) -> None:
+    """During ``on_train_begin``: end a training that resumes at its last step, where the Trainer would take one more.
+
+    Args:
+        state: the Trainer's state, with the step that training resumes at.
+        control: the Trainer's control flags; modified.
+    """
+    trainer = _caller(Trainer)
+    if trainer is None:
+        return
+    vars(trainer).pop("_run_epoch", None)  # of an earlier training that had no epoch to begin
+    if not 0 < state.max_steps <= state.global_step:
+        return
+    control.should_training_stop = True
+    # The Trainer looks at that flag only after a step, and has no public way to take none (checked with 5.23).
+    trainer._run_epoch = lambda **_: None
+
+
+def _from_whole_checkpoints(trainer: Trainer) -> Callable[..., Any]:
+    """The Trainer's `train`, which sets broken checkpoints aside first if it shall find the one to resume from."""
+    train = trainer.train
+
+    @wraps(train)
+    def from_whole_checkpoints(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            if trainer.is_world_process_zero():
+                set_broken_checkpoints_aside(Path(trainer.args.output_dir))
+            trainer.accelerator.wait_for_everyone()
+            checkpoint = get_last_checkpoint(trainer.args.output_dir)
+        if checkpoint and (flaw := why_not_resumable(Path(checkpoint))) is not None:
+            raise StateError(f"can't resume from {str(checkpoint)!r}: {flaw}")
+        return train(resume_from_checkpoint, *args, **kwargs)
+
+    return from_whole_checkpoints
+
+
 def _move_before_reporters(callback: TrainerCallback) -> None:
     """Move a callback to the front of the Trainer's list of callbacks, during an event.
 
     Reporting callbacks (TensorBoard, W&B, …) are before the user's in this list, and would report the logs before the
-    metrics are added. The Trainer does not pass the list to its callbacks, so it is taken from the caller's frame.
+    metrics are added.
+    """
+    if (handler := _caller(CallbackHandler)) is not None:
+        handler.callbacks.remove(callback)
+        handler.callbacks.insert(0, callback)
+
+
+def _caller(kind: type[_T]) -> _T | None:
+    """The object of a class whose method, directly or not, called this; None if there is none.
+
+    The Trainer passes neither itself nor its list of callbacks to them, so they are taken from the callers' frames.
     """
     frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+    while frame is not None:
+        if isinstance(owner := frame.f_locals.get("self"), kind):
+            return owner
         frame = frame.f_back
-    if frame is not None:
-        callbacks = frame.f_locals["self"].callbacks
-        callbacks.remove(callback)
-        callbacks.insert(0, callback)
+    return None

@@ -11,13 +11,20 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from scalora.model.factored_layer import REMAINDER, WithRemainder
-from scalora.model.layers import ADAPTABLE, QUANTISED
-from scalora.rescale.remainder import HALF, Remainder
+from scalora.model.layers import ADAPTABLE, QUANTISED, configured_scaling, factor_keys
+from scalora.model.mixed_class import plain_class
+from scalora.model.remainder_forward import WithRemainder
+from scalora.model.remainder_layer import REMAINDER, RemainderLayer
+from scalora.rescale.remainder import HALF, FactoredRemainder, Remainder
+
+# Float8 weights are floating too, but a merge would be rounded to their few bits.
+MERGEABLE = (torch.float32, torch.float64, *HALF)
+"""Dtypes of base weights that can take a merge."""
 
 
 class UnsupportedLayerError(ValueError):
@@ -34,6 +41,7 @@ class LoraPair:
         lora_B: PEFT's ``lora_B.weight``, (m, r): the paper's A.
         weight: the frozen base weight, (m, n), or (n, m) if `transposed`; in a packed format if `quantised`.
         quantised: whether the base weight is quantised, so that nothing can be merged into it.
+        tied: the names of the base weight if it has more than one, so that a merge would change other layers.
         transposed: whether the base weight is stored transposed (Conv1D, embeddings).
         layer: the PEFT layer. Its scaling is read at each step, because PEFT lets users change it.
         adapter: the adapter's name.
@@ -44,6 +52,7 @@ class LoraPair:
     lora_B: nn.Parameter
     weight: Tensor
     quantised: bool
+    tied: tuple[str, ...]
     transposed: bool
     layer: LoraLayer
     adapter: str
@@ -69,11 +78,16 @@ class LoraPair:
         return float(self.layer.scaling[self.adapter])
 
     @property
+    def merge_scaling(self) -> float:
+        """What a remainder is added at: a factored one is scaled with its adapter, a dense one stays as it is."""
+        factored = isinstance(self.remainder, FactoredRemainder)
+        return configured_scaling(self.layer, self.adapter) if factored else self.scaling
+
+    @property
     def keys(self) -> tuple[str, str]:
         """The names of `lora_A` and `lora_B` in ``model.named_parameters()``."""
-        if self.adapter in self.layer.lora_embedding_A:
-            return f"{self.name}.lora_embedding_A.{self.adapter}", f"{self.name}.lora_embedding_B.{self.adapter}"
-        return f"{self.name}.lora_A.{self.adapter}.weight", f"{self.name}.lora_B.{self.adapter}.weight"
+        key_A, key_B = factor_keys(self.layer, self.adapter)
+        return f"{self.name}.{key_A}", f"{self.name}.{key_B}"
 
     @property
     def remainder(self) -> Remainder:
@@ -82,9 +96,27 @@ class LoraPair:
         return remainder
 
     @property
+    def other_adapters(self) -> list[str]:
+        """The names of the layer's other adapters, which are inactive."""
+        return sorted({*self.layer.lora_A, *self.layer.lora_embedding_A} - {self.adapter})
+
+    @property
     def has_gradients(self) -> bool:
         """Whether both factors have a gradient."""
         return self.lora_A.grad is not None and self.lora_B.grad is not None
+
+    def check_ready(self) -> None:
+        """Check that the layer can be rescaled: it may have been changed since ScaLoRA was attached.
+
+        Raises:
+            UnsupportedLayerError: the adapter is merged, or has been converted to half precision.
+        """
+        if self.layer.merged:
+            refuse(
+                self.name, "its adapter is merged during an optimizer step", "call unmerge_adapter() before the step"
+            )
+        for key, parameter in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
+            _check_dtype(self.name, key, parameter)
 
     def oriented(self, matrix: Tensor) -> Tensor:
         """Convert a matrix from the base weight's storage order to the paper's (m, n), or back.
@@ -103,21 +135,35 @@ def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
 
     Raises:
         UnsupportedLayerError: there is no LoRA layer, or an unsupported one: DoRA and other variants, convolutions,
-            attention modules, sharded weights, tied base weights, adapter weights that are in half precision, frozen or
-            tied, a merged or disabled adapter, more than one adapter.
+            attention modules, sharded or trained base weights, adapter weights that are in half precision, frozen or
+            tied, a merged or disabled adapter, more than one active adapter.
     """
     owners = _owners_of_parameters(model)
     pairs = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             pairs.append(_checked_pair(name, module, owners))
-        elif isinstance(module, BaseTunerLayer):
+        elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             refuse(name, f"{type(module).__name__} is not a LoRA layer", "adapt the model with peft.LoraConfig")
     if not pairs:
         raise UnsupportedLayerError(
             "the model has no LoRA layers: wrap it with peft.get_peft_model(model, LoraConfig(...)) first"
         )
     return pairs
+
+
+def pairs_with_remainders(model: nn.Module) -> list[LoraPair]:
+    """The LoRA pairs of a model with remainders, for saving: whichever adapter is active, trained or not.
+
+    Args:
+        model: the model.
+    """
+    owners = _owners_of_parameters(model)
+    return [
+        _pair(name, module, module.trained_adapter, owners)
+        for name, module in model.named_modules()
+        if isinstance(module, RemainderLayer)
+    ]
 
 
 def refuse(name: str, reason: str, way_out: str) -> None:
@@ -132,50 +178,62 @@ def refuse(name: str, reason: str, way_out: str) -> None:
 
 
 def _owners_of_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """All names of each parameter, by the parameter's id. A parameter with more than one name is tied."""
+    """All names of each parameter, by `_memory_of`. A parameter with more than one name is tied.
+
+    Each module counts once, even if a wrapper (Lightning Fabric's) holds it under two names.
+    """
     owners = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].append(name)
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners[_memory_of(parameter)].append(f"{name}.{key}" if name else key)
     return owners
+
+
+def _memory_of(parameter: Tensor) -> int:
+    """Identifies a parameter's memory: with ``ensure_weight_tying``, PEFT's tied factors are views of one another."""
+    has_memory = parameter.numel() and not parameter.is_meta and not hasattr(parameter, "device_mesh")
+    return parameter.data_ptr() if has_memory else -id(parameter)
 
 
 def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> LoraPair:
     adapter = _only_adapter(name, layer)
     _check_plain_lora(name, layer, adapter)
-    weight, quantised = _base_weight(name, layer)
-    if len(names := owners[id(weight)]) > 1:
+    pair = _pair(name, layer, adapter, owners)
+    # Controls have attached layers compute the gradients of their weights (`scalora.rivals.controls.OracleRestarts`).
+    if pair.weight.requires_grad and not isinstance(layer, RemainderLayer):
         refuse(
             name,
-            f"its base weight is tied ({' = '.join(names)})",
-            "leave the module out of target_modules, or untie the weight",
+            "its base weight is trained too, so a merge would leave the optimizer with moments of another weight",
+            "freeze it (requires_grad_(False)), or leave the module out of target_modules",
         )
+    for key, parameter in (("base weight", pair.weight), ("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
+        # In this order: FSDP2 and tensor parallelism; FSDP; ZeRO-3.
+        if hasattr(parameter, "device_mesh") or "_fsdp_wrapped_module" in name or parameter.numel() == 0:
+            refuse(name, f"its {key} is sharded", "train with DistributedDataParallel")
+    for key, factor in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
+        _check_factor(name, key, factor, owners)
+    return pair
+
+
+def _pair(name: str, layer: LoraLayer, adapter: str, owners: dict[int, list[str]]) -> LoraPair:
+    weight, quantised = _base_weight(name, layer)
     if isinstance(layer, Embedding):
         lora_A, lora_B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
         transposed = True
     else:
         lora_A, lora_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         transposed = bool(getattr(layer, "fan_in_fan_out", False))
-    for key, parameter in (("base weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        # In this order: FSDP2 and tensor parallelism; FSDP; ZeRO-3.
-        if hasattr(parameter, "device_mesh") or "_fsdp_wrapped_module" in name or parameter.numel() == 0:
-            refuse(name, f"its {key} is sharded", "train with DistributedDataParallel")
-    for key, parameter in (("lora_A", lora_A), ("lora_B", lora_B)):
-        _check_factor(name, key, parameter, owners)
-    return LoraPair(name, lora_A, lora_B, weight, quantised, transposed, layer, adapter)
+    names = owners[_memory_of(weight)]
+    tied = tuple(names) if len(names) > 1 else ()
+    return LoraPair(name, lora_A, lora_B, weight, quantised, tied, transposed, layer, adapter)
 
 
 def _only_adapter(name: str, layer: LoraLayer) -> str:
-    """The only adapter of a layer, which must be active, enabled and not merged."""
+    """The only active adapter of a layer, which must be enabled and not merged."""
     adapters = layer.active_adapters
     if len(adapters) != 1:
         refuse(name, f"{len(adapters)} active adapters ({', '.join(adapters) or 'none'})", "activate exactly one")
     adapter: str = adapters[0]
-    if others := sorted({*layer.lora_A, *layer.lora_embedding_A} - {adapter}):
-        refuse(
-            name,
-            f"it also has adapter {others[0]!r}, which would be wrong once the base weight has changed",
-            f"call delete_adapter({others[0]!r}); for a trainer with a reference (DPO, KTO, GRPO), pass a ref_model",
-        )
     if layer.merged:
         refuse(name, "its adapter is merged", "call unmerge_adapter() first")
     if layer.disable_adapters:
@@ -195,30 +253,43 @@ def _check_plain_lora(name: str, layer: LoraLayer, adapter: str) -> None:
 def _base_weight(name: str, layer: LoraLayer) -> tuple[Tensor, bool]:
     """The frozen weight under a layer, and whether it is quantised."""
     base = layer.get_base_layer()
-    packed = type(layer).__name__ in QUANTISED
-    if not packed and (type(layer) not in (Linear, Embedding) or not isinstance(base, ADAPTABLE)):
+    kind = plain_class(layer)
+    packed = kind.__name__ in QUANTISED
+    if issubclass(kind, ParamWrapper):
         refuse(
             name,
-            f"{type(layer).__name__} over {type(base).__name__} is not a linear, Conv1D or embedding layer",
+            f"PEFT adapts the parameter {layer.parameter_name!r} of {type(base).__name__} itself (experts: for "
+            "target_modules='all-linear' too, whatever exclude_modules says)",
+            "list the linear layers, as in target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], and leave "
+            "target_parameters out",
+        )
+    if not packed and (kind not in (Linear, Embedding) or not isinstance(base, ADAPTABLE)):
+        refuse(
+            name,
+            f"{kind.__name__} over {type(base).__name__} is not a linear, Conv1D or embedding layer",
             "leave it out of target_modules",
         )
     weight = next(base.parameters(), None) if packed else base.weight
     if weight is None:
         weight = next(base.buffers())
-    return weight, packed or type(weight) is not nn.Parameter or not weight.is_floating_point()
+    return weight, packed or type(weight) is not nn.Parameter or weight.dtype not in MERGEABLE
 
 
 def _check_factor(name: str, key: str, parameter: nn.Parameter, owners: dict[int, list[str]]) -> None:
     if not parameter.requires_grad:
         refuse(name, f"{key} is frozen", "ScaLoRA trains both factors: set requires_grad=True")
+    _check_dtype(name, key, parameter)
+    if len(names := owners[_memory_of(parameter)]) > 1:
+        refuse(name, f"{key} is tied ({' = '.join(names)})", "use one adapter for each layer")
+
+
+def _check_dtype(name: str, key: str, parameter: nn.Parameter) -> None:
     if parameter.dtype in HALF:
         refuse(
             name,
             f"{key} is {parameter.dtype}, and a rescale would multiply its rounding errors",
             "keep the adapter in float32 (PEFT's autocast_adapter_dtype=True)",
         )
-    if len(names := owners[id(parameter)]) > 1:
-        refuse(name, f"{key} is tied ({' = '.join(names)})", "use one adapter for each layer")
 
 
 def promote_adapters(model: nn.Module) -> None:

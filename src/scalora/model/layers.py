@@ -1,7 +1,11 @@
-"""The types of layers that can be adapted, and PEFT's classes for quantised ones."""
+"""The types of layers that can be adapted, and where PEFT's LoRA layers keep what an adapter consists of."""
 
 from __future__ import annotations
 
+import math
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,3 +19,35 @@ ADAPTABLE = (*LINEAR, nn.Embedding)
 # GPTQ, HQQ and torchao layers do, those of AWQ, EETQ and AQLM layers do not.
 QUANTISED = ("Linear4bit", "Linear8bitLt", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear")
 """Class names of PEFT's LoRA layers over quantised weights that are supported."""
+
+
+def factor_keys(layer: LoraLayer, adapter: str) -> tuple[str, str]:
+    """The names of an adapter's lora_A and lora_B in a layer.
+
+    Args:
+        layer: the PEFT layer.
+        adapter: the adapter's name.
+    """
+    if adapter in layer.lora_embedding_A:
+        return f"lora_embedding_A.{adapter}", f"lora_embedding_B.{adapter}"
+    return f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight"
+
+
+def configured_scaling(layer: LoraLayer, adapter: str) -> float:
+    """The scaling of an adapter as it was configured: ``lora_alpha / r``, or ``lora_alpha / √r`` with rsLoRA.
+
+    Args:
+        layer: the PEFT layer.
+        adapter: the adapter's name.
+    """
+    r = layer.r[adapter]
+    return float(layer.lora_alpha[adapter] / (math.sqrt(r) if layer.use_rslora.get(adapter, False) else r))
+
+
+def stored_transposed(layer: LoraLayer) -> bool:
+    """Whether a layer's base weight is stored (n, m).
+
+    Args:
+        layer: the PEFT layer.
+    """
+    return isinstance(layer, Embedding) or bool(getattr(layer, "fan_in_fan_out", False))

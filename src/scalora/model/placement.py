@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from scalora.config import Merge
 from scalora.model.adapters import LoraPair, refuse
-from scalora.model.factored_layer import REMAINDER, WithRemainder
-from scalora.rescale.remainder import HALF, DenseRemainder, FactoredRemainder
+from scalora.model.factor_guard import FactorGuard
+from scalora.model.remainder_layer import REMAINDER, RemainderLayer, give_remainder
+from scalora.rescale.remainder import HALF, DenseRemainder, FactoredRemainder, Remainder
 
 # Bytes per entry of a factored remainder: float32.
 _BYTES_OF_FACTORS = 4
@@ -18,7 +19,8 @@ def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
     """Resolve ``"auto"`` to ``"dense"`` or ``"factored"`` for a model.
 
     - A model that already has remainders keeps their kind.
-    - Quantised weights can't be merged into: factored.
+    - Quantised weights can't be merged into, and neither can weights that another layer (a tied embedding) or another
+      adapter uses: factored.
     - Float32 and float64 weights can, at no cost in memory or time: dense, as in the paper.
     - Dense takes 2 bytes per entry of a half-precision weight; factored takes 4 bytes per entry of the factors and time
       in every forward and backward pass. Factored where it takes at most half of the memory, which also bounds the time
@@ -33,12 +35,32 @@ def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
         return merge
     if (present := getattr(pairs[0].layer, REMAINDER, None)) is not None:
         return "factored" if isinstance(present, FactoredRemainder) else "dense"
-    if any(pair.quantised for pair in pairs):
+    if any(pair.quantised or pair.tied or pair.other_adapters for pair in pairs):
         return "factored"
     half = [pair for pair in pairs if pair.weight.dtype in HALF]
     factors = sum(_BYTES_OF_FACTORS * 2 * max_rank * (pair.m + pair.n) for pair in half)
     beside_weights = sum(_BYTES_ROUNDED_OFF * pair.weight.numel() for pair in half)
     return "factored" if 0 < 2 * factors <= beside_weights else "dense"
+
+
+def check_places(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None:
+    """Check that `place_remainders` can do its work; changes nothing.
+
+    Args:
+        pairs: the LoRA pairs of one model, at least one.
+        merge: kind of the remainder: ``"dense"``, ``"factored"``, or ``"auto"`` to choose by the base weights.
+        max_rank: the most columns that a compression of a factored remainder keeps.
+
+    Raises:
+        UnsupportedLayerError: the remainder would be dense and a weight is quantised, tied or used by another adapter;
+            a layer already has a remainder of the other kind; or another adapter is a copy of this one without its
+            remainder.
+    """
+    factored = resolve_merge(pairs, merge, max_rank) == "factored"
+    for pair in pairs:
+        if not factored:
+            _check_dense(pair)
+        _check_present(pair, factored=factored)
 
 
 def place_remainders(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None:
@@ -50,32 +72,71 @@ def place_remainders(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None
         max_rank: the most columns that a compression of a factored remainder keeps; also set on existing remainders.
 
     Raises:
-        UnsupportedLayerError: the remainder would be dense and a weight is quantised, or a layer already has a
-            remainder of the other kind. No layer has been changed then.
+        UnsupportedLayerError: as `check_places`. No layer has been changed then.
     """
     factored = resolve_merge(pairs, merge, max_rank) == "factored"
+    check_places(pairs, merge, max_rank)
+    new = []
     for pair in pairs:
-        _check_place(pair, factored=factored)
-    for pair in pairs:
-        if (present := getattr(pair.layer, REMAINDER, None)) is not None:
-            if isinstance(present, FactoredRemainder):
-                present.max_rank = max_rank
-        elif factored:
-            remainder = FactoredRemainder(pair.m, pair.n, max_rank, dtype=pair.lora_A.dtype, device=pair.lora_A.device)
-            pair.layer.add_module(REMAINDER, remainder)
-            pair.layer.lora_variant[pair.adapter] = WithRemainder()
-        else:
-            pair.layer.add_module(REMAINDER, DenseRemainder(pair.weight, transposed=pair.transposed))
+        if isinstance(pair.layer, RemainderLayer):
+            if isinstance(pair.remainder, FactoredRemainder):
+                pair.remainder.resize(max_rank)
+            continue
+        give_remainder(pair.layer, pair.adapter, _new(pair, max_rank, factored), base_is_tied=bool(pair.tied))
+        new.append(pair.layer)
+    if new:
+        guard = FactorGuard([pair.layer for pair in pairs])
+        for pair in pairs:
+            pair.layer.factor_guard = guard
 
 
-def _check_place(pair: LoraPair, *, factored: bool) -> None:
-    if pair.quantised and not factored:
-        refuse(
-            pair.name,
-            f"its base weight is quantised ({type(pair.weight).__name__}, {pair.weight.dtype}) and can't take a merge",
-            "set merge='factored'",
-        )
+def _new(pair: LoraPair, max_rank: int, factored: bool) -> Remainder:
+    if not factored:
+        return DenseRemainder(pair.weight, transposed=pair.transposed)
+    dtype, device = pair.lora_A.dtype, pair.lora_A.device
+    return FactoredRemainder(pair.m, pair.n, max_rank, pair.r, dtype=dtype, device=device)
+
+
+def _check_dense(pair: LoraPair) -> None:
+    reasons = {
+        f"is quantised ({type(pair.weight).__name__}, {pair.weight.dtype})": pair.quantised,
+        f"is tied ({' = '.join(pair.tied)})": bool(pair.tied),
+        f"is adapter {', '.join(map(repr, pair.other_adapters))}'s, too": bool(pair.other_adapters),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            refuse(pair.name, f"its base weight {reason} and can't take a merge", "set merge='factored'")
+
+
+def _check_present(pair: LoraPair, *, factored: bool) -> None:
     present = getattr(pair.layer, REMAINDER, None)
-    if present is not None and isinstance(present, FactoredRemainder) != factored:
+    if present is None:
+        return
+    if isinstance(present, FactoredRemainder) != factored:
         wanted, other = ("factored", "dense") if factored else ("dense", "factored")
         refuse(pair.name, f"it already has a {other} remainder", f"set merge={other!r} instead of merge={wanted!r}")
+    if pair.layer.trained_adapter != pair.adapter:
+        refuse(
+            pair.name,
+            f"it has the remainder of adapter {pair.layer.trained_adapter!r}, but {pair.adapter!r} is active",
+            f"call set_adapter({pair.layer.trained_adapter!r}), or train a model that is loaded anew",
+        )
+    if present.changed and (copies := [name for name in pair.other_adapters if _is_copy(pair, name)]):
+        refuse(
+            pair.name,
+            f"adapter {copies[0]!r} is a copy of {pair.adapter!r} without the part of its update that ScaLoRA has put "
+            "into the remainder, so it is not the model that was trained before",
+            "continue from the saved adapter (PeftModel.from_pretrained), whose factors are the whole update",
+        )
+
+
+def _is_copy(pair: LoraPair, other: str) -> bool:
+    """Whether another adapter has the same factors, as reference adapters that trainers make of the trained one."""
+    layer = pair.layer
+    factors = (
+        (layer.lora_embedding_A[other], layer.lora_embedding_B[other])
+        if other in layer.lora_embedding_A
+        else (layer.lora_A[other].weight, layer.lora_B[other].weight)
+    )
+    own = (pair.lora_A, pair.lora_B)
+    return all(a.shape == b.shape and bool((a == b).all()) for a, b in zip(factors, own, strict=True))

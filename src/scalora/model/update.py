@@ -40,6 +40,9 @@ def factored_update(pair: LoraPair) -> Factors:
         pair: the layer, with a factored remainder.
     """
     assert isinstance(pair.remainder, FactoredRemainder)
-    left = torch.cat([pair.scaling * pair.lora_B.detach().double(), pair.remainder.left.double()], dim=1)
-    right = torch.cat([pair.lora_A.detach().mT.double(), pair.remainder.right.double()], dim=1)
+    remainder_left, remainder_right = pair.remainder.used
+    left = torch.cat(
+        [pair.scaling * pair.lora_B.detach().double(), pair.layer.remainder_scaling * remainder_left.double()], dim=1
+    )
+    right = torch.cat([pair.lora_A.detach().mT.double(), remainder_right.double()], dim=1)
     return factors_of_product(left, right)

@@ -6,21 +6,25 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from scalora.model.factored_layer import REMAINDER
+from scalora.model.remainder_layer import REMAINDER
+from scalora.model.roots import root_of
 from scalora.rescale.remainder import REMAINDER_BUFFERS
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a DDP wrapper, after excluding its remainders from broadcasts; else the model itself.
+    """The model without wrappers that add no parameters, such as DDP's.
 
     Args:
-        model: a model with LoRA layers, wrapped in DDP or not.
+        model: a model with LoRA layers, or a wrapper around it, or the base model inside a PeftModel.
+
+    Raises:
+        UnsupportedLayerError: the model contains more than one PeftModel.
     """
-    if not isinstance(model, DistributedDataParallel):
-        return model
-    keep_out_of_broadcasts(model)
-    inner: nn.Module = model.module
-    return inner
+    while isinstance(model, DistributedDataParallel):
+        model = model.module
+    # Only FSDP's wrapper tells that the weights inside are pieces of weights.
+    sharded = any(name.endswith("_fsdp_wrapped_module") for name, _ in model.named_modules())
+    return model if sharded else root_of(model)
 
 
 def keep_out_of_broadcasts(model: nn.Module) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from scalora.report.summaries import RunData, StudyData
 
 _UPDATE_COLUMNS = ["step", "layer", "numerical_rank", "effective_rank", "norm", "singular_values"]
+# The end of a report's title, by which one is recognised.
+_TITLE = " · scalora report</title>"
+
 _LAYER_COLUMNS = ["name", "numerical_rank", "effective_rank", "norm", "residual"]
 
 
@@ -45,11 +48,11 @@ def report(folder: Path, output: Path | None = None) -> Page:
         raise InputError("`scalora report` needs matplotlib: pip install 'scalora[report]'") from None
     output = folder if output is None else output
     figures = output / "figures"
-    _check_replaceable(figures)
+    _check_replaceable(output / "report.html", figures)
     page = _study_page(folder) if (folder / STUDY_FILE).is_file() else _run_page(folder)
     with naming_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(figures) as temporary:
+    with atomic_folder(figures, replace=True) as temporary:
         for name, content in page.files.items():
             (temporary / name).write_bytes(content)
     with atomic_write(output / "report.html") as temporary:
@@ -164,10 +167,14 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_replaceable(figures: Path) -> None:
-    """Raise `InputError` if replacing the folder of figures would delete files that no report has written."""
+def _check_replaceable(page: Path, figures: Path) -> None:
+    """Raise `InputError` if replacing the page and the figures would delete files that no report has written."""
     from scalora.report.charts import FILE_NAMES
 
+    if page.is_file() and _TITLE not in page.read_text(encoding="utf-8", errors="replace"):
+        raise InputError(f"{str(page)!r} is a page that no report has written: choose another --output")
+    if figures.is_symlink():
+        raise InputError(f"{str(figures)!r} is a link, which is not replaced: choose another --output, or remove it")
     foreign = sorted({path.name for path in figures.glob("*")} - FILE_NAMES)
     if foreign:
         raise InputError(f"{str(figures)!r} holds {foreign[0]!r}, which no report has written: choose another --output")

@@ -94,6 +94,6 @@ def factored_metrics(remainders: Sequence[Remainder]) -> dict[str, float]:
     lost = sum(remainder.discarded.item() for remainder in factored)
     kept = sum(remainder.energy().item() for remainder in factored)
     return {
-        "scalora/remainder_columns": float(max(remainder.left.shape[1] for remainder in factored)),
+        "scalora/remainder_columns": float(max(remainder.columns for remainder in factored)),
         "scalora/discarded": math.sqrt(lost / kept) if kept else 0.0,
     }

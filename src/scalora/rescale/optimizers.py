@@ -69,6 +69,8 @@ _REFUSED_BY_NAME = {
     "Adamax": "it adds eps to the gradient before taking the maximum, so its state does not scale with the gradient",
     "Adadelta": "it adds eps to both averages, so its state does not scale with the gradient",
     "SparseAdam": "it takes only sparse gradients, and LoRA's are dense",
+    "Lookahead": _PARAMETER_AVERAGE,
+    "SWA": _PARAMETER_AVERAGE,
     "LoraFAOptimizer": "it freezes lora_A, and ScaLoRA needs the gradients of both factors",
 }
 
@@ -115,16 +117,12 @@ def state_degrees(optimizer: Optimizer) -> Mapping[str, int]:
         UnsupportedOptimizerError: its state can't be transported exactly, in general or with the settings of one of its
             parameter groups.
     """
-    name, short = _qualified_name(type(optimizer)), type(optimizer).__name__
+    kind, short = type(optimizer), type(optimizer).__name__
+    name = _qualified_name(kind)
     if name not in _DEGREES:
-        reason = (
-            _REFUSED_BY_NAME.get(name)
-            or _REFUSED_BY_NAME.get(short)
-            or "it is not registered; if its state is elementwise in the gradient, call scalora.register_optimizer"
-        )
         raise UnsupportedOptimizerError(
-            f"the state of optimizer {short} ({name}) can't be transported through a ScaLoRA rescale: {reason}; "
-            f"{USE_INSTEAD}"
+            f"the state of optimizer {short} ({name}) can't be transported through a ScaLoRA rescale: "
+            f"{_reason_to_refuse(kind) or _not_registered(kind)}; {USE_INSTEAD}"
         )
     for index, group in enumerate(optimizer.param_groups):
         if refusal := _REFUSALS[name](group):
@@ -132,32 +130,78 @@ def state_degrees(optimizer: Optimizer) -> Mapping[str, int]:
     return _DEGREES[name]
 
 
+def _reason_to_refuse(kind: type) -> str | None:
+    """Why an optimizer of a class, or of one that it inherits from, is known to be unsupported; None if it is not."""
+    names = (name for cls in kind.__mro__ for name in (_qualified_name(cls), cls.__name__))
+    return next((_REFUSED_BY_NAME[name] for name in names if name in _REFUSED_BY_NAME), None)
+
+
+def _not_registered(kind: type) -> str:
+    known = next((name for name in map(_qualified_name, kind.__mro__) if name in _DEGREES), None)
+    if known is None:
+        return "it is not registered; if its state is elementwise in the gradient, call scalora.register_optimizer"
+    return (
+        f"it may do something else in a step than {known}, which it inherits from; if it doesn't, call "
+        f"scalora.register_optimizer({kind.__name__}, {dict(_DEGREES[known])})"
+    )
+
+
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer inside a wrapper that holds it in ``.optimizer``, such as Accelerate's; else the optimizer itself.
+    """The optimizer inside wrappers that hold it in ``.optimizer``, such as Accelerate's; else the optimizer itself.
 
     Args:
         optimizer: an optimizer, or a wrapper.
+
+    Raises:
+        UnsupportedOptimizerError: a wrapper is known to do more than to pass steps on.
     """
-    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return inner
+    inner = optimizer
+    while (wrapped := getattr(inner, "optimizer", None)) is not None:
+        if (reason := _reason_to_refuse(type(inner))) is not None:
+            raise UnsupportedOptimizerError(
+                f"optimizer {type(inner).__name__} around {type(wrapped).__name__} can't be used with ScaLoRA: {reason}"
+            )
+        inner = wrapped
+    found: Optimizer = inner
+    return found
 
 
-def refuse_closure(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Check, in a step pre-hook, that ``optimizer.step`` was called without a closure.
+def evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """In a step pre-hook, evaluate the closure of ``optimizer.step(closure)``, so that the gradients are there.
 
     Args:
-        method: name of the method that the hook belongs to, for the error message.
         args: positional arguments that the hook got; torch passes the optimizer as the first one.
         kwargs: keyword arguments that the hook got.
 
-    Raises:
-        ValueError: the step was given a closure, which would compute the gradients after the hook.
+    Returns:
+        What the hook has to return: the arguments with a closure that only gives the loss; None without a closure.
     """
-    if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
-        raise ValueError(
-            f"optimizer.step(closure) computes the gradients too late, {method} needs them before the step: call "
-            "backward() first and optimizer.step() without a closure"
-        )
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        loss = closure()
+    evaluated = _EvaluatedClosure(loss)
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": evaluated}
+    return (args[0], evaluated, *args[2:]), kwargs
+
+
+class _EvaluatedClosure:
+    """Gives the loss of a closure that has been evaluated, once."""
+
+    def __init__(self, loss: Any) -> None:
+        self._loss = loss
+        self._asked = False
+
+    def __call__(self) -> Any:
+        if self._asked:
+            raise UnsupportedOptimizerError(
+                "the optimizer evaluates the closure of a step more than once, but a rescale belongs to the gradients "
+                f"of one evaluation; {USE_INSTEAD}"
+            )
+        self._asked = True
+        return self._loss
 
 
 def _qualified_name(cls: type) -> str:

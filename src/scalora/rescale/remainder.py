@@ -47,6 +47,7 @@ class DenseRemainder(nn.Module):
 
     Attributes:
         transposed: whether the base weight is stored transposed.
+        changed: whether anything has been added, so that the base weight is no longer the original one.
         rounded_off: the rounding error of each entry, int16, of the weight's shape; None for a float32 or float64
             weight.
     """
@@ -56,6 +57,7 @@ class DenseRemainder(nn.Module):
     def __init__(self, weight: Tensor, *, transposed: bool) -> None:
         super().__init__()
         self.transposed = transposed
+        self.changed = False
         rounded_off = torch.zeros_like(weight, dtype=torch.int16) if weight.dtype in HALF else None
         self.register_buffer("rounded_off", rounded_off)
 
@@ -68,8 +70,12 @@ class DenseRemainder(nn.Module):
             left: left factor, (m, r), in the adapter's dtype.
             right: right factor, (n, r), in the adapter's dtype.
         """
+        self.changed = True
         if self.transposed:
             left, right = right, left
+        # The weight's dtype may have been changed since, by `prepare_model_for_kbit_training` for example.
+        if (weight.dtype in HALF) != (self.rounded_off is not None):
+            self.rounded_off = torch.zeros_like(weight, dtype=torch.int16) if weight.dtype in HALF else None
         if self.rounded_off is None:
             weight.addmm_(left.to(weight.dtype), right.to(weight.dtype).mT)
             return
@@ -85,15 +91,34 @@ class DenseRemainder(nn.Module):
         Args:
             weight: the base weight, as stored.
         """
-        return weight if self.rounded_off is None else _join(weight, self.rounded_off)
+        return weight if self.rounded_off is None or weight.dtype not in HALF else _join(weight, self.rounded_off)
+
+    @torch.no_grad()
+    def rebuild(self, exact: Tensor, weight: nn.Parameter) -> None:
+        """Round an exact weight anew, after the base weight has been converted to another dtype or device.
+
+        Args:
+            exact: the weight from `exact`, before the conversion.
+            weight: the converted base weight; overwritten.
+        """
+        if weight.dtype in HALF:
+            self.rounded_off = torch.zeros_like(weight, dtype=torch.int16)
+            _split(exact.to(weight.device, torch.float32, copy=True), weight.data, self.rounded_off)
+        else:
+            self.rounded_off = None
+            weight.data.copy_(exact)
 
 
 def _join(rounded: Tensor, low: Tensor) -> Tensor:
     """The float32 numbers that `_split` was given: exactly for bfloat16, to 2⁻²⁶ relative for float16."""
     exact = rounded.float()
     if rounded.dtype == torch.bfloat16:
-        # bfloat16 is the upper half of a float32: adding the bits that were rounded off restores the float32.
-        exact.view(torch.int32).add_(low)
+        # bfloat16 is the upper half of a float32: adding the bits that were rounded off restores the float32. Numbers
+        # that round to 0 are never below it in magnitude, so a zero with a negative lower half is a weight that others
+        # have written to since; the bits below those of a zero would be a NaN's. Integer operations, because those on
+        # booleans take ten times as long on CPUs.
+        lowest = rounded.view(torch.int16).bitwise_and(0x7FFF).clamp_(max=1).bitwise_left_shift_(15)
+        exact.view(torch.int32).add_(torch.maximum(low, lowest))
         return exact
     return exact + low.float() / 32767 * _interval(rounded)
 
@@ -101,10 +126,12 @@ def _join(rounded: Tensor, low: Tensor) -> Tensor:
 def _split(exact: Tensor, rounded: Tensor, low: Tensor) -> None:
     """Split float32 numbers into half-precision ones and their rounding errors. Overwrites `exact`."""
     if rounded.dtype == torch.bfloat16:
-        # The lower half, read as a signed integer, is the distance of the float32 from the nearest bfloat16.
+        # The lower half, read as a signed integer, is the distance of the float32 from the nearest bfloat16. Of two
+        # that are equally near it is the distance from the larger one, to which torch rounds once a lower bit is set.
         bits = exact.view(torch.int32)
         low.copy_(bits)
-        rounded.view(torch.int16).copy_(bits.add_(1 << 15).bitwise_right_shift_(16))
+        bits.bitwise_or_(low.clamp(-1, 0).neg_())
+        rounded.copy_(exact)
         return
     rounded.copy_(exact)
     fraction = ((exact - rounded.float()) / _interval(rounded) * 32767).round()
@@ -113,29 +140,37 @@ def _split(exact: Tensor, rounded: Tensor, low: Tensor) -> None:
 
 def _interval(rounded: Tensor) -> Tensor:
     """Half the spacing of float16 at each entry, in float32: the largest possible rounding error."""
-    smallest = torch.frexp(torch.tensor(torch.finfo(torch.float16).tiny)).exponent.to(rounded.device)
-    exponent = torch.maximum(torch.frexp(rounded.float()).exponent, smallest)
+    # Zero and the numbers below the smallest normal one are as far apart as those from it on.
+    limits = torch.finfo(torch.float16)
+    exponent = torch.frexp(rounded.float().abs_().clamp_(limits.tiny, limits.max)).exponent
     return torch.ldexp(torch.ones((), device=rounded.device).expand(exponent.shape), exponent - _SIGNIFICAND - 1)
 
 
 class FactoredRemainder(nn.Module):
     """Keeps the sum of the remainders as a product ``left @ right.T`` and leaves the base weight unchanged.
 
-    Every rescale appends columns. When there are more than twice `max_rank`, the product is compressed to its
+    Every rescale fills in columns. Once there are more than twice `max_rank`, the product is compressed to its
     `max_rank` largest singular values, from Gram matrices of its columns and without forming anything of size m × n. A
     product of lower rank keeps fewer columns, and nothing is lost.
+
+    The factors have their full width from the start, with zeros in the columns that are free: a compiled forward pass
+    then never sees another shape, and nothing is allocated in a rescale.
 
     Args:
         m: rows of the base weight (out_features).
         n: columns of the base weight (in_features).
         max_rank: the most columns that a compression keeps.
+        r: the most columns that are added at once: the adapter's rank.
         dtype: dtype of the factors, the adapter's: float32 or float64.
         device: device of the factors, the adapter's.
 
     Attributes:
         max_rank: the most columns that a compression keeps.
-        left: left factor, (m, k).
-        right: right factor, (n, k).
+        columns: number of columns that are in use.
+        changed: whether there are any, so that the adapter alone is not the whole update. Compiled forward passes
+            depend on this and not on the number, which changes with every rescale.
+        left: left factor, (m, 2·max_rank + r).
+        right: right factor, (n, 2·max_rank + r).
         discarded: sum over all compressions of the squared Frobenius norm of what they left out.
     """
 
@@ -143,12 +178,38 @@ class FactoredRemainder(nn.Module):
     right: Float[Tensor, "n k"]
     discarded: Float[Tensor, ""]
 
-    def __init__(self, m: int, n: int, max_rank: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, m: int, n: int, max_rank: int, r: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.max_rank = max_rank
-        self.register_buffer("left", torch.zeros(m, 0, dtype=dtype, device=device))
-        self.register_buffer("right", torch.zeros(n, 0, dtype=dtype, device=device))
+        self.columns = 0
+        self.changed = False
+        self._added = r
+        self.register_buffer("left", torch.zeros(m, 2 * max_rank + r, dtype=dtype, device=device))
+        self.register_buffer("right", torch.zeros(n, 2 * max_rank + r, dtype=dtype, device=device))
         self.register_buffer("discarded", torch.zeros((), dtype=dtype, device=device))
+
+    @property
+    def used(self) -> tuple[Float[Tensor, "m c"], Float[Tensor, "n c"]]:
+        """The columns of `left` and `right` that are in use, as views."""
+        return self.left[:, : self.columns], self.right[:, : self.columns]
+
+    @torch.no_grad()
+    def resize(self, max_rank: int) -> None:
+        """Set `max_rank`. Columns that are in use stay as they are.
+
+        Args:
+            max_rank: the most columns that a compression keeps.
+        """
+        self.max_rank = max_rank
+        if self.left.shape[1] != 2 * max_rank + self._added:
+            self._replace(*self.used)
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Set the product to zero."""
+        for buffer in (self.left, self.right, self.discarded):
+            buffer.zero_()
+        self.columns, self.changed = 0, False
 
     @torch.no_grad()
     def add(self, weight: Tensor, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
@@ -164,33 +225,64 @@ class FactoredRemainder(nn.Module):
             compress([self])
 
     def append(self, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
-        """Add ``left @ right.T`` to the product by appending columns, without compressing it.
+        """Add ``left @ right.T`` to the product by filling in columns, without compressing it.
 
         Args:
             left: left factor, (m, r), in the adapter's dtype.
             right: right factor, (n, r), in the adapter's dtype.
         """
-        self.left = torch.cat([self.left, left], dim=1)
-        self.right = torch.cat([self.right, right], dim=1)
+        start, self.columns, self.changed = self.columns, self.columns + left.shape[1], True
+        self.left[:, start : self.columns] = left
+        self.right[:, start : self.columns] = right
 
     @property
     def is_full(self) -> bool:
-        """Whether the product has more than twice `max_rank` columns and should be compressed."""
-        return self.left.shape[1] > 2 * self.max_rank
+        """Whether more than twice `max_rank` columns are in use, so that the product should be compressed."""
+        return self.columns > 2 * self.max_rank
 
     def energy(self) -> Float[Tensor, ""]:
         """Squared Frobenius norm of the product, from k × k Gram matrices."""
-        return ((self.left.mT @ self.left) * (self.right.mT @ self.right)).sum()
+        left, right = self.used
+        return ((left.mT @ left) * (right.mT @ right)).sum()
 
     def dense(self) -> Float[Tensor, "m n"]:
         """The product itself, (m, n)."""
-        return self.left @ self.right.mT
+        left, right = self.used
+        return left @ right.mT
+
+    def _replace(self, left: Float[Tensor, "m c"], right: Float[Tensor, "n c"]) -> None:
+        """Put other columns in place of those in use, in the buffers if these are as wide as they should be."""
+        width = max(2 * self.max_rank + self._added, left.shape[1])
+        for name, used in (("left", left), ("right", right)):
+            buffer = getattr(self, name)
+            if buffer.shape[1] != width:
+                buffer = buffer.new_empty(len(buffer), width)
+                setattr(self, name, buffer)
+            buffer[:, : used.shape[1]] = used
+            buffer[:, used.shape[1] :] = 0
+        self.columns, self.changed = left.shape[1], left.shape[1] > 0
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FactoredRemainder:
+        # Rescales add to the sum for the whole of a run: a conversion of the model to half precision leaves it alone.
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype in HALF:
+                setattr(self, name, before[name].to(buffer.device))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("left", "right"):
+            destination[prefix + name] = destination[prefix + name][:, : self.columns]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # The number of columns in a checkpoint can differ from the current one.
-        for name in ("left", "right"):
-            if (saved := state_dict.get(prefix + name)) is not None:
-                setattr(self, name, getattr(self, name).new_empty(saved.shape))
+        left, right = (state_dict.get(prefix + name) for name in ("left", "right"))
+        if isinstance(left, Tensor) and isinstance(right, Tensor) and left.shape[1:] == right.shape[1:] != ():
+            with torch.no_grad():
+                self._replace(left, right)
+            # The buffers hold them now, at another width than a state's: torch compares shapes.
+            state_dict |= {prefix + name: getattr(self, name) for name in ("left", "right")}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -230,11 +322,11 @@ def compress(remainders: Sequence[FactoredRemainder]) -> None:
     """
     alike = defaultdict(list)
     for remainder in remainders:
-        alike[remainder.left.shape[1], remainder.max_rank].append(remainder)
+        alike[remainder.columns, remainder.max_rank].append(remainder)
     for (_, max_rank), group in alike.items():
-        smaller = compressed_products([(r.left, r.right) for r in group], rtol=_NEGLIGIBLE, max_rank=max_rank)
+        smaller = compressed_products([r.used for r in group], rtol=_NEGLIGIBLE, max_rank=max_rank)
         for remainder, (left, right, discarded) in zip(group, smaller, strict=True):
-            remainder.left, remainder.right = left, right
+            remainder._replace(left, right)
             remainder.discarded += discarded
 
 

@@ -9,7 +9,8 @@ adapter had been scaled from the start. `scalora.rescale.optimizers` has the deg
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,35 +46,65 @@ def scale_gradients_and_states(
         UnsupportedOptimizerError: the state has an entry of the parameter's shape that `degrees` does not name, or an
             integer entry that is not in the block-wise format of bitsandbytes. Nothing has been changed then.
     """
+    check_states(optimizer, degrees, parameters)
     gradients = [(p.grad, factor) for p, factor in zip(parameters, factors, strict=True) if p.grad is not None]
     entries: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     codes: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for parameter, factor in zip(parameters, factors, strict=True):
         state = optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            if not isinstance(value, Tensor) or value.shape != parameter.shape:
-                continue
-            if key not in degrees:
-                raise UnsupportedOptimizerError(
-                    f"{type(optimizer).__name__} has a state {key!r} of the parameter's shape that is not registered "
-                    f"(registered: {sorted(degrees)}): add it with scalora.register_optimizer"
-                )
+        for key, value in _entries(state, parameter):
             if degrees[key] == 0:
                 continue
             if value.is_floating_point():
                 # Also moves the factor to the state's device: paged state is on the CPU.
                 entries[key].append((value, factor.to(value)))
-            elif key in COMPANIONS and all(name in state for name in COMPANIONS[key]):
+            else:
                 absmax, qmap = (state[name] for name in COMPANIONS[key])
                 codes.append((value, absmax, qmap, factor.to(qmap) ** degrees[key]))
-            else:
-                raise UnsupportedOptimizerError(
-                    f"{type(optimizer).__name__} keeps its state {key!r} as {value.dtype}, but without the block "
-                    f"maxima and the code book of bitsandbytes' format; {USE_INSTEAD}"
-                )
     if gradients:
         multiply(*zip(*gradients, strict=True))
     for key, pairs in entries.items():
         multiply(*zip(*pairs, strict=True), degrees[key])
     for code in codes:
         scale_block_quantised(*code)
+
+
+def check_states(optimizer: Optimizer, degrees: Mapping[str, int], parameters: Sequence[Tensor]) -> bool:
+    """Check that the state that parameters have by now can be transported.
+
+    Args:
+        optimizer: the optimizer that holds the state.
+        degrees: degree in the gradient of each entry of its state, from `state_degrees`.
+        parameters: adapter matrices.
+
+    Returns:
+        Whether there is any state yet.
+
+    Raises:
+        UnsupportedOptimizerError: the state has an entry of the parameter's shape that `degrees` does not name, or an
+            integer entry that is not in the block-wise format of bitsandbytes.
+    """
+    found = False
+    for parameter in parameters:
+        state = optimizer.state.get(parameter, {})
+        found = found or bool(state)
+        for key, value in _entries(state, parameter):
+            if key not in degrees:
+                raise UnsupportedOptimizerError(
+                    f"{type(optimizer).__name__} has a state {key!r} of the parameter's shape that is not registered "
+                    f"(registered: {sorted(degrees)}): add it with scalora.register_optimizer"
+                )
+            known = key in COMPANIONS and all(name in state for name in COMPANIONS[key])
+            if degrees[key] and not value.is_floating_point() and not known:
+                raise UnsupportedOptimizerError(
+                    f"{type(optimizer).__name__} keeps its state {key!r} as {value.dtype}, but without the block "
+                    f"maxima and the code book of bitsandbytes' format; {USE_INSTEAD}"
+                )
+    return found
+
+
+def _entries(state: Mapping[str, Any], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The entries of a parameter's state that belong to its entries one by one."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            yield key, value

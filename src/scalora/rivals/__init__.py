@@ -33,7 +33,7 @@ _CLASSES = {
     # High rank by merging, or by training the base's weights with low-rank moments.
     "relora": "relora.ReLora",
     "galore": "full_weights.GaLore",
-    "apollo": "full_weights.Apollo",
+    "apollo": "apollo.Apollo",
     # ScaLoRA with one thing replaced.
     "normalised_columns": "controls.NormalisedColumns",
     "no_transport": "controls.NoTransport",

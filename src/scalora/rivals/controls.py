@@ -20,6 +20,8 @@ from scalora.engine import ScaLora
 from scalora.maths.mode import COLUMN, LEFT_ALONE
 from scalora.maths.oracle import optimal_adapter
 from scalora.maths.scaling import Grams, Scaling, scaling_of_grams
+from scalora.model.adapters import find_lora_pairs
+from scalora.parallel.processes import averaged, take_from_first
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.start import replace_factors, require_weight_gradients
 
@@ -88,8 +90,9 @@ class OracleRestarts(ScaLora):
     """Instead of every rescale, restarts from the oracle (the paper's Theorem 1, LoRA-GA's start) with empty moments.
 
     It is an engine that scales nothing, with an additional hook. The full gradients that the oracle needs are computed
-    in the backward pass before the restart. With gradient clipping they count towards the norm, which affects neither
-    the oracle nor Adam's first step with empty moments: both are independent of the scale of the gradient.
+    in the backward pass before the restart, and averaged over the processes of a data-parallel run. With gradient
+    clipping they count towards the norm, which affects neither the oracle nor Adam's first step with empty moments:
+    both are independent of the scale of the gradient.
 
     Args:
         model: a model with PEFT LoRA layers, exactly one active adapter, and base weights that are not quantised.
@@ -103,8 +106,8 @@ class OracleRestarts(ScaLora):
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, config: ScaLoraConfig | None = None) -> None:
+        require_weight_gradients(find_lora_pairs(model))
         super().__init__(model, optimizer, config, scaling_rule=leave_alone)
-        require_weight_gradients(self.pairs)
         self._watch_weights()
         self._restart_hook = self.optimizer.register_step_pre_hook(self._restart)
 
@@ -122,12 +125,14 @@ class OracleRestarts(ScaLora):
         # Unlike a rescale, a restart can't be undone on the device; reading the flag costs nothing, since a restart
         # synchronises with the device anyway.
         if self.config.rescales_at(self.step) and not (skipped is not None and skipped.item()):
-            for pair in self.pairs:
-                G = pair.weight.grad
-                if G is None:
+            norms = self.target_norms
+            gradients = averaged([pair.weight.grad for pair in self.pairs], [pair.weight for pair in self.pairs])
+            for pair, stored in zip(self.pairs, gradients, strict=True):
+                if stored is None:
                     continue
-                G = pair.oriented(G)
-                A, B = optimal_adapter(G, pair.r, target_norm=self.target_norms[pair.name][0])
+                G = pair.oriented(stored)
+                A, B = (f.contiguous() for f in optimal_adapter(G, pair.r, target_norm=norms[pair.name][0]))
+                take_from_first([A, B])
                 replace_factors([pair], [(A, B)])
                 pair.lora_B.grad = (pair.scaling * G @ B).to(pair.lora_B.dtype)
                 pair.lora_A.grad = (pair.scaling * A.mT @ G).to(pair.lora_A.dtype)

@@ -161,7 +161,9 @@ class LoraGa(Method):
         """
         return LoraConfig(**_fixed(settings, init_lora_weights=True))
 
-    def adapt(self, model: nn.Module, config: PeftConfig | None, backward: Backward) -> nn.Module:
+    def adapt(
+        self, model: nn.Module, config: PeftConfig | None, backward: Backward, learning_rate: float | None = None
+    ) -> nn.Module:
         """Add the adapter and initialise it from gradients.
 
         Needs memory for the gradients of all adapted weights at the same time.
@@ -170,6 +172,7 @@ class LoraGa(Method):
             model: the base model, which is modified.
             config: the configuration of the adapter, from `peft_config`.
             backward: computes the gradients.
+            learning_rate: not used.
 
         Returns:
             The model to train.

@@ -1,8 +1,8 @@
-"""Full fine-tuning, GaLore and APOLLO: methods that train the weights of the base itself.
+"""Full fine-tuning and GaLore: methods that train the weights of the base itself.
 
-GaLore and APOLLO save optimizer memory by keeping Adam's moments in a low-rank space. They use the authors' packages,
-galore-torch and apollo-torch, through the integration in Transformers, with one difference: Transformers drops the
-betas, the epsilon and the weight decay of the training arguments, which are passed on here.
+GaLore saves optimizer memory by keeping Adam's moments in a low-rank space. It uses the authors' package, galore-torch
+(Apache-2.0), through the integration in Transformers, with one difference: Transformers drops the betas, the epsilon
+and the weight decay of the training arguments, which are passed on here.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from transformers import Trainer, TrainingArguments
 
 from scalora.rivals.method import Method, adamw_arguments, require_positive
 
-# Matches the modules in a transformer's blocks, whose names contain a number; heads, embeddings and poolers lie
-# outside. The authors of both optimizers project the linear layers of the blocks only.
-_IN_BLOCKS = r".*\.\d+\..*"
+IN_BLOCKS = r".*\.\d+\..*"
+"""Matches the modules in a transformer's blocks, whose names contain a number; heads, embeddings and poolers lie
+outside. The authors of GaLore and of APOLLO project the linear layers of the blocks only."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,11 @@ class Full(Method):
 
 
 @dataclass(frozen=True)
-class _LowRankMoments(Full):
-    """Full fine-tuning with low-rank moments for the linear layers in the blocks, and AdamW for all other parameters.
+class GaLore(Full):
+    """GaLore: Adam in the subspace of the gradient's top singular vectors, which is updated periodically.
+
+    Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", arXiv:2403.03507. The linear
+    layers in the blocks are trained so, all other parameters by AdamW.
 
     Raises:
         ValueError: an option is not a positive number.
@@ -52,10 +55,10 @@ class _LowRankMoments(Full):
         "the projections in its optimizer's state are objects, which a Trainer does not load from a checkpoint"
     )
 
-    optim: ClassVar[str]
+    optim: ClassVar[str] = "galore_adamw"
     """Name of the optimizer in ``training.optim``."""
 
-    package: ClassVar[str]
+    package: ClassVar[str] = "galore-torch"
     """Package that provides the optimizer, by its name for pip."""
 
     rank: int = 8
@@ -65,8 +68,9 @@ class _LowRankMoments(Full):
     update_proj_gap: int = 200
     """Steps after which the low-rank space is computed anew. The default is the authors'."""
 
-    scale: float = 1.0
-    """Factor of the update. Its meaning and default depend on the method."""
+    scale: float = 4.0
+    """Factor of the update. The default is the authors' for fine-tuning at a learning rate of 3e-5; their 0.25 is for
+    pre-training at 1e-2."""
 
     def __post_init__(self) -> None:
         require_positive(self)
@@ -81,7 +85,7 @@ class _LowRankMoments(Full):
             raise ImportError(f"the optimizer {self.optim} needs a package: pip install {self.package}")
         return {
             "optim": self.optim,
-            "optim_target_modules": _IN_BLOCKS,
+            "optim_target_modules": IN_BLOCKS,
             "optim_args": f"rank={self.rank},update_proj_gap={self.update_proj_gap},scale={self.scale}",
         }
 
@@ -103,33 +107,3 @@ class _LowRankMoments(Full):
         cls, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
         optimizer: Optimizer = cls(**keywords | adamw_arguments(arguments), no_deprecation_warning=True)
         return optimizer
-
-
-@dataclass(frozen=True)
-class GaLore(_LowRankMoments):
-    """GaLore: Adam in the subspace of the gradient's top singular vectors, which is updated periodically.
-
-    Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", arXiv:2403.03507.
-    """
-
-    optim: ClassVar[str] = "galore_adamw"
-    package: ClassVar[str] = "galore-torch"
-
-    scale: float = 4.0
-    """Factor of the update. The default is the authors' for fine-tuning at a learning rate of 3e-5; their 0.25 is for
-    pre-training at 1e-2."""
-
-
-@dataclass(frozen=True)
-class Apollo(_LowRankMoments):
-    """APOLLO: the gradient, with each channel scaled as Adam would scale it in a random subspace.
-
-    Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv:2412.05270.
-    """
-
-    optim: ClassVar[str] = "apollo_adamw"
-    package: ClassVar[str] = "apollo-torch"
-
-    scale: float = 64.0
-    """Square of the factor of the update, which compensates for the low rank. The authors fine-tune with width/rank;
-    the default is that for width 512 and rank 8."""

@@ -60,13 +60,17 @@ class Method:
         """
         return LoraConfig(**settings)
 
-    def adapt(self, model: nn.Module, config: PeftConfig | None, backward: Backward) -> nn.Module:
+    def adapt(
+        self, model: nn.Module, config: PeftConfig | None, backward: Backward, learning_rate: float | None = None
+    ) -> nn.Module:
         """Make a model trainable.
 
         Args:
             model: the base model, which is modified.
             config: the configuration of the adapter, from `peft_config`.
             backward: computes gradients, for methods whose initialisation needs them.
+            learning_rate: the base (unscheduled) learning rate of the training that follows, for methods whose
+                initialisation depends on it; None if it is not known.
 
         Returns:
             The model to train.

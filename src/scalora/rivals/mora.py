@@ -57,13 +57,16 @@ class Mora(Method):
             )
         return config
 
-    def adapt(self, model: nn.Module, config: PeftConfig | None, backward: Backward) -> nn.Module:
+    def adapt(
+        self, model: nn.Module, config: PeftConfig | None, backward: Backward, learning_rate: float | None = None
+    ) -> nn.Module:
         """Add PEFT's LoRA layers and replace their factors by the square matrix.
 
         Args:
             model: the base model, which is modified.
             config: the configuration of the adapter, from `peft_config`.
             backward: not used.
+            learning_rate: not used.
 
         Returns:
             The model to train.

@@ -39,7 +39,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from scalora.maths.scaling import solver_dtype
 from scalora.model.adapters import LoraPair, by_shape, find_lora_pairs, promote_adapters
 from scalora.rescale.kernels import expand_factors, multiply
-from scalora.rescale.optimizers import refuse_closure, state_degrees, unwrapped_optimizer
+from scalora.rescale.optimizers import evaluate_closure, state_degrees, unwrapped_optimizer
 from scalora.rescale.transport import scale_gradients_and_states
 from scalora.rivals.method import Method
 
@@ -144,7 +144,6 @@ class GradientRefactorer(_Refactorer):
 
     Raises:
         UnsupportedLayerError: a layer that `scalora.model.adapters.find_lora_pairs` rejects.
-        ValueError: in a step with a closure, which would compute the gradients after they are to be multiplied.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, warmup_steps: int = 0, steps_done: int = 0) -> None:
@@ -152,12 +151,15 @@ class GradientRefactorer(_Refactorer):
         self._hook = self._optimizer.register_step_pre_hook(self._before_step)
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        refuse_closure("RefLoRA", args, kwargs)
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        with_loss = evaluate_closure(args, kwargs)
         if self._steps >= self._warmup_steps:
             for pairs in self._groups:
                 _precondition([pair for pair in pairs if pair.has_gradients])
         self._steps += 1
+        return with_loss
 
 
 def _precondition(pairs: list[LoraPair]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback
 
-from scalora.config import DEFAULT_TARGET_NORM, ScaLoraConfig
+from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
 from scalora.integrations.transformers import ScaLoraCallback
 from scalora.rivals.method import Backward, Method
@@ -47,28 +47,38 @@ class ScaLoraMethod(Method):
         if self.start not in get_args(Start):
             raise ValueError(f"start={self.start!r}: the starts are {', '.join(get_args(Start))}")
 
-    def adapt(self, model: nn.Module, config: PeftConfig | None, backward: Backward) -> nn.Module:
+    def adapt(
+        self, model: nn.Module, config: PeftConfig | None, backward: Backward, learning_rate: float | None = None
+    ) -> nn.Module:
         """Add the adapter and give it its start.
 
         Args:
             model: the base model, which is modified.
             config: the configuration of the adapter, from `peft_config`.
             backward: computes gradients, for the start ``oracle``.
+            learning_rate: the base (unscheduled) learning rate of the training that follows, on which the target norm
+                of the starts ``random`` and ``oracle`` depends with `smoothness`.
 
         Returns:
             The model to train.
 
         Raises:
             UnsupportedLayerError: a layer can't be adapted, or can't have the chosen start.
-            ValueError: for the start ``oracle``, if a layer got no finite gradient or is too small for the rank.
+            ValueError: for the start ``oracle``, if a layer got no finite gradient or is too small for the rank; with
+                `smoothness`, if the learning rate is missing or not positive.
         """
         model = super().adapt(model, config, backward)
-        merge, rank = self.config.merge, self.config.remainder_rank
-        norm = self.config.target_norm or DEFAULT_TARGET_NORM
+        settings: dict[str, Any] = {
+            "target_norm": self.config.target_norm,
+            "smoothness": self.config.smoothness,
+            "learning_rate": learning_rate,
+            "merge": self.config.merge,
+            "remainder_rank": self.config.remainder_rank,
+        }
         if self.start == "oracle":
-            optimal_start(model, partial(backward, model), target_norm=norm, merge=merge, remainder_rank=rank)
+            optimal_start(model, partial(backward, model), **settings)
         elif self.start == "random":
-            random_start(model, target_norm=norm, merge=merge, remainder_rank=rank)
+            random_start(model, **settings)
         return model
 
     def callbacks(self) -> list[TrainerCallback]:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -21,6 +20,7 @@ from scalora.runs.library_fields import UNKNOWN, LibraryField, named_values
 from scalora.runs.settings import Settings, Task, require_method, section_fields
 from scalora.runs.training_defaults import DEPENDENT_DEFAULTS, TRAINING_DEFAULTS
 from scalora.runs.type_words import type_words
+from scalora.runs.yaml_file import yaml_dump
 
 COMMON_KEYS = {
     "lora": ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"),
@@ -134,7 +134,7 @@ def value_text(value: Any) -> str:
 
 def yaml_text(value: Any) -> str:
     """A value in YAML, on one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+    return yaml_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
 def _own_key(name: str, info: FieldInfo) -> Key:

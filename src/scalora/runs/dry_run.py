@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
+import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -14,13 +16,16 @@ from torch import nn
 from transformers import Trainer
 
 from scalora.config import Merge
+from scalora.integrations.transformers import warn_if_plain_lora
 from scalora.model.adapters import LoraPair
 from scalora.model.memory import Memory, bytes_of_base, pairs_over_quantised, quantisable_layers, training_memory
 from scalora.model.placement import resolve_merge
 from scalora.rivals.scalora import ScaLoraMethod
-from scalora.runs.data import longest_text
-from scalora.runs.lengths import token_counts
+from scalora.runs.claim import check_unused
+from scalora.runs.lengths import require_readable, token_counts
+from scalora.runs.lora_checks import check_adapted, check_names
 from scalora.runs.messages import without_message
+from scalora.runs.model_limits import TextLimit
 from scalora.runs.models import empty_base
 from scalora.runs.prepare import PreparedRun, prepare, trainer_maker, training_arguments
 from scalora.runs.results import result_names
@@ -45,7 +50,7 @@ class Lengths:
         median: median number of tokens.
         longest: tokens of the longest one.
         limit: tokens after which an example is cut off; None without a limit.
-        cut: number of examples that are cut off; for classification and regression, that reach the limit.
+        cut: number of examples that are cut off.
         left_out: number of examples that training leaves out, because no token to train on is within the limit.
     """
 
@@ -121,6 +126,7 @@ def dry_run(settings: Settings, *, overwrite: bool = False, resume: bool = False
     Raises:
         InputError: something in the config, the data or the model's config can't be used.
     """
+    check_unused(Path(settings.output_dir))
     run = prepare(settings, overwrite=overwrite, resume=resume)
     base = empty_base(run.source, settings, run.tokenizer, run.labels)
     parameters = sum(p.numel() for p in base.parameters())
@@ -128,10 +134,14 @@ def dry_run(settings: Settings, *, overwrite: bool = False, resume: bool = False
     base_bytes = bytes_of_base(base, quantised, settings.quantization)
     model = _adapted(run, base)
     trainer, uncut = _trainers(run, model)
+    require_readable(trainer.train_dataset, str(settings.data.train), run.tokenizer, trainer.model)
     scales = isinstance(run.method, ScaLoraMethod)
     pairs = pairs_over_quantised(trainer.model, quantised) if scales else []
     merge = resolve_merge(pairs, *_placement(run)) if pairs else None
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    steps = _steps(run, trainer)
+    if isinstance(run.method, ScaLoraMethod):
+        warn_if_plain_lora(run.method.config, steps.total)
     return Plan(
         run=run,
         model=type(base).__name__,
@@ -141,7 +151,7 @@ def dry_run(settings: Settings, *, overwrite: bool = False, resume: bool = False
         merge=merge,
         memory=_memory(run, base_bytes, sum(p.nbytes for p in trained), pairs, merge),
         lengths=_lengths(run, trainer, uncut),
-        steps=_steps(run, trainer),
+        steps=steps,
         shown=_shown(run, trainer),
         results=result_names(run, factored=merge == "factored"),
     )
@@ -163,11 +173,14 @@ def _adapted(run: PreparedRun, base: nn.Module) -> nn.Module:
     def stop(model: nn.Module) -> NoReturn:
         raise _NeedsGradients(model)
 
+    check_names(run, base)
     try:
         with torch.device("meta"):
-            return method.adapt(base, run.peft_config, stop)
+            model = method.adapt(base, run.peft_config, stop)
     except _NeedsGradients as adapted:
-        return adapted.model
+        model = adapted.model
+    check_adapted(run, model)
+    return model
 
 
 def _trainers(run: PreparedRun, model: nn.Module) -> tuple[Trainer, Trainer]:
@@ -176,19 +189,20 @@ def _trainers(run: PreparedRun, model: nn.Module) -> tuple[Trainer, Trainer]:
         tempfile.TemporaryDirectory() as scratch,
         without_message("transformers.tokenization_utils_base", "Token indices sequence length is longer"),
     ):
-        trainer = _trainer(run, model, scratch)
-        if run.settings.task != "sft":
-            return trainer, trainer
-        return trainer, _trainer(run, model, scratch, max_length=None, packing=False)
+        trainer = _trainer(run, model, scratch, run.text_limit)
+        uncut = {"max_length": None, "packing": False} if run.settings.task == "sft" else {}
+        return trainer, _trainer(run, model, scratch, None, **uncut)
 
 
-def _trainer(run: PreparedRun, model: nn.Module, scratch: str, **changes: Any) -> Trainer:
+def _trainer(run: PreparedRun, model: nn.Module, scratch: str, limit: TextLimit | None, **changes: Any) -> Trainer:
     training = run.settings.training | _WRITES_NOTHING | {"output_dir": scratch} | changes
     settings = run.settings.model_copy(update={"training": training})
     arguments = training_arguments(settings, run.method, evaluates="eval" in run.examples)
     # Not files, so that what is made of them is not written to a cache either.
-    head = {split: Dataset.from_dict(rows[:_HEAD], features=rows.features) for split, rows in run.examples.items()}
-    make = trainer_maker(settings, run.tokenizer, head, arguments, run.labels)
+    head = {split: Dataset(rows.with_format("arrow")[:_HEAD], info=rows.info) for split, rows in run.examples.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is truncated of all examples has been said
+        make = trainer_maker(settings, run.tokenizer, head, arguments, run.labels, limit)
     return make(model, optimizers=(run.method.optimizer(model, arguments), None))
 
 
@@ -207,14 +221,13 @@ def _memory(run: PreparedRun, base: int, trained: int, pairs: list[LoraPair], me
 def _lengths(run: PreparedRun, trainer: Trainer, uncut: Trainer) -> Lengths:
     counts = token_counts(uncut.train_dataset)
     left_out = 0
-    limit: int | None = longest_text(run.tokenizer)
-    cut = sum(count == limit for count in counts)  # texts of classification and regression are cut off already
+    limit = None if run.text_limit is None else run.text_limit.tokens
     if run.settings.task == "sft":
         packing = trainer.args.packing
         # Unless the packing strategy is this one, an example that is too long goes on in the next sequence.
         limit = trainer.args.max_length if not packing or trainer.args.packing_strategy == "bfd" else None
-        cut = 0 if limit is None else sum(count > limit for count in counts)
         left_out = 0 if packing else len(counts) - len(trainer.train_dataset)
+    cut = 0 if limit is None else sum(count > limit for count in counts)
     return Lengths(len(counts), min(counts), statistics.median(counts), max(counts), limit, cut, left_out)
 
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import math
-import re
 import tempfile
+import warnings
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import nn
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
 
-from scalora.runs.data import load_examples, require_columns, sft_examples, tokenized_for_classification
+from scalora.runs.data import is_conversational, load_examples, sft_examples, tokenized_for_classification
 from scalora.runs.errors import InputError
+from scalora.runs.exact_match import exact_match_score
+from scalora.runs.lengths import require_readable
+from scalora.runs.losses import CausalTrainer, SequenceTrainer
+from scalora.runs.model_limits import require_known_tokens, require_sft_tokens, text_limit
 from scalora.runs.models import (
     class_names,
     fingerprint,
@@ -29,10 +31,41 @@ from scalora.runs.models import (
     load_tokenizer,
     resolve_source,
 )
-from scalora.runs.scores import classification_scores, regression_scores
-from scalora.runs.settings import EvaluateSettings, Settings
-from scalora.runs.track import track
+from scalora.runs.multiple_choice import multiple_choice_score
+from scalora.runs.scores import (
+    CLASSIFICATION_SCORES,
+    REGRESSION_SCORES,
+    classification_scores,
+    regression_scores,
+)
+from scalora.runs.settings import Settings
 from scalora.runs.training_defaults import NOT_TRAINING
+
+# The training arguments that decide which tokens of an evaluation are scored, and by which loss.
+_LOSS_ARGUMENTS = {
+    "assistant_only_loss",
+    "chat_template_path",
+    "completion_only_loss",
+    "dataset_kwargs",
+    "dataset_num_proc",
+    "dataset_text_field",
+    "eos_token",
+    "eval_packing",
+    "label_smoothing_factor",
+    "loss_type",
+    "max_length",
+    "packing",
+    "packing_strategy",
+    "pad_to_multiple_of",
+    "pad_token",
+    "padding_free",
+    "router_aux_loss_coef",
+    "seed",
+    "shuffle_dataset",
+    "truncation_mode",
+    "use_cpu",
+}
+_HEAD_LOSS_ARGUMENTS = {"label_smoothing_factor", "use_cpu"}  # the same for classification and regression
 
 
 def evaluate(model: str, settings: Settings) -> dict[str, Any]:
@@ -40,10 +73,11 @@ def evaluate(model: str, settings: Settings) -> dict[str, Any]:
 
     Args:
         model: run folder, model folder, GGUF file or hub id.
-        settings: the config, of which ``data.eval``, ``task`` and ``evaluate`` matter.
+        settings: the config, of which ``data``, ``task``, ``evaluate`` and ``training`` matter.
 
     Returns:
-        The scores by name, the number of ``"examples"``, and ``"weights"``, which identifies the weights scored.
+        The scores by name, with the numbers of examples that they leave out or cut; the number of ``"examples"``; and
+        ``"weights"``, which identifies the weights scored.
 
     Raises:
         InputError: the model, the data or a column is missing.
@@ -70,132 +104,94 @@ def evaluate(model: str, settings: Settings) -> dict[str, Any]:
 def loss_score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Dataset, name: str, settings: Settings
 ) -> dict[str, float]:
-    """Loss per token and perplexity, on the tokens that TRL trains on: those of the completion if there is one.
+    """Loss and perplexity on the tokens that the config trains on: what training logs as ``eval_loss``.
 
     Args:
         model: the causal language model.
         tokenizer: the model's tokenizer.
         examples: the examples, in one of TRL's formats.
         name: name of the data, for error messages.
-        settings: the config, of which ``data``, ``evaluate.batch_size`` and ``training.max_length`` matter.
+        settings: the config, of which ``data``, ``evaluate.batch_size`` and ``training`` matter.
 
     Returns:
-        ``"loss"``, the mean over all tokens, and ``"perplexity"``.
+        ``"loss"``, the mean over all tokens; ``"perplexity"`` of the tokens; and, unless examples are packed, the
+        numbers of examples that are left out (``"loss_left_out"``) and cut off (``"loss_cut_off"``) by
+        ``training.max_length``.
 
     Raises:
-        InputError: an example can't be used.
+        InputError: an example or a training argument can't be used, or no token is left to score.
     """
     data = sft_examples(examples, name, settings.data)
+    require_sft_tokens(tokenizer, settings.training, conversations=is_conversational(data))
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = SFTConfig(
-            output_dir=scratch,
-            per_device_eval_batch_size=settings.evaluate.batch_size,
-            dataset_text_field=settings.data.text,
-            **_not_training(),
-            **{key: value for key, value in settings.training.items() if key == "max_length"},
+        trainer = _loss_trainer(model, tokenizer, data, settings, scratch)
+        if not len(trainer.eval_dataset):
+            raise InputError(
+                f"data {name!r}: none of the {len(data)} examples has a token to score within "
+                f"training.max_length={trainer.args.max_length}"
+            )
+        require_readable(trainer.eval_dataset, name, tokenizer, trainer.model)
+        cut = {} if trainer.args.eval_packing else _cut(trainer, len(data), name)
+        total, tokens = 0.0, 0
+
+        # The loss may be smoothed or weighted, and the perplexity is that of the likelihoods.
+        def add(module: nn.Module, given: Any, output: Any) -> None:
+            nonlocal total, tokens
+            if (log_probs := getattr(output, "log_probs", None)) is not None:
+                total -= float(log_probs.double().sum())
+                tokens += int(output.label_mask.sum())
+
+        counting = trainer.model.register_forward_hook(add)
+        try:
+            loss = float(trainer.evaluate()["eval_loss"])
+        finally:
+            counting.remove()
+    # Early versions of TRL take the loss from the model, and give no likelihoods.
+    mean = torch.tensor(total / tokens if tokens else loss, dtype=torch.float64)
+    return {"loss": loss, "perplexity": mean.exp().item(), **cut}
+
+
+def _loss_trainer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, settings: Settings, scratch: str
+) -> SFTTrainer:
+    """A trainer that evaluates examples as that of `scalora train` would."""
+    training = {key: value for key, value in settings.training.items() if key in _LOSS_ARGUMENTS}
+    ours = {"output_dir": scratch, "per_device_eval_batch_size": settings.evaluate.batch_size} | _not_training()
+    try:
+        arguments = SFTConfig(**{"dataset_text_field": settings.data.text} | training | ours)
+        if arguments.eval_packing is None:
+            arguments.eval_packing = arguments.packing
+        return CausalTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data.select(range(1)),  # it must have one, which tells it the format of the data
+            eval_dataset=data,
+            processing_class=tokenizer,
         )
-        trainer = SFTTrainer(
-            model=model, args=arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer
-        )
-        loss, tokens = 0.0, 0
-        trainer.model.eval()
-        for batch in track(trainer.get_eval_dataloader(), "loss"):
-            count = int((batch["labels"][:, 1:] != -100).sum())
-            with torch.no_grad():
-                loss += float(model(**batch).loss) * count
-            tokens += count
-    return {"loss": loss / tokens, "perplexity": math.exp(loss / tokens)}
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"the loss can't be computed as training would: {error}") from None
 
 
-def _exact_match_score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Dataset, name: str, settings: Settings
-) -> dict[str, float]:
-    """Share of greedily generated answers that equal the completion, except for white space at the ends."""
-    prompts, answers = _prompts_and_answers(examples, name, tokenizer)
-    generated = _generate_answers(model, tokenizer, prompts, settings.evaluate)
-    pattern = settings.evaluate.answer_pattern
-    pairs = zip(generated, answers, strict=True)
-    return {"exact_match": sum(_extract(g, pattern) == _extract(a, pattern) for g, a in pairs) / len(answers)}
+def _cut(trainer: SFTTrainer, loaded: int, name: str) -> dict[str, int]:
+    """What ``training.max_length`` keeps from being scored."""
+    limit, end = trainer.args.max_length, trainer.processing_class.eos_token_id
+    ends = trainer.args.truncation_mode == "keep_start"  # else any example that is long enough may have been cut
+    counts = {
+        "loss_left_out": loaded - len(trainer.eval_dataset),
+        "loss_cut_off": sum(
+            len(ids) == limit and not (ends and ids[-1] == end) for ids in trainer.eval_dataset["input_ids"]
+        ),
+    }
+    for count, what in zip(counts.values(), ("left out: nothing to score is within", "cut off at"), strict=True):
+        if count:
+            warnings.warn(
+                f"data {name!r}: {count:,} of {loaded:,} examples are {what} training.max_length={limit} tokens",
+                stacklevel=3,
+            )
+    return counts
 
 
-@torch.no_grad()
-def _generate_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], settings: EvaluateSettings
-) -> list[str]:
-    """Greedy continuations of prompts, in batches with padding on the left."""
-    model.eval()
-    tokenizer.padding_side = "left"
-    answers: list[str] = []
-    for start in track(range(0, len(prompts), settings.batch_size), "generating"):
-        batch = tokenizer(
-            prompts[start : start + settings.batch_size], return_tensors="pt", padding=True, add_special_tokens=False
-        ).to(model.device)
-        output = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        answers += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
-
-
-def _multiple_choice_score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Dataset, name: str, settings: Settings
-) -> dict[str, float]:
-    """Share of examples whose correct choice has the highest log-likelihood given the prompt.
-
-    Needs the columns ``prompt``, ``choices`` (texts), and ``answer`` (index or text of the correct choice).
-    """
-    require_columns(examples, name, ["prompt", "choices", "answer"])
-    model.eval()
-    right = 0
-    for row in track(examples, "multiple choice"):
-        likelihoods = torch.stack([_log_likelihood(model, tokenizer, row["prompt"], c) for c in row["choices"]])
-        best = int(likelihoods.argmax())
-        right += row["answer"] in (best, row["choices"][best])
-    return {"multiple_choice": right / len(examples)}
-
-
-_SFT_METRICS = {"loss": loss_score, "exact_match": _exact_match_score, "multiple_choice": _multiple_choice_score}
-
-
-@torch.no_grad()
-def _log_likelihood(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str) -> Tensor:
-    given = tokenizer(prompt)["input_ids"]
-    whole = tokenizer(prompt + choice)["input_ids"]
-    logits: Tensor = model(input_ids=torch.tensor([whole], device=model.device)).logits[0, len(given) - 1 : -1]
-    tokens = torch.tensor(whole[len(given) :], device=model.device)
-    return logits.float().log_softmax(-1).gather(-1, tokens[:, None]).sum()
-
-
-def _prompts_and_answers(
-    examples: Dataset, name: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], list[str]]:
-    """The prompts as text for the model to continue, and the expected answers."""
-    if "messages" in examples.column_names:
-        return (
-            [_templated(messages[:-1], tokenizer) for messages in examples["messages"]],
-            [messages[-1]["content"] for messages in examples["messages"]],
-        )
-    require_columns(examples, name, ["prompt", "completion"])
-    prompts, completions = list(examples["prompt"]), list(examples["completion"])
-    if isinstance(prompts[0], list):
-        return [_templated(p, tokenizer) for p in prompts], [c[-1]["content"] for c in completions]
-    return prompts, completions
-
-
-def _templated(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
-def _extract(text: str, pattern: str | None) -> str | None:
-    if pattern is None:
-        return text.strip()
-    match = re.search(pattern, text)
-    return None if match is None else (match.group(1) if match.groups() else match.group(0)).strip()
+_SFT_METRICS = {"loss": loss_score, "exact_match": exact_match_score, "multiple_choice": multiple_choice_score}
 
 
 def sequence_scores(
@@ -213,31 +209,38 @@ def sequence_scores(
         tokenizer: the model's tokenizer.
         examples: the examples, with a text and a label.
         name: name of the data, for error messages.
-        settings: the config, of which ``data``, ``task`` and ``evaluate.batch_size`` matter.
+        settings: the config, of which ``data``, ``task``, ``evaluate.batch_size`` and ``training`` matter.
         labels: names of the classes in order; None for regression.
 
     Returns:
         ``"loss"``, and ``"accuracy"``, ``"f1"`` (macro average) and ``"matthews"`` for classification, or
-        ``"pearson"``, ``"spearman"`` and ``"mse"`` for regression.
+        ``"pearson"``, ``"spearman"`` and ``"mse"`` for regression; and ``"truncated"``, the number of examples of which
+        the end is left out.
 
     Raises:
         InputError: an example can't be used.
     """
-    regression = labels is None
-    data = tokenized_for_classification(examples, name, settings.data, settings.task, tokenizer, labels)
+    limit = text_limit(settings.data.max_tokens, tokenizer, model)
+    data, truncated = tokenized_for_classification(
+        examples, name, settings.data, settings.task, tokenizer, labels, limit
+    )
+    require_known_tokens(data, name, tokenizer, model)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
+        trainer = SequenceTrainer(
             model=model,
             args=TrainingArguments(
-                output_dir=scratch, per_device_eval_batch_size=settings.evaluate.batch_size, **_not_training()
+                output_dir=scratch,
+                per_device_eval_batch_size=settings.evaluate.batch_size,
+                **{key: settings.training[key] for key in _HEAD_LOSS_ARGUMENTS if key in settings.training},
+                **_not_training(),
             ),
             processing_class=tokenizer,
             data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=regression_scores if regression else classification_scores,
+            compute_metrics=regression_scores if labels is None else classification_scores,
         )
         scores = trainer.evaluate(data)
-    names = ("loss", *(("pearson", "spearman", "mse") if regression else ("accuracy", "f1", "matthews")))
-    return {name: scores[f"eval_{name}"] for name in names}
+    names = ("loss", *(REGRESSION_SCORES if labels is None else CLASSIFICATION_SCORES))
+    return {score: scores[f"eval_{score}"] for score in names} | {"truncated": truncated}
 
 
 def _not_training() -> dict[str, Any]:

@@ -6,8 +6,11 @@ import json
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from datasets import Dataset
+from peft import prepare_model_for_kbit_training
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from scalora.rivals.method import Method
 from scalora.runs.data import label_names, load_examples
@@ -24,6 +27,7 @@ class FinishedRun:
 
     Args:
         path: a run folder, a checkpoint in its folder ``trainer``, or its folder ``delta``.
+        base: where to load the base from, if not from where the run did.
 
     Attributes:
         path: the path given.
@@ -39,7 +43,7 @@ class FinishedRun:
         InputError: there is no such folder, or it contains no config of a run.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, base: str | None = None) -> None:
         if not path.is_dir():
             raise InputError(f"run {str(path)!r} does not exist")
         self.path = path
@@ -49,6 +53,8 @@ class FinishedRun:
         above = path.resolve().parents[:2] if self.is_checkpoint or holds_state else ()
         self.folder = next((f for f in (path, *above) if (f / "config.yaml").is_file()), path)
         self.settings = run_settings(self.folder)
+        if base is not None:
+            self.settings = self.settings.model_copy(update={"model": base})
         self.method: type[Method] = method_class(self.settings)
         state = path if holds_state else path / "delta"
         adapter, model = (path if self.is_checkpoint else self.folder / name for name in ("adapter", "model"))
@@ -88,12 +94,14 @@ class FinishedRun:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the base model.
+        """The tokenizer of the run, which training may have given a chat template and an end token.
 
         Raises:
             InputError: the tokenizer can't be read.
         """
-        return load_tokenizer(self.source, self.settings)
+        saved = [self.path] if self.is_checkpoint else [self.folder / name for name in ("model", "delta", "adapter")]
+        folder = next((folder for folder in saved if (folder / TOKENIZER_CONFIG_FILE).is_file()), None)
+        return load_tokenizer(Source(str(folder), None) if folder else self.source, self.settings)
 
     @cached_property
     def labels(self) -> list[str] | None:
@@ -126,4 +134,20 @@ class FinishedRun:
         Raises:
             InputError: the model can't be loaded.
         """
-        return load_base(source or self.source, self.settings, self.tokenizer, self.labels)
+        model = load_base(source or self.source, self.settings, self.tokenizer, self.labels)
+        if self.settings.task != "sft" and self.settings.quantization is not None:  # as in training
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        return model
+
+    def load_merged(self, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        """Load an exported model, whose head must be in the files.
+
+        Args:
+            folder: the folder of the model.
+            dtype: dtype of its weights.
+
+        Raises:
+            InputError: the model can't be loaded.
+        """
+        settings = self.settings.model_copy(update={"quantization": None, "dtype": str(dtype).removeprefix("torch.")})
+        return load_base(Source(str(folder), None), settings, self.tokenizer, self.labels, new_head=False)

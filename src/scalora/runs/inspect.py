@@ -23,14 +23,15 @@ from scalora.maths.lowrank import factors_of_product
 from scalora.maths.residuals import step_residuals
 from scalora.maths.spectrum import update_figures
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
-from scalora.model.factored_layer import REMAINDER
 from scalora.model.layers import LINEAR
+from scalora.model.remainder_layer import REMAINDER
 from scalora.model.update import dense_update, factored_update
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.errors import InputError
 from scalora.runs.finished_run import FinishedRun
+from scalora.runs.model_limits import text_limit
 from scalora.runs.models import Source
 from scalora.runs.prepare import trainer_maker, training_arguments
 from scalora.runs.run_folder import json_lines
@@ -315,7 +316,8 @@ def _backward(run: FinishedRun, model: nn.Module, examples: Dataset, batches: in
             Method(),
             evaluates=False,
         )
-        trainer = trainer_maker(settings, run.tokenizer, {"train": examples}, arguments, run.labels)(model)
+        limit = None if settings.task == "sft" else text_limit(settings.data.max_tokens, run.tokenizer, model)
+        trainer = trainer_maker(settings, run.tokenizer, {"train": examples}, arguments, run.labels, limit)(model)
         loader = trainer.get_train_dataloader()
         count = min(batches, len(loader))
         for batch in track(islice(loader, count), "gradients", total=count):

@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Iterator
 
 from datasets import Dataset
-from transformers import Trainer
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer
 
-from scalora.runs.data import longest_text
+from scalora.runs.errors import InputError
+from scalora.runs.model_limits import positions, require_known_tokens
 from scalora.runs.prepare import PreparedRun
 
 
@@ -22,6 +24,27 @@ def token_counts(tokenised: Dataset) -> list[int]:
     batches = tokenised.with_format("arrow").iter(batch_size=10_000)
     chunks = (chunk for batch in batches for chunk in batch["input_ids"].chunks)
     return [count for chunk in chunks for count in chunk.value_lengths().to_pylist()]
+
+
+def require_readable(tokenised: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    """Check that a model has an embedding for every token of the examples, and a place for it.
+
+    Args:
+        tokenised: the examples as the trainer has tokenised, cut or packed them.
+        name: file or hub id of the data, for errors.
+        tokenizer: the tokenizer.
+        model: the model, which may have no weights.
+
+    Raises:
+        InputError: it has not, so that training would fail at the first such example.
+    """
+    require_known_tokens(tokenised, name, tokenizer, model)
+    longest, firm = positions(model)
+    if firm and longest is not None and (too_long := sum(count > longest for count in token_counts(tokenised))):
+        raise InputError(
+            f"data {name!r}: {too_long:,} of {len(tokenised):,} sequences are longer than the {longest:,} positions of "
+            "the model: set training.max_length to at most that"
+        )
 
 
 def warn_about_lengths(run: PreparedRun, trainer: Trainer) -> None:
@@ -47,15 +70,18 @@ def _messages(run: PreparedRun, trainer: Trainer, tokenised: Dataset, loaded: in
             yield cut, f"are cut off at training.max_length={limit} tokens"
         if missing := loaded - len(tokenised):
             yield missing, f"are left out: nothing to train on is within training.max_length={limit} tokens"
-    else:
-        limit = longest_text(run.tokenizer)
-        if reached := sum(count == limit for count in counts):
-            yield reached, f"reach the limit of {limit} tokens, where texts are cut off"
     longest = run.tokenizer.model_max_length
     if too_long := sum(count > longest for count in counts):
         yield (
             too_long,
             (f"are longer than the tokenizer's model_max_length={longest}: set training.max_length to at most that"),
+        )
+    trained = positions(trainer.model).tokens
+    if trained is not None and trained < longest and (too_long := sum(count > trained for count in counts)):
+        yield (
+            too_long,
+            f"are longer than the {trained:,} positions that the model was trained on: set training.max_length to at "
+            "most that",
         )
 
 

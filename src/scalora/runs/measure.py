@@ -1,4 +1,4 @@
-"""What a run costs: seconds of each step, peak memory, trainable parameters."""
+"""Times the steps of a run."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from scalora.runs.peak_memory import peak_memory_bytes
 
 
 class StepClock(TrainerCallback):  # type: ignore[misc]
     """Times the optimizer steps, without evaluation, saving and measuring between them.
 
     On a CUDA device, events in its stream mark the times, so that training never waits for the clock.
+
+    Attributes:
+        earlier: seconds of the steps that a resumed run has taken before, which count in the total.
     """
 
     def __init__(self) -> None:
+        self.earlier = 0.0
         self._seconds: list[float] = []
         self._unread: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._start: float | torch.cuda.Event = 0.0
@@ -48,7 +49,7 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
     @property
     def total(self) -> float:
         """Total seconds of all steps."""
-        return sum(self._read())
+        return self.earlier + sum(self._read())
 
     @property
     def per_step(self) -> float | None:
@@ -62,24 +63,6 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
             self._seconds.append(start.elapsed_time(stop) / 1000)
         self._unread.clear()
         return self._seconds
-
-
-def costs(model: nn.Module, clock: StepClock) -> dict[str, Any]:
-    """The costs of a finished run, for its summary.
-
-    Args:
-        model: the trained model.
-        clock: the clock that timed the run.
-
-    Returns:
-        ``seconds_per_step`` (median), ``peak_memory_bytes`` (allocated by torch on a CUDA device, otherwise the peak of
-        the whole process) and ``trainable_parameters``.
-    """
-    return {
-        "seconds_per_step": clock.per_step,
-        "peak_memory_bytes": peak_memory_bytes(cuda=torch.cuda.is_available()),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
 
 
 def _mark() -> float | torch.cuda.Event:

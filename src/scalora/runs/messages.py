@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from scalora.parallel.job import is_first
+
 # Log messages that say nothing about the run, by the logger that they come from and a text that they contain.
 _CHATTER = (
     # PEFT imports it; the message is about an optional speed-up of 4-bit models on some CPUs, whatever the model is.
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
     # The model is told the tokenizer's special tokens, which is what training needs.
     ("transformers.trainer_utils", "The tokenizer has new PAD/BOS/EOS tokens"),
+    # What a resumed run does differently, which `scalora.runs.resume` checks and records.
+    ("transformers.trainer_utils", "The following arguments do not match the ones in the `trainer_state.json`"),
     # A table of weights that a model lacks, which `scalora.runs.models` says in one line where it matters, and of those
     # that it does not need.
     ("transformers.modeling_utils", "LOAD REPORT"),
@@ -102,7 +106,7 @@ class _Lines(logging.Handler):
 
     def _show(self, text: str) -> None:
         line = " ".join(text.split())
-        if line not in self._shown:
+        if line not in self._shown and is_first():  # the others of a job have the same to say
             self._shown.add(line)
             print(f"warning: {line}", file=sys.stderr)
 

@@ -22,7 +22,9 @@ from transformers import (
 )
 
 from scalora.runs.errors import InputError
+from scalora.runs.model_limits import require_known_padding, vocabulary
 from scalora.runs.settings import Settings
+from scalora.saving.state_file import STATE_FILE
 
 _NAMED = 3  # parameters that a warning names
 
@@ -66,6 +68,11 @@ def resolve_source(model: str) -> Source:
                 f"run {model!r} holds no merged model (a run on a quantised base writes none): make one with "
                 f"`scalora export {model} --to merged`, and give that"
             )
+        if (path / STATE_FILE).is_file() or any(path.glob(f"checkpoint-*/{STATE_FILE}")):
+            raise InputError(
+                f"folder {model!r} holds the state of a model with ScaLoRA, not a model: make one with "
+                f"`scalora export {model} --to merged`, and give that"
+            )
         if not (path / "config.json").is_file():
             raise InputError(f"model folder {model!r} holds no config.json: it is not a saved model or finished run")
         return Source(str(path), None)
@@ -79,10 +86,10 @@ def load_tokenizer(source: Source, settings: Settings) -> PreTrainedTokenizerBas
 
     Args:
         source: the model.
-        settings: the run's settings, for ``trust_remote_code``.
+        settings: the run's settings, for ``trust_remote_code``, and the tokens that sft sets in ``training``.
 
     Raises:
-        InputError: there is no tokenizer, or it can't be downloaded or read.
+        InputError: there is no tokenizer, it can't be downloaded or read, or it has no token to pad with.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -95,6 +102,13 @@ def load_tokenizer(source: Source, settings: Settings) -> PreTrainedTokenizerBas
         raise InputError(f"the tokenizer of model {source.name!r} can't be read: {error}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    set_by_trl = settings.task == "sft" and (settings.training.keys() & {"pad_token", "eos_token"})
+    if tokenizer.pad_token is None and not set_by_trl:
+        way_out = ", or set training.pad_token" if settings.task == "sft" else ""
+        raise InputError(
+            f"the tokenizer of model {source.name!r} has no padding token, and no end token to pad with: save one with "
+            f"a pad_token{way_out}"
+        )
     return tokenizer
 
 
@@ -168,6 +182,8 @@ def load_classifier(
         )
     if not new_head and (loading["missing_keys"] or loading["mismatched_keys"]):
         raise InputError(f"model {source.name!r} has no head for {settings.task} with {model.num_labels} output(s)")
+    if (rows := vocabulary(model)) is not None:
+        require_known_padding(tokenizer, rows)
     inside = f"{model.base_model_prefix}."
     _warn_about_missing([key for key in loading["missing_keys"] if key.startswith(inside)], source)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -213,16 +229,19 @@ def empty_base(
         labels: names of the classes in order; None for other tasks than classification.
 
     Raises:
-        InputError: no model can be built from the config, a GGUF file can't be quantised again, or bitsandbytes is
-            missing.
+        InputError: no model can be built from the config, it has no embedding for a classifier's padding token, a GGUF
+            file can't be quantised again, or bitsandbytes is missing.
     """
     arguments = {key: value for key, value in _common(source, settings).items() if key != "quantization_config"}
     kind = AutoModelForCausalLM if settings.task == "sft" else AutoModelForSequenceClassification
     head = {} if settings.task == "sft" else _head(labels) | {"pad_token_id": tokenizer.pad_token_id}
-    with _readable(source), torch.device("meta"):
+    with _readable(source):
         config = AutoConfig.from_pretrained(
             source.name, trust_remote_code=settings.trust_remote_code, **source.arguments, **head
         )
+    if head and (rows := getattr(config.get_text_config(), "vocab_size", None)) is not None:
+        require_known_padding(tokenizer, rows)
+    with _readable(source), torch.device("meta"):
         model: PreTrainedModel = kind.from_config(config, **arguments)
     # As a model has that Accelerate has placed on a device: no Trainer moves it.
     model.hf_device_map = {"": "meta"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,18 +13,37 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from trl import SFTTrainer
 
 from scalora.config import LORA_DEFAULTS, ScaLoraConfig
-from scalora.rescale.optimizers import state_degrees
+from scalora.parallel.job import from_first, is_first
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
-from scalora.runs.data import label_names, load_examples, sft_examples, tokenized_for_classification
+from scalora.runs.claim import check_run_folder
+from scalora.runs.data import (
+    is_conversational,
+    label_names,
+    load_examples,
+    sft_examples,
+    tokenized_for_classification,
+    used_columns,
+    warn_about_unused,
+)
 from scalora.runs.errors import InputError
-from scalora.runs.models import Source, load_tokenizer, resolve_source
-from scalora.runs.run_folder import check_resumable, check_run_folder, trainer_folder
+from scalora.runs.losses import CausalTrainer, SequenceTrainer
+from scalora.runs.model_limits import TextLimit, require_sft_tokens, text_limit
+from scalora.runs.models import Source, empty_base, load_tokenizer, resolve_source
+from scalora.runs.optimizer_checks import check_optimizer
+from scalora.runs.resume import (
+    Change,
+    check_same_data,
+    environment_of,
+    is_longer,
+    settings_changes,
+    training_changes,
+)
+from scalora.runs.run_folder import SUMMARY_FILE, trainer_folder
 from scalora.runs.scores import classification_scores, regression_scores
-from scalora.runs.settings import Settings, method_class, training_class
+from scalora.runs.settings import Settings, method_class, run_settings, training_class
 from scalora.runs.training_defaults import TRAINING_DEFAULTS
 from scalora.saving.checkpoints import last_checkpoint
 
@@ -54,7 +74,11 @@ class PreparedRun:
         examples: the examples by split, ``"train"`` and perhaps ``"eval"``, as they were loaded.
         arguments: the trainer's arguments.
         labels: names of the classes in order; None for other tasks than classification.
+        text_limit: where texts are truncated; None for sft.
         make_trainer: makes the trainer of a model.
+        environment: where, with what and on what the run trains, for ``environment.json``.
+        changes: what a resumed run does differently, by dotted keys.
+        finished: whether the run to resume has nothing left to do.
     """
 
     settings: Settings
@@ -66,7 +90,11 @@ class PreparedRun:
     examples: dict[str, Dataset]
     arguments: TrainingArguments
     labels: list[str] | None
+    text_limit: TextLimit | None
     make_trainer: MakeTrainer
+    environment: dict[str, Any]
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    finished: bool = False
 
 
 def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False) -> PreparedRun:
@@ -82,21 +110,34 @@ def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False
     """
     method = _method(settings)
     peft_config = _peft_config(settings, method)
-    checkpoint = None
-    if resume:
-        checkpoint = _checkpoint(settings, method)
-    else:
+    if not resume and is_first():
         check_run_folder(settings, overwrite=overwrite)
+    # Here the other processes of a job wait for the first, which has taken the run folder by then.
+    arguments = training_arguments(settings, method, evaluates=settings.data.eval is not None)
+    checkpoint, changes, finished = None, {}, False
+    if resume:
+        changes = _changes(settings, method, arguments)
+        finished = from_first((Path(settings.output_dir) / SUMMARY_FILE).is_file()) and not is_longer(changes)
+        checkpoint = None if finished else from_first(_checkpoint(settings))
     source = resolve_source(settings.model)
     examples = _examples(settings)
-    arguments = training_arguments(settings, method, evaluates="eval" in examples)
+    environment = environment_of(settings, examples, arguments)
+    if resume:
+        check_same_data(Path(settings.output_dir), environment)
     if isinstance(method, ScaLoraMethod):
         _require_mergeable_base(settings, method)
-        _require_supported_optimizer(arguments)
+    check_optimizer(settings, method, arguments)
     tokenizer = load_tokenizer(source, settings)
     labels = None
     if settings.task == "classification":
         labels = label_names(examples["train"], str(settings.data.train), settings.data)
+    limit = None
+    if settings.task != "sft":
+        limit = text_limit(settings.data.max_tokens, tokenizer, empty_base(source, settings, tokenizer, labels))
+    make_trainer = trainer_maker(settings, tokenizer, examples, arguments, labels, limit)
+    for split, rows in examples.items():
+        name = str(getattr(settings.data, split))
+        warn_about_unused(rows, name, used_columns(rows, name, settings.data, settings.task))
     return PreparedRun(
         settings=settings,
         method=method,
@@ -107,7 +148,11 @@ def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False
         examples=examples,
         arguments=arguments,
         labels=labels,
-        make_trainer=trainer_maker(settings, tokenizer, examples, arguments, labels),
+        text_limit=limit,
+        make_trainer=make_trainer,
+        environment=environment,
+        changes=changes,
+        finished=finished,
     )
 
 
@@ -149,6 +194,7 @@ def trainer_maker(
     examples: dict[str, Dataset],
     arguments: TrainingArguments,
     labels: list[str] | None,
+    limit: TextLimit | None,
 ) -> MakeTrainer:
     """Check the examples, tokenise those for classification or regression, and return what makes the task's trainer.
 
@@ -158,25 +204,28 @@ def trainer_maker(
         examples: the examples by split, ``"train"`` and perhaps ``"eval"``.
         arguments: the trainer's arguments.
         labels: names of the classes in order; None for other tasks than classification.
+        limit: where texts of classification or regression are truncated; None: nowhere.
 
     Raises:
-        InputError: an example can't be used.
+        InputError: an example can't be used, or for sft the tokenizer lacks what the examples need.
     """
     if settings.task == "sft":
         data = {
             split: sft_examples(rows, str(getattr(settings.data, split)), settings.data)
             for split, rows in examples.items()
         }
-        make: MakeTrainer = SFTTrainer
+        for rows in data.values():
+            require_sft_tokens(tokenizer, settings.training, conversations=is_conversational(rows))
+        make: MakeTrainer = CausalTrainer
     else:
         data = {
             split: tokenized_for_classification(
-                rows, str(getattr(settings.data, split)), settings.data, settings.task, tokenizer, labels
-            )
+                rows, str(getattr(settings.data, split)), settings.data, settings.task, tokenizer, labels, limit
+            ).examples
             for split, rows in examples.items()
         }
         make = partial(
-            Trainer,
+            SequenceTrainer,
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=regression_scores if labels is None else classification_scores,
         )
@@ -212,10 +261,17 @@ def _peft_config(settings: Settings, method: Method) -> PeftConfig | None:
     return config
 
 
-def _checkpoint(settings: Settings, method: Method) -> Path:
+def _changes(settings: Settings, method: Method, arguments: TrainingArguments) -> dict[str, Change]:
+    """What the run would do differently from the run in its folder, which must be nothing of consequence."""
     if method.cannot_resume is not None:
         raise InputError(f"method {settings.method!r} can't resume: {method.cannot_resume}; train with --overwrite")
-    check_resumable(settings)
+    found = run_settings(Path(settings.output_dir))
+    changes = settings_changes(found, settings)
+    earlier = training_arguments(found, method, evaluates=settings.data.eval is not None)
+    return changes | training_changes(earlier, arguments)
+
+
+def _checkpoint(settings: Settings) -> Path:
     checkpoint = last_checkpoint(trainer_folder(settings))
     if checkpoint is None:
         raise InputError(f"there is no whole checkpoint in {str(trainer_folder(settings))!r} to resume from")
@@ -234,14 +290,3 @@ def _require_mergeable_base(settings: Settings, method: ScaLoraMethod) -> None:
         raise InputError(
             f"scalora.merge='dense': can't merge into {settings.quantization} weights; set it to factored or auto"
         )
-
-
-def _require_supported_optimizer(arguments: TrainingArguments) -> None:
-    """Build the Trainer's optimizer over one small parameter, so that a refusal comes before the model is loaded."""
-    try:
-        cls, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        group = {"params": [torch.nn.Parameter(torch.zeros(1, 1))], "weight_decay": arguments.weight_decay}
-        optimizer = cls([group], **keywords)
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"training.optim={getattr(arguments.optim, 'value', arguments.optim)!r}: {error}") from None
-    state_degrees(optimizer)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import time
-import warnings
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -12,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from scalora.parallel.job import is_first
 
 # What people watch, with its label and format. Everything that is logged is in metrics.jsonl.
 _WATCHED = {
@@ -31,7 +31,7 @@ _WATCHED = {
 class TrainingProgress(TrainerCallback):  # type: ignore[misc]
     """Shows the progress of training and of the evaluations in it, with the time left, on standard error.
 
-    A context manager: the bar is gone when it ends, whatever ends it. Warns when training has diverged.
+    A context manager: the bar is gone when it ends, whatever ends it. In a job of several processes the first shows it.
     """
 
     def __init__(self) -> None:
@@ -46,12 +46,11 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
             transient=True,
             speed_estimate_period=600,  # steps may take minutes
             refresh_per_second=2,
-            disable=not self._console.is_terminal,
+            disable=not self._console.is_terminal or not is_first(),
         )
         self._training: TaskID | None = None
         self._evaluation: TaskID | None = None
         self._start = (0.0, 0)
-        self._diverged = False
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
@@ -100,8 +99,8 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         if figures:
             width = len(str(state.max_steps))
             words = [f"step {state.global_step:>{width}}/{state.max_steps}", *figures, *self._time_left(state)]
+            self._bar.refresh()  # printing shows the bar again as it was drawn last
             self._console.print("  ".join(words), markup=False, soft_wrap=True)
-        self._warn_if_diverged(logs, state.global_step, args)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -122,15 +121,3 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         if self._console.is_terminal or done <= 0 or left <= 0:
             return []
         return [f"{timedelta(seconds=round((time.perf_counter() - begin) / done * left))} left"]
-
-    def _warn_if_diverged(self, logs: dict[str, Any], step: int, arguments: TrainingArguments) -> None:
-        """Warn once about a loss or gradient that is not finite; with float16 the scaled gradients may overflow."""
-        watched = ["loss", "eval_loss"] if arguments.fp16 else ["loss", "eval_loss", "grad_norm"]
-        bad = [name for name in watched if not math.isfinite(logs.get(name, 0.0))]
-        if bad and not self._diverged:
-            self._diverged = True
-            warnings.warn(
-                f"{bad[0]} is {logs[bad[0]]} at step {step}: training has diverged; lower the learning rate, or check "
-                "the data",
-                stacklevel=2,
-            )

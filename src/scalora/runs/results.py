@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from transformers import PreTrainedModel
 
 from scalora.model.adapters import find_lora_pairs
 from scalora.rescale.remainder import FactoredRemainder
 from scalora.rivals.scalora import ScaLoraMethod
+from scalora.runs.base_names import named_base
 from scalora.runs.models import save_tokenizer
 from scalora.runs.prepare import PreparedRun
-from scalora.saving.attach import state_of
+from scalora.runs.special_tokens import save_text_settings
+from scalora.saving.base_name import base_name, write_base_name
 from scalora.saving.files import atomic_folder
+from scalora.saving.merged_model import write_model
+from scalora.saving.model_state import state_of
 from scalora.saving.ordinary_adapter import write_adapter
 from scalora.saving.readme import write_readme
 from scalora.saving.state_file import STATE_FILE, write_state
@@ -56,22 +62,26 @@ def write_results(run: PreparedRun, model: Any, folder: Path) -> None:
         state = state_of(model, pairs)
         write_state(target / STATE_FILE, state)
         write_readme(target, state)
+        save_text_settings(model.get_base_model(), run.tokenizer, target)
 
     def write_ordinary_adapter(target: Path) -> None:
         if factored:
             write_adapter(model, pairs, target)
         else:
             model.save_pretrained(target)
+        base, note = named_base(run.source)
+        write_base_name(target, base or base_name(model, model.active_adapter), note)
+        save_text_settings(model.get_base_model(), run.tokenizer, target)
 
-    def write_model(target: Path) -> None:
-        run.method.merged(model).save_pretrained(target)  # type: ignore[operator]
+    def write_merged(target: Path) -> None:
+        write_model(cast("PreTrainedModel", run.method.merged(model)), target)
         save_tokenizer(run.tokenizer, target)
 
     writers: dict[str, Callable[[Path], None]] = {
         "delta": write_delta,
         "adapter": write_ordinary_adapter,
-        "model": write_model,
+        "model": write_merged,
     }
     for name in result_names(run, factored=factored):
-        with atomic_folder(folder / name) as target:
+        with atomic_folder(folder / name, replace=True) as target:  # a resumed run's own, from before
             writers[name](target)

@@ -1,84 +1,28 @@
-"""The run folder: the settings, environment, metrics and results of a run. Every file appears whole or not at all."""
+"""The files of a run folder: settings, environment, metrics and results. Each appears whole or not at all."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import shutil
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scalora.runs.errors import InputError
-from scalora.runs.settings import Settings, run_settings
+from scalora.runs.settings import Settings
 from scalora.saving.files import atomic_write
 
-_TRAINER = "trainer"
-_PACKAGES = ("scalora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+SUMMARY_FILE = "summary.json"
+"""Written last: a run that has it is finished."""
 
+DIVERGED_FILE = "diverged.json"
+"""Written instead of results and summary by a run that went wrong."""
 
-def check_run_folder(settings: Settings, *, overwrite: bool) -> None:
-    """Check that a run may write its folder; changes nothing.
-
-    Args:
-        settings: the run's settings.
-        overwrite: whether to replace an earlier run's folder.
-
-    Raises:
-        InputError: the folder is not empty and `overwrite` is False, it is not a run folder, or it can't be written.
-    """
-    folder = Path(settings.output_dir)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        inside = "" if existing == folder else f" is in {str(existing)!r}, which"
-        raise InputError(f"output_dir {str(folder)!r}{inside} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"output_dir {str(folder)!r} can't be written: no permission for {str(existing)!r}")
-    if existing != folder:
-        return
-    content = {path.name for path in folder.iterdir()} - {_TRAINER}
-    if content and not overwrite:
-        raise InputError(f"output_dir {str(folder)!r} is not empty: choose another or add --overwrite")
-    if content and "config.yaml" not in content:
-        raise InputError(f"output_dir {str(folder)!r} is not a run folder: not overwriting it")
-
-
-def create_run_folder(settings: Settings) -> Path:
-    """Make the run folder with ``config.yaml`` and ``environment.json``, in place of an earlier run's.
-
-    Args:
-        settings: the run's settings.
-
-    Returns:
-        The folder.
-    """
-    folder = Path(settings.output_dir)
-    shutil.rmtree(folder, ignore_errors=True)
-    trainer_folder(settings).mkdir(parents=True)
-    _replace_text(folder / "config.yaml", yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True))
-    write_json(folder / "environment.json", _environment(settings))
-    return folder
-
-
-def check_resumable(settings: Settings) -> None:
-    """Check that the run in the folder can be resumed with these settings; changes nothing.
-
-    Args:
-        settings: the settings to resume with.
-
-    Raises:
-        InputError: there is no run, or it has another model, task, method or data, or other settings of the adapter.
-    """
-    earlier, now = run_settings(Path(settings.output_dir)).model_dump(), settings.model_dump()
-    for key in ("model", "task", "method", "method_options", "dtype", "quantization", "data", "lora", "scalora"):
-        if (before := earlier[key]) != now[key]:
-            raise InputError(f"{key}={now[key]!r}, but the run to resume has {before!r}: resume with its own settings")
+TRAINER = "trainer"
 
 
 def trainer_folder(settings: Settings) -> Path:
@@ -87,17 +31,62 @@ def trainer_folder(settings: Settings) -> Path:
     Args:
         settings: the run's settings.
     """
-    return Path(settings.output_dir) / _TRAINER
+    return Path(settings.output_dir) / TRAINER
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON atomically.
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON atomically; a number that is NaN or infinite, which JSON does not have, as null.
 
     Args:
         path: file to write.
         content: the object.
     """
-    _replace_text(path, json.dumps(content, indent=2) + "\n")
+    replace_text(path, json.dumps(as_json(content), indent=2, allow_nan=False) + "\n")
+
+
+def as_json(value: Any) -> Any:
+    """The value with null in place of every number in it that is NaN or infinite.
+
+    Args:
+        value: nested mappings and sequences of numbers and texts.
+    """
+    if isinstance(value, Mapping):
+        return {key: as_json(inside) for key, inside in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(inside) for inside in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_output(path: Path, option: str, keys: set[str]) -> None:
+    """Check that a file that a command is about to write replaces nothing but an earlier one of its kind.
+
+    Args:
+        path: the JSON file to write; need not exist.
+        option: the option that names it, for the error.
+        keys: keys that all files of its kind have.
+
+    Raises:
+        InputError: there is something else.
+    """
+    if not path.is_file():
+        return  # what is no file can't be replaced either, and says so
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or not keys <= content.keys():
+        raise InputError(f"{option} {str(path)!r} is a file that this command has not written: choose another name")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file atomically.
+
+    Args:
+        path: file to write.
+        text: its content.
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
@@ -124,7 +113,7 @@ def drop_later_lines(path: Path, step: int) -> None:
     """
     if path.is_file():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        _replace_text(path, "".join(line for line in lines if _step(line) <= step))
+        replace_text(path, "".join(line for line in lines if _step(line) <= step))
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]
@@ -141,14 +130,17 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drop the metrics of steps that a resumed run takes again, now that its checkpoint has been loaded."""
-        drop_later_lines(self._path, state.global_step)
+        if state.is_world_process_zero:
+            drop_later_lines(self._path, state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Write one line, which is on disk before the next step begins."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+        if state.is_world_process_zero:
+            line = as_json({"step": state.global_step, **(logs or {})})
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def _step(line: str) -> float:
@@ -157,20 +149,3 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _environment(settings: Settings) -> dict[str, Any]:
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "seed": settings.training.get("seed", 42),
-        "data_seed": settings.training.get("data_seed"),
-    }
-
-
-def _replace_text(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

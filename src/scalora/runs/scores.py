@@ -1,10 +1,19 @@
-"""Scores for classification and regression, from scikit-learn and SciPy, as a Trainer's ``compute_metrics``."""
+"""Scores for classification and regression, from scikit-learn and SciPy, as a Trainer's ``compute_metrics``.
+
+Of a model with outputs that are not numbers (NaN) every score is NaN, and no class is predicted for it.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
 from transformers import EvalPrediction
+
+CLASSIFICATION_SCORES = ("accuracy", "f1", "matthews")
+REGRESSION_SCORES = ("pearson", "spearman", "mse")
 
 
 def classification_scores(prediction: EvalPrediction) -> dict[str, float]:
@@ -16,7 +25,10 @@ def classification_scores(prediction: EvalPrediction) -> dict[str, float]:
     Returns:
         ``"accuracy"``, ``"f1"`` (macro average) and ``"matthews"``.
     """
-    predicted, labels = prediction.predictions.argmax(-1), prediction.label_ids
+    logits, labels = _outputs(prediction), prediction.label_ids
+    if np.isnan(logits).any():
+        return dict.fromkeys(CLASSIFICATION_SCORES, float("nan"))
+    predicted = logits.argmax(-1)
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
         "f1": float(f1_score(labels, predicted, average="macro")),
@@ -31,11 +43,20 @@ def regression_scores(prediction: EvalPrediction) -> dict[str, float]:
         prediction: the Trainer's outputs, (examples, 1), and labels, (examples,).
 
     Returns:
-        ``"pearson"``, ``"spearman"`` and ``"mse"``.
+        ``"pearson"``, ``"spearman"`` and ``"mse"``. The correlations of a single example are NaN.
     """
-    predicted, labels = prediction.predictions.squeeze(-1), prediction.label_ids
+    outputs, labels = _outputs(prediction).squeeze(-1), prediction.label_ids
+    if not np.isfinite(outputs).all():
+        return dict.fromkeys(REGRESSION_SCORES, float("nan"))
+    correlated = len(labels) > 1
     return {
-        "pearson": float(pearsonr(labels, predicted).statistic),
-        "spearman": float(spearmanr(labels, predicted).statistic),
-        "mse": float(mean_squared_error(labels, predicted)),
+        "pearson": float(pearsonr(labels, outputs).statistic) if correlated else float("nan"),
+        "spearman": float(spearmanr(labels, outputs).statistic) if correlated else float("nan"),
+        "mse": float(mean_squared_error(labels, outputs)),
     }
+
+
+def _outputs(prediction: EvalPrediction) -> Any:
+    """The outputs of the head, which come first where a model returns hidden states too."""
+    predictions = prediction.predictions
+    return predictions[0] if isinstance(predictions, tuple) else predictions

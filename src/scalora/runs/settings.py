@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from scalora.config import Dtype, ScaLoraConfig
 from scalora.rivals import METHODS, home_of
 from scalora.runs.errors import InputError
-from scalora.runs.library_fields import LibraryField, dataclass_fields
-from scalora.runs.yaml_file import parsed_overrides, read_yaml, set_dotted
+from scalora.runs.field_values import converted
+from scalora.runs.library_fields import UNKNOWN, LibraryField, dataclass_fields
+from scalora.runs.limits import SHARPER_TYPES, check_limits, check_together
+from scalora.runs.paths import expanded
+from scalora.runs.strict_model import StrictModel, expanded_field
+from scalora.runs.yaml_file import parse_yaml, parsed_overrides, read_yaml, refuse_repeated, set_dotted
 
 if TYPE_CHECKING:
     from scalora.rivals.method import Method
@@ -29,12 +33,11 @@ Task = Literal["sft", "classification", "regression"]
 
 _MOST_LISTED = 20  # an error lists the known keys of a section with at most so many
 
+# Keys of the section training that hold paths, or paths among other things.
+_PATHS_IN_TRAINING = ("logging_dir", "chat_template_path", "accelerator_config", "deepspeed", "fsdp_config")
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-
-class DataSettings(_Strict):
+class DataSettings(StrictModel):
     """The examples: where they are, and the names of their columns.
 
     For sft they have a column ``messages``, or ``prompt`` and ``completion``, or plain text in the column `text`.
@@ -56,26 +59,60 @@ class DataSettings(_Strict):
         "label", description="Column with the label: a class name or number (classification) or a number (regression)."
     )
 
+    max_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens of a text that are kept (classification and regression; sft has training.max_length). "
+        "null: 512, because memory grows with the square of it. Never more than the model and its tokenizer allow. A "
+        "warning says how many texts are truncated.",
+    )
+    similar_labels: Literal["refuse", "merge", "separate"] = Field(
+        "refuse",
+        description="What labels are that differ in nothing but case or white space (classification). refuse: an "
+        "error, because they are usually meant to be one class. merge: one class. separate: a class each.",
+    )
 
-class EvaluateSettings(_Strict):
+    @field_validator("train", "eval")
+    @classmethod
+    def _path(cls, value: str | None) -> str | None:
+        return None if value is None else expanded_field(value)
+
+
+class EvaluateSettings(StrictModel):
     """How `scalora evaluate` scores a model."""
 
     metrics: list[Literal["loss", "exact_match", "multiple_choice"]] = Field(
         default=["loss"],
+        min_length=1,
         description="Scores of an sft model. Only the loss by default, because it needs no columns but those for "
         "training. Classification and regression always report all of their scores.",
     )
-    max_new_tokens: int = Field(64, gt=0, description="Maximum length of a generated answer, in tokens.")
-    batch_size: int = Field(16, gt=0, description="Examples per batch.")
+    max_new_tokens: int = Field(
+        64,
+        gt=0,
+        description="Maximum length of a generated answer, in tokens. A prompt that does not fit the model's positions "
+        "with it is shortened at its beginning, as in lm-evaluation-harness.",
+    )
+    batch_size: int = Field(16, gt=0, description="Examples per batch. The scores do not depend on it.")
     limit: int | None = Field(None, gt=0, description="Number of examples to score, from the first. null: all.")
     answer_pattern: str | None = Field(
         None,
-        description="Regular expression that extracts the answer from a text, for exact_match: its first group, or "
-        "the whole match if it has no group. null: the whole text.",
+        description="Regular expression that extracts the answer from a text, for exact_match, where it first matches: "
+        "its first group, or the whole match if it has no group. An expected answer that it does not match is an "
+        "error, a generated one is wrong. null: the whole text, without white space at its ends.",
     )
 
+    @field_validator("answer_pattern")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise PydanticCustomError("pattern", "not a regular expression: {why}", {"why": str(error)}) from None
+        return value
 
-class Settings(_Strict):
+
+class Settings(StrictModel):
     """The settings of one run."""
 
     model: str = Field(description="Base model: hub id, local folder, or GGUF file.")
@@ -133,15 +170,15 @@ class Settings(_Strict):
     @classmethod
     def _number_of_times(cls, value: Any) -> Any:
         """One error for the field, where a union would report one for each of its types."""
-        if value != "auto" and (type(value) is not int or value < 0):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value != "auto" and not (number and value >= 0 and float(value).is_integer()):
             raise PydanticCustomError("number_of_times", "must be auto or a number of times, at least 0")
         return value
 
-    @field_validator("method_options", "data", "lora", "scalora", "training", "evaluate", mode="before")
+    @field_validator("model", "output_dir")
     @classmethod
-    def _empty_section(cls, value: Any) -> Any:
-        """YAML reads a section as null if all of its keys are commented out."""
-        return {} if value is None else value
+    def _path(cls, value: str) -> str:
+        return expanded_field(value)
 
 
 def load_settings(path: Path, overrides: Sequence[str] = (), options: Sequence[str] = ()) -> Settings:
@@ -157,8 +194,11 @@ def load_settings(path: Path, overrides: Sequence[str] = (), options: Sequence[s
         InputError: the file is missing or not YAML, or a key or value is wrong.
     """
     content = read_yaml(path, "config")
+    given = []
     for key, value in parsed_overrides(overrides, options):
-        _assign(content, key, value, options)
+        given.append(_dotted(content, key, options))
+        set_dotted(content, given[-1], value)
+    refuse_repeated(given)
     return checked_settings(content)
 
 
@@ -175,8 +215,7 @@ def checked_settings(content: Mapping[str, Any]) -> Settings:
         settings = Settings.model_validate(content)
     except ValidationError as error:
         raise InputError(first_problem(error)) from None
-    check_nested(settings)
-    return settings
+    return check_nested(settings)
 
 
 def run_settings(folder: Path) -> Settings:
@@ -190,12 +229,12 @@ def run_settings(folder: Path) -> Settings:
     """
     path = folder / "config.yaml"
     try:
-        settings = Settings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        settings = Settings.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise InputError(f"{str(folder)!r} holds no config.yaml: it is not the folder of a run") from None
     except ValidationError as error:
         raise InputError(f"{str(path)!r} is not the config of a run: {first_problem(error)}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{str(path)!r} can't be read: {error}") from None
     require_method(settings.method)
     return settings
@@ -249,27 +288,47 @@ def check_keys(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
             raise InputError(f"unknown key {section + key!r}: {_hint(key, known)}")
 
 
-def check_nested(settings: Settings) -> None:
+def check_nested(settings: Settings) -> Settings:
     """Check the method, and the sections whose keys are the fields of other classes.
 
+    Args:
+        settings: the settings, of which those sections are as they were read.
+
+    Returns:
+        The settings with the values of those sections as their types want them.
+
     Raises:
-        InputError: a method or key is unknown, a value of ScaLoRA's is out of range, or a text stands where a number or
-            a truth value is wanted.
+        InputError: a method or key is unknown, or a value is of the wrong type or makes no sense.
     """
     require_method(settings.method)
+    sections = {}
     for section in ("method_options", "lora", "scalora", "training"):
         given = getattr(settings, section)
-        if not given:
-            continue
-        known = section_fields(section, settings.task, settings.method)
+        known = section_fields(section, settings.task, settings.method) if given else {}
         check_keys(f"{section}.", given, known)
-        for key, value in given.items():
-            if isinstance(value, str) and (wanted := _instead_of_text(known[key].annotation, value)):
-                raise InputError(f"{section}.{key}={value!r}: write {wanted}")
+        sections[section] = {key: _checked_value(section, known[key], value) for key, value in given.items()}
     try:
-        ScaLoraConfig.from_dict(settings.scalora)
+        check_together(settings.task, settings.method, sections["lora"], sections["training"])
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    try:
+        ScaLoraConfig.from_dict(sections["scalora"])
     except ValueError as error:
         raise InputError(f"scalora: {error}") from None
+    return settings.model_copy(update=sections)
+
+
+def _checked_value(section: str, field: LibraryField, value: Any) -> Any:
+    """The value of a key in one of the sections that are other classes, as its type wants it."""
+    annotation = SHARPER_TYPES.get(f"{section}.{field.name}", field.annotation)
+    try:
+        value = converted(value, annotation, nullable=field.default in (None, UNKNOWN))
+        check_limits(section, field.name, value)
+        path = section == "training" and field.name in _PATHS_IN_TRAINING and isinstance(value, str)
+        return expanded(value) if path and not value.startswith("{") else value
+    except ValueError as error:
+        shown = "null" if value is None else repr(value)
+        raise InputError(f"{section}.{field.name}={shown}: {error}") from None
 
 
 def method_class(settings: Settings) -> type[Method]:
@@ -297,27 +356,17 @@ def require_method(name: str) -> None:
         raise InputError(f"method={name!r}: the methods are {', '.join(METHODS)}{hint}")
 
 
-def _instead_of_text(annotation: str, value: str) -> str | None:
-    """What a field wants instead of a text; None if the text may be right. The libraries themselves don't check."""
-    words = set(re.findall(r"[A-Za-z]+", annotation)) - {"None", "Optional", "Union"}
-    if "str" in words:
-        return None
-    if "bool" in words and (words == {"bool"} or value.lower() in ("yes", "no", "on", "off")):
-        return "true or false"
-    return "a number" if words and words <= {"int", "float"} else None
-
-
-def _assign(content: dict[str, Any], dotted: str, value: Any, options: Sequence[str]) -> None:
-    """Set a dotted key; a bare key that is not a top-level one is a training argument."""
-    if "." not in dotted and dotted not in Settings.model_fields:
-        task: Task = "sft" if content.get("task", "sft") == "sft" else "classification"
-        training = section_fields("training", task)
-        if dotted not in training:
-            near = [*_elsewhere(dotted), *difflib.get_close_matches(f"--{dotted}", options)]
-            hint = f"did you mean {near[0]!r}?" if near else _hint(dotted, [*Settings.model_fields, *training])
-            raise InputError(f"unknown key {dotted!r}: {hint}")
-        dotted = f"training.{dotted}"
-    set_dotted(content, dotted, value)
+def _dotted(content: Mapping[str, Any], key: str, options: Sequence[str]) -> str:
+    """A key of the command line with its section; a bare one that is not a top-level one is a training argument."""
+    if "." in key or key in Settings.model_fields:
+        return key
+    task: Task = "sft" if content.get("task", "sft") == "sft" else "classification"
+    training = section_fields("training", task)
+    if key not in training:
+        near = [*_elsewhere(key), *difflib.get_close_matches(f"--{key}", options)]
+        hint = f"did you mean {near[0]!r}?" if near else _hint(key, [*Settings.model_fields, *training])
+        raise InputError(f"unknown key {key!r}: {hint}")
+    return f"training.{key}"
 
 
 def _hint(key: str, known: Sequence[str]) -> str:
@@ -357,4 +406,4 @@ def first_problem(error: ValidationError) -> str:
     if problem["type"] == "missing" or (problem["type"] == "string_type" and problem["input"] is None):
         return f"{key!r} is missing from the config"
     where = f"{key}={problem['input']!r}" if key else repr(problem["input"])
-    return f"{where}: {problem['msg'].lower()}"
+    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -4,30 +4,54 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from peft import prepare_model_for_kbit_training
 from torch import nn
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from scalora.integrations.transformers import train_no_further
+from scalora.parallel.job import is_first, wait_for_all
 from scalora.rescale import native
 from scalora.rivals.scalora import ScaLoraMethod
-from scalora.runs.lengths import warn_about_lengths
-from scalora.runs.measure import StepClock, costs
+from scalora.runs.claim import Claim, claimed
+from scalora.runs.divergence import DivergenceWatch
+from scalora.runs.errors import DivergedError
+from scalora.runs.lengths import require_readable, warn_about_lengths
+from scalora.runs.lora_checks import check_adapted, check_names
+from scalora.runs.measure import StepClock
 from scalora.runs.messages import without_message
 from scalora.runs.models import load_base
 from scalora.runs.prepare import MakeTrainer, PreparedRun, prepare
 from scalora.runs.progress import TrainingProgress
 from scalora.runs.results import write_results
-from scalora.runs.run_folder import MetricsFile, create_run_folder, json_lines, write_json
+from scalora.runs.resume import is_longer, resumed_environment, set_results_aside, warn_about_the_schedule
+from scalora.runs.run_folder import (
+    DIVERGED_FILE,
+    SUMMARY_FILE,
+    MetricsFile,
+    json_lines,
+    write_json,
+)
 from scalora.runs.settings import Settings
+from scalora.runs.special_tokens import require_vocabulary
 from scalora.runs.update_spectra import UPDATES_FILE, UpdateSpectra
+from scalora.runs.whole_run import WholeRun
 from scalora.saving.attach import attach
+from scalora.saving.checkpoints import set_broken_checkpoints_aside
 
 # Training batches for the gradients of a start that needs them. LoRA-GA's paper samples about as many: fewer show a
 # batch's noise, more take as long as training steps.
@@ -37,27 +61,89 @@ GRADIENT_BATCHES = 8
 def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) -> Path:
     """Train and write the run folder.
 
+    In a job of several processes, as torchrun starts them, all train, and the first alone writes.
+
     Args:
         settings: the run's settings.
-        overwrite: whether to replace an earlier run's folder.
-        resume: whether to resume the run in the folder from its last whole checkpoint.
+        overwrite: whether to move an earlier run's folder aside.
+        resume: whether to resume the run in the folder from its last whole checkpoint. A finished run is left as it is.
 
     Returns:
         The run folder.
 
     Raises:
         InputError: something in the config, the data or the model can't be used. Raised before training, and before an
-            earlier run's folder is replaced.
+            earlier run's folder is moved aside.
+        DivergedError: a loss, gradient or weight is NaN or infinite. No result is written then.
     """
-    run = prepare(settings, overwrite=overwrite, resume=resume)
-    model = _load(run)
-    spectra = UpdateSpectra(model, run.peft_config, settings.track_updates) if settings.track_updates else None
-    trainer = _adapt(run, model)
-    folder = Path(settings.output_dir) if resume else create_run_folder(settings)
-    summary = _run(run, trainer, spectra, folder)
-    write_results(run, trainer.model, folder)
-    write_json(folder / "summary.json", summary)  # last: a run that has it is finished
+    folder = Path(settings.output_dir)
+    with _claim(settings, overwrite=overwrite, resume=resume) as claim:
+        run = prepare(settings, overwrite=overwrite, resume=resume)
+        if run.finished:
+            _say_line(f"the run in {str(folder)!r} is finished: nothing is trained or written; more steps would go on")
+            return folder
+        model = _load(run)
+        spectra = UpdateSpectra(model, run.peft_config, settings.track_updates) if settings.track_updates else None
+        trainer = _adapt(run, model)
+        wait_for_all()  # until all have found that they can train
+        if claim is not None and not resume:
+            claim.begin(run.settings, run.environment)
+        trainer.add_callback(_Resumption(run, claim))
+        try:
+            summary = _run(run, trainer, spectra, folder)
+        except DivergedError as error:
+            if claim is not None:
+                write_json(folder / DIVERGED_FILE, {"step": error.step, "error": str(error)})
+            raise
+        except BaseException:
+            if claim is not None and not resume and not trainer.state.global_step:
+                claim.undo()
+            raise
+        if is_first():
+            write_results(run, trainer.model, folder)
+            write_json(folder / SUMMARY_FILE, summary)
+        wait_for_all()  # none ends while the first still writes, which would end the job
     return folder
+
+
+@contextmanager
+def _claim(settings: Settings, *, overwrite: bool, resume: bool) -> Iterator[Claim | None]:
+    """The run folder, for the first process; the others wait for it when they join the job."""
+    if not is_first():
+        yield None
+        return
+    with claimed(settings, overwrite=overwrite, resume=resume) as claim:
+        yield claim
+
+
+class _Resumption(TrainerCallback):  # type: ignore[misc]
+    """Writes what a resumed run changes in its folder, as soon as its checkpoint has been loaded.
+
+    Args:
+        run: the run.
+        claim: the run folder; None for a process that writes nothing.
+    """
+
+    def __init__(self, run: PreparedRun, claim: Claim | None) -> None:
+        self._run = run
+        self._claim = claim
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have a run that resumes at its last step take no more, and record the resumption."""
+        train_no_further(state, control)
+        # The Trainer would log and save as often as the run that it resumes.
+        state.compute_steps(args, state.max_steps)
+        if self._run.checkpoint is None or self._claim is None:
+            return
+        folder, changes = self._claim.folder, self._run.changes
+        if is_longer(changes):
+            warn_about_the_schedule(args, state.global_step)
+        set_results_aside(folder)
+        set_broken_checkpoints_aside(Path(args.output_dir))
+        environment = resumed_environment(folder, self._run.environment, state.global_step, changes)
+        self._claim.go_on(self._run.settings, environment)
 
 
 def _load(run: PreparedRun) -> PreTrainedModel:
@@ -77,13 +163,22 @@ def _adapt(run: PreparedRun, base: nn.Module) -> Trainer:
     """A trainer of the base as the method adapts it, which raises whatever attaching ScaLoRA would."""
     _say(f"preparing {', '.join(f'{len(rows):,} {split} examples' for split, rows in run.examples.items())}")
     # It would say that an example is too long before TRL cuts it off; `warn_about_lengths` says what is true then.
+    check_names(run, base)
+    rows = len(base.get_input_embeddings().weight)  # type: ignore[operator]
     with without_message("transformers.tokenization_utils_base", "Token indices sequence length is longer"):
-        model = run.method.adapt(base, run.peft_config, partial(_backward, run.make_trainer))
+        model = run.method.adapt(
+            base, run.peft_config, partial(_backward, run.make_trainer), run.arguments.learning_rate
+        )
+        check_adapted(run, model)
         trainer = run.make_trainer(
             model, callbacks=run.method.callbacks(), optimizers=(run.method.optimizer(model, run.arguments), None)
         )
+    for split in run.examples:
+        name = str(getattr(run.settings.data, split))
+        require_readable(getattr(trainer, f"{split}_dataset"), name, run.tokenizer, trainer.model)
     warn_about_lengths(run, trainer)
     if isinstance(run.method, ScaLoraMethod):
+        require_vocabulary(trainer.model, rows, run.settings.training.get("chat_template_path"))
         attach(trainer.model, run.method.config.merge, run.method.config.remainder_rank)
     return trainer
 
@@ -91,13 +186,17 @@ def _adapt(run: PreparedRun, base: nn.Module) -> Trainer:
 def _backward(make_trainer: MakeTrainer, model: nn.Module) -> None:
     """A few training batches forward and backward, as training itself would see them."""
     trainer = make_trainer(model)
-    for batch in islice(trainer.get_train_dataloader(), GRADIENT_BATCHES):
-        trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()
+    loader = iter(trainer.get_train_dataloader())
+    batches, items = trainer.get_batch_samples(loader, GRADIENT_BATCHES, trainer.args.device)
+    for batch in batches:
+        trainer.compute_loss(model, trainer._prepare_inputs(batch), num_items_in_batch=items).backward()
 
 
 def _run(run: PreparedRun, trainer: Trainer, spectra: UpdateSpectra | None, folder: Path) -> dict[str, Any]:
     """Train, evaluate at the end, and return the summary."""
-    clock = StepClock()
+    clock, watch = StepClock(), DivergenceWatch(trainer)
+    whole = WholeRun(clock, watch, spectra, cuda=run.arguments.device.type == "cuda")
+    trainer.add_callback(whole)
     trainer.add_callback(clock)
     trainer.add_callback(MetricsFile(folder))
     if spectra is not None:
@@ -105,22 +204,15 @@ def _run(run: PreparedRun, trainer: Trainer, spectra: UpdateSpectra | None, fold
         trainer.add_callback(spectra)
     for library_display in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(library_display)
-    start = time.perf_counter()
     with TrainingProgress() as progress:
         trainer.add_callback(progress)
+        trainer.add_callback(watch)
         output = trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
-        seconds = time.perf_counter() - start
+        watch.check_result()
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        costs = whole.summary(output.metrics, trained)
         scores = _final_scores(trainer) if "eval" in run.examples else {}
-    return {
-        "steps": output.global_step,
-        "training_seconds": seconds,
-        **output.metrics,
-        **costs(trainer.model, clock),
-        "measuring_seconds": 0.0 if spectra is None else spectra.seconds,
-        **_losses(trainer.state.log_history),
-        **_ranks(folder, run),
-        **scores,
-    }
+    return costs | _losses(trainer.state.log_history) | _ranks(folder, run) | scores
 
 
 def _final_scores(trainer: Trainer) -> dict[str, float]:
@@ -151,4 +243,9 @@ def _ranks(folder: Path, run: PreparedRun) -> dict[str, float]:
 
 
 def _say(what: str) -> None:
-    print(f"{what} …", file=sys.stderr, flush=True)
+    _say_line(f"{what} …")
+
+
+def _say_line(line: str) -> None:
+    if is_first():
+        print(line, file=sys.stderr, flush=True)

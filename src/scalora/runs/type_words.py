@@ -27,22 +27,31 @@ def type_words(annotation: str, named: Sequence[str] = ()) -> str:
     return _words(ast.parse(annotation, mode="eval").body, named)
 
 
+def alternatives(annotation: ast.expr) -> list[tuple[str, ast.expr]]:
+    """The members of a union, or the type itself, each with its name without what is in brackets.
+
+    Args:
+        annotation: the type, as a parsed expression.
+    """
+    parts = _alternatives(annotation)
+    return [(_last_name(part.value if isinstance(part, ast.Subscript) else part), part) for part in parts]
+
+
 def _words(annotation: ast.expr, named: Sequence[str]) -> str:
-    alternatives: list[str] = []
-    for part in _alternatives(annotation):
-        outer = _last_name(part.value if isinstance(part, ast.Subscript) else part)
+    found: list[str] = []
+    for outer, part in alternatives(annotation):
         if isinstance(part, ast.Subscript) and outer == "list":
-            alternatives.append(f"list of {_words(part.slice, named)}")
+            found.append(f"list of {_words(part.slice, named)}")
         elif isinstance(part, ast.Subscript) and outer == "Literal":
             values = [ast.literal_eval(element) for element in _elements(part.slice)]
-            alternatives += [value if isinstance(value, str) else json.dumps(value) for value in values]
+            found += [value if isinstance(value, str) else json.dumps(value) for value in values]
         elif outer in _WORDS:
-            alternatives += _WORDS[outer]
+            found += _WORDS[outer]
         else:
-            alternatives += named or [ast.unparse(part)]
-    if named and "text" in alternatives:
-        alternatives.remove("text")  # the values' own type
-    return " | ".join(sorted(dict.fromkeys(alternatives), key=lambda word: word == "null"))
+            found += named or [ast.unparse(part)]
+    if named and "text" in found:
+        found.remove("text")  # the values' own type
+    return " | ".join(sorted(dict.fromkeys(found), key=lambda word: word == "null"))
 
 
 def _alternatives(annotation: ast.expr) -> list[ast.expr]:
@@ -62,4 +71,5 @@ def _elements(index: ast.expr) -> list[ast.expr]:
 
 def _last_name(name: ast.expr) -> str:
     """The last part of a dotted name."""
-    return ast.unparse(name).rpartition(".")[2]
+    last = ast.unparse(name).rpartition(".")[2]
+    return "None" if last == "NoneType" else last

@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from scalora.maths.lowrank import factors_of_product
 from scalora.maths.spectrum import effective_rank_of_values, rank_of_values, singular_values
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
-from scalora.model.factored_layer import REMAINDER
 from scalora.model.layers import LINEAR
+from scalora.model.remainder_layer import REMAINDER
 from scalora.model.update import dense_update, factored_update
 from scalora.rescale.remainder import HALF, DenseRemainder, FactoredRemainder
 from scalora.runs.run_folder import drop_later_lines, json_lines

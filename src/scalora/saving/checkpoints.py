@@ -17,6 +17,8 @@ from scalora.saving.state_file import STATE_FILE, check_state
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
+_TO_RESUME = ("optimizer.pt", "scheduler.pt")
+
 # The Trainer writes this file last, so if it is complete, the others have been written too.
 _WRITTEN_LAST = "trainer_state.json"
 
@@ -24,7 +26,7 @@ _WRITTEN_LAST = "trainer_state.json"
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The latest complete checkpoint in a Trainer's output folder, for ``resume_from_checkpoint``.
 
-    Later ones that are incomplete or damaged are skipped with a warning.
+    Later ones that are incomplete or damaged, or hold the model alone, are skipped with a warning.
 
     Args:
         output_dir: the Trainer's output folder; need not exist.
@@ -33,17 +35,42 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
         The checkpoint's folder; None if there is no complete checkpoint.
     """
     for folder in reversed(_checkpoints(Path(output_dir))):
-        if (flaw := _flaw(folder)) is None:
+        if (flaw := why_not_resumable(folder)) is None:
             return folder
         warnings.warn(f"checkpoint {str(folder)!r} is skipped: {flaw}", stacklevel=2)
     return None
+
+
+def last_finite_checkpoint(output_dir: str | Path) -> Path | None:
+    """The latest complete checkpoint in which no weight is NaN or infinite, for a run that has diverged.
+
+    Args:
+        output_dir: the Trainer's output folder; need not exist.
+
+    Returns:
+        The checkpoint's folder; None if there is none.
+    """
+    whole = (folder for folder in reversed(_checkpoints(Path(output_dir))) if _flaw(folder) is None)
+    return next((folder for folder in whole if _is_finite(folder)), None)
+
+
+def why_not_resumable(folder: Path) -> str | None:
+    """Why training can't go on from a checkpoint; None if it can.
+
+    Args:
+        folder: the checkpoint's folder.
+    """
+    if (flaw := _flaw(folder)) is None and _is_model_only(folder):
+        return "it holds the model without the optimizer's state, as save_only_model writes it"
+    return flaw
 
 
 def set_broken_checkpoints_aside(output_dir: Path) -> None:
     """Rename incomplete or damaged checkpoints to ``incomplete-checkpoint-N``, with a warning. Nothing is deleted.
 
     The Trainer's own search for the last checkpoint then finds a complete one. Finished checkpoints of runs without
-    ScaLoRA stay as they are.
+    ScaLoRA stay as they are, and so do those of ``save_only_model``, which are whole. One process of a job does this,
+    when the job resumes; another may do the same at the same time.
 
     Args:
         output_dir: the Trainer's output folder; need not exist.
@@ -54,10 +81,13 @@ def set_broken_checkpoints_aside(output_dir: Path) -> None:
             continue
         aside = folder.with_name(f"incomplete-{folder.name}")
         number = 1
-        while aside.exists():
+        while os.path.lexists(aside):
             number += 1
             aside = folder.with_name(f"incomplete-{folder.name}-{number}")
-        folder.rename(aside)
+        try:
+            folder.rename(aside)
+        except FileNotFoundError:
+            continue  # another process has done it
         warnings.warn(f"checkpoint {str(folder)!r} is set aside as {aside.name!r}: {flaw}", stacklevel=2)
 
 
@@ -68,8 +98,25 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def _is_model_only(folder: Path) -> bool:
+    """Whether there is nothing of what ``save_only_model`` leaves out."""
+    return not any((folder / name).exists() for name in _TO_RESUME) and not any(folder.glob("rng_state*.pth"))
+
+
+def _is_finite(folder: Path) -> bool:
+    """Whether no tensor of a complete checkpoint has NaN or infinite entries."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                tensor = file.get_tensor(name)
+                # One byte: there are no such operations on float8, which only stores what is quantised.
+                if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
+                    return False
+    return True
+
+
 def _flaw(folder: Path) -> str | None:
-    """Why training can't resume from a folder; None if it can."""
+    """Why a folder is not a whole checkpoint; None if it is."""
     try:
         progress = json.loads((folder / _WRITTEN_LAST).read_text(encoding="utf-8"))
     except OSError:
@@ -91,7 +138,7 @@ def _flaw(folder: Path) -> str | None:
                 pass
         except (SafetensorError, OSError) as error:
             return f"its {path.name} is not a complete safetensors file: {error}"
-    for name in ("optimizer.pt", "scheduler.pt"):
+    for name in () if _is_model_only(folder) else _TO_RESUME:
         if not (folder / name).is_file():
             return f"it has no {name}"
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,15 +22,20 @@ from scalora.model.adapters import LoraPair
 from scalora.model.update import dense_update, factored_update
 from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.attach import attach
+from scalora.saving.base_name import BaseName, base_name, loadable_name, write_base_name
 from scalora.saving.errors import StateError
 from scalora.saving.files import atomic_folder
+from scalora.saving.merged_model import DEFAULT_SHARD_SIZE, write_model
 from scalora.saving.ordinary_adapter import AdapterReport, write_factors
 from scalora.saving.state import check_base, check_content, check_fit, restore, saved_config
 from scalora.saving.state_file import read_state
+from scalora.saving.verify import adapter_errors, check_model
 
+# An export warns if rounding to its dtype loses more than this share of a layer's update: it shows in the loss then.
+_LOSES_MUCH = 0.1
 
-class ExportError(RuntimeError):
-    """The exported files failed verification; the message says how. They have been removed."""
+# Initialisations of PEFT that change the base weight. PEFT computes them anew for every model that it wraps.
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def load_model(base: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -62,6 +66,7 @@ def export_adapter(
     max_rank: int | None = None,
     per_layer: bool = False,
     dtype: torch.dtype = torch.float32,
+    name: str | None = None,
 ) -> tuple[PeftModel, AdapterReport]:
     """Write the whole update of a saved state as an ordinary LoRA adapter, which PEFT loads without scalora.
 
@@ -76,13 +81,16 @@ def export_adapter(
         max_rank: the largest rank allowed, even if errors then exceed `rtol`. None: no limit.
         per_layer: whether each layer has its own rank (PEFT's ``rank_pattern``). By default all have the largest one.
         dtype: dtype of the adapter's tensors.
+        name: what the adapter names as its base. None: where `base` was loaded from, if others can load it from there.
 
     Returns:
-        The trained model (the base with the state loaded into it), and a report of the adapter's ranks and errors.
+        The trained model (the base with the state loaded into it), and a report of the adapter's ranks and errors,
+        which are measured on the file.
 
     Raises:
         StateError: the state is missing or damaged, or belongs to another base.
-        ExportError: the written tensors are empty or not finite. The files have been removed.
+        ExportError: what was written is not the update of every layer, or lacks something that was trained. The files
+            have been removed.
         OSError: `output` is not empty, or can't be written to.
     """
     _require_unused(Path(output))
@@ -99,7 +107,8 @@ def export_adapter(
         report = write_factors(
             model, pairs, updates, target, rtol=rtol, max_rank=max_rank, per_layer=per_layer, dtype=dtype
         )
-        check_tensors(target)
+        write_base_name(target, BaseName(name) if name else _base_name(model, pairs[0].adapter, state))
+        report = report._replace(errors=adapter_errors(target, model, pairs, updates, report.errors))
     return model, report
 
 
@@ -109,12 +118,14 @@ def export_merged(
     output: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
     with_model: Callable[[PeftModel], None] | None = None,
+    with_losses: Callable[[dict[str, float]], None] | None = None,
 ) -> PreTrainedModel:
     """Write the model with the whole update merged in, as sharded safetensors that ``from_pretrained`` loads.
 
-    A quantised base is dequantised first, so that the update is added to the weights that it was trained on.
+    A quantised base is dequantised first, so that the update is added to the weights that it was trained on. Warns if
+    rounding to a half-precision `dtype` loses much of a layer's update.
 
     Args:
         base: the model that the run started from, in the dtype and quantisation of the run; modified.
@@ -123,59 +134,49 @@ def export_merged(
         dtype: dtype of the model's weights.
         max_shard_size: maximum size of each file, as in ``PreTrainedModel.save_pretrained``.
         with_model: called with the trained model before it is dequantised and merged.
+        with_losses: called with what rounding to `dtype` has changed in each layer, relative to the layer's update in
+            the Frobenius norm; 0 in float32.
 
     Returns:
         The merged model.
 
     Raises:
         StateError: the state is missing or damaged, or belongs to another base.
-        ExportError: the written tensors are empty or not finite. The files have been removed.
+        ExportError: the written tensors are empty, not finite or not the model's. The files have been removed.
         OSError: `output` is not empty, or can't be written to.
     """
     _require_unused(Path(output))
     state = read_state(Path(folder))
     model, pairs = _wrap(base, state)
+    # In float32, a merge loses nothing that is worth the time to measure.
+    norms: dict[str, float] = {}
+    if dtype.itemsize == 2 and state["merge"] == "dense":  # while the base still has its own weights
+        norms = {pair.name: float(_dense_update_of(pair, state["tensors"]).norm()) for pair in pairs}
     restore(model, pairs, state["tensors"])
+    if dtype.itemsize == 2 and not norms:
+        norms = {pair.name: float(factored_update(pair).energy.sqrt()) for pair in pairs}
     if with_model is not None:
         with_model(model)
     if any(pair.quantised for pair in pairs):
         model.state_dict()  # converts 4-bit weights back from the layout that bitsandbytes uses for inference on CPUs
         model, pairs = _wrap(model.unload().dequantize(), state, check=False)
         restore(model, pairs, state["tensors"])
+    losses = {}
     while pairs:
-        _merge_exactly(pairs.pop(), dtype)
+        pair = pairs.pop()
+        lost = _merge_exactly(pair, dtype)
+        norm = norms.get(pair.name, 0.0)
+        losses[pair.name] = lost / norm if norm else 0.0
+    _warn_about_losses(losses, dtype)
+    if with_losses is not None:
+        with_losses(losses)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already following adapters were merged")
+        warnings.filterwarnings("ignore", message="(Already following|All) adapters (were|are already) merged")
         merged: PreTrainedModel = model.merge_and_unload().to(dtype)
     with atomic_folder(Path(output)) as target:
-        merged.save_pretrained(target, max_shard_size=max_shard_size)
-        check_tensors(target)
+        write_model(merged, target, max_shard_size=max_shard_size)
+        check_model(target, merged)
     return merged
-
-
-def check_tensors(folder: Path) -> None:
-    """Check that a folder has safetensors files, and that no tensor in them is empty or non-finite.
-
-    Args:
-        folder: the folder that has been written.
-
-    Raises:
-        ExportError: there is no such file, one can't be read, or a tensor is empty or has NaN or infinite entries.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ExportError(f"{str(folder)!r} has no safetensors file")
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    tensor = file.get_tensor(name)
-                    if not tensor.numel():
-                        raise ExportError(f"{name!r} in {path.name} is empty")
-                    if tensor.is_floating_point() and not tensor.isfinite().all():
-                        raise ExportError(f"{name!r} in {path.name} has NaN or infinite entries")
-        except SafetensorError as error:
-            raise ExportError(f"{path.name} can't be read back: {error}") from None
 
 
 def _wrap(base: PreTrainedModel, state: dict[str, Any], *, check: bool = True) -> tuple[PeftModel, list[LoraPair]]:
@@ -185,11 +186,22 @@ def _wrap(base: PreTrainedModel, state: dict[str, Any], *, check: bool = True) -
     model = _with_adapter(base, state["adapter"] or {})
     pairs, attachment = attach(model, state["merge"], config.remainder_rank)
     if check:
-        check_base(state, attachment.fingerprint)
+        _check_base(state, attachment.fingerprint)
     check_fit(model, pairs, state["tensors"])
     attachment.config = config
     attachment.restart(step=state["step"], rescales=state["rescales"])
     return model, pairs
+
+
+def _check_base(state: dict[str, Any], fingerprint: str) -> None:
+    """Check that a state belongs to a base, and name an initialisation of PEFT that has changed it before training."""
+    start = str((state["adapter"] or {}).get("init_lora_weights")).lower()
+    if state["base"] != fingerprint and start.startswith(_CHANGES_THE_BASE):
+        raise StateError(
+            f"the state was trained with init_lora_weights={start!r}, which changes the base weights before training: "
+            "it does not fit the base as it is published, and can't be exported; train with another initialisation"
+        )
+    check_base(state, fingerprint)
 
 
 def _with_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> PeftModel:
@@ -198,7 +210,9 @@ def _with_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> PeftModel:
         raise StateError(
             "the state's adapter sets megatron_config, which would make PEFT import a module that the file names"
         )
-    known = {field.name for field in fields(LoraConfig) if field.init}
+    known = {field.name for field in fields(LoraConfig) if field.init} - {"base_model_name_or_path"}
+    if settings.get("base_model_name_or_path") != getattr(base, "name_or_path", None):
+        known.remove("revision")  # of another repository
     settings = {key: value for key, value in settings.items() if key in known}
     try:
         return get_peft_model(base, LoraConfig(**settings | {"init_lora_weights": True, "inference_mode": False}))
@@ -206,14 +220,35 @@ def _with_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> PeftModel:
         raise StateError(f"the state's adapter does not fit this base model: {error}") from None
 
 
-def _merge_exactly(pair: LoraPair, dtype: torch.dtype) -> None:
-    """Merge one layer in float32 or better and round it once, to `dtype`."""
+def _base_name(model: PeftModel, adapter: str, state: dict[str, Any]) -> BaseName:
+    """What an adapter names as its base: where the base was loaded from, else what the state names."""
+    found, settings = base_name(model, adapter), state["adapter"] or {}
+    if found.name is not None:
+        return found
+    name = loadable_name(settings.get("base_model_name_or_path"))
+    return BaseName(name, settings.get("revision") if name else None)
+
+
+def _merge_exactly(pair: LoraPair, dtype: torch.dtype) -> float:
+    """Merge one layer in float32 or better and round it once, to `dtype`; returns the norm of what rounding changed."""
     layer, weight = pair.layer.get_base_layer(), pair.weight.detach()
     if isinstance(pair.remainder, DenseRemainder):
         weight = pair.remainder.exact(weight)
     layer.weight = torch.nn.Parameter(weight.to(torch.promote_types(weight.dtype, torch.float32)), False)
     pair.layer.merge(adapter_names=[pair.adapter])
-    layer.weight.data = layer.weight.data.to(dtype)
+    exact = layer.weight.data
+    layer.weight.data = exact.to(dtype)
+    return float(torch.linalg.vector_norm(layer.weight.data.to(exact.dtype) - exact)) if dtype.itemsize == 2 else 0.0
+
+
+def _warn_about_losses(losses: dict[str, float], dtype: torch.dtype) -> None:
+    worst = max(losses, key=lambda name: losses[name])
+    if losses[worst] > _LOSES_MUCH:
+        warnings.warn(
+            f"rounding the merged weights to {dtype} changes them by up to {losses[worst]:.2g} times the update (in "
+            f"{worst!r}): export in float32, or as an adapter, whose dtype rounds the update alone",
+            stacklevel=3,
+        )
 
 
 def _dense_update_of(pair: LoraPair, tensors: dict[str, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from scalora.maths.lowrank import DEFAULT_RTOL, Factors, rank_for_tolerance
 from scalora.model.adapters import LoraPair
-from scalora.model.factored_layer import REMAINDER
+from scalora.model.tuner import tensors_as_given
 from scalora.model.update import factored_update
+from scalora.saving.base_name import base_name, write_base_name
 from scalora.saving.files import naming_errors
 from scalora.saving.readme import README, is_own_readme
 
@@ -56,18 +57,35 @@ class AdapterReport(NamedTuple):
         return math.sqrt(lost / total) if (total := sum(norm**2 for norm in self.norms.values())) else 0.0
 
 
-def write_adapter(model: PeftModel, pairs: list[LoraPair], folder: Path) -> AdapterReport:
+def write_adapter(
+    model: PeftModel,
+    pairs: list[LoraPair],
+    folder: Path,
+    *,
+    safe_serialization: bool = True,
+    save_embedding_layers: bool | str = False,
+) -> AdapterReport:
     """Write the adapter of a model with factored remainders, at the default tolerance.
 
     Args:
         model: the PEFT model.
         pairs: its LoRA pairs, with factored remainders.
         folder: the folder to write to; must exist.
+        safe_serialization: as in PEFT's ``save_pretrained``.
+        save_embedding_layers: as in PEFT's ``save_pretrained``.
 
     Returns:
         Ranks and errors of the adapter.
     """
-    return write_factors(model, pairs, {pair.name: factored_update(pair) for pair in pairs}, folder)
+    updates = {pair.name: factored_update(pair) for pair in pairs}
+    return write_factors(
+        model,
+        pairs,
+        updates,
+        folder,
+        safe_serialization=safe_serialization,
+        save_embedding_layers=save_embedding_layers,
+    )
 
 
 def write_factors(
@@ -80,6 +98,8 @@ def write_factors(
     max_rank: int | None = None,
     per_layer: bool = False,
     dtype: torch.dtype = torch.float32,
+    safe_serialization: bool = True,
+    save_embedding_layers: bool | str = False,
 ) -> AdapterReport:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``, each of them atomically.
 
@@ -93,6 +113,8 @@ def write_factors(
         max_rank: the largest rank allowed, even if errors then exceed `rtol`. None: no limit.
         per_layer: whether each layer has its own rank (PEFT's ``rank_pattern``). By default all have the largest one.
         dtype: dtype of the adapter's tensors.
+        safe_serialization: as in PEFT's ``save_pretrained``.
+        save_embedding_layers: as in PEFT's ``save_pretrained``.
 
     Returns:
         Ranks and errors of the adapter.
@@ -105,8 +127,7 @@ def write_factors(
     capped = {name: int(min(rank, limit)) for name, rank in needed.items()}
     largest = max(capped.values())
     ranks = capped if per_layer else dict.fromkeys(capped, largest)
-    # PEFT would take the remainders for tensors of the adapter.
-    state = {key: tensor for key, tensor in model.state_dict().items() if f".{REMAINDER}." not in key}
+    state = model.state_dict()
     errors, norms = {}, {}
     for pair in pairs:
         update = updates[pair.name].truncated(ranks[pair.name])
@@ -119,7 +140,8 @@ def write_factors(
             state[bias] = (state[bias] * pair.scaling).to(dtype)
         norms[pair.name] = update.energy.sqrt().item()
         errors[pair.name] = update.discarded().sqrt().item() / norms[pair.name] if norms[pair.name] else 0.0
-    _save_with_peft(model, pairs[0].adapter, state, ranks if per_layer else {}, largest, folder)
+    settings = {"safe_serialization": safe_serialization, "save_embedding_layers": save_embedding_layers}
+    _save_with_peft(model, pairs[0].adapter, state, ranks if per_layer else {}, largest, folder, settings)
     return AdapterReport(ranks, needed, errors, norms)
 
 
@@ -128,13 +150,24 @@ def _padded(factor: Tensor, rank: int) -> Tensor:
 
 
 def _save_with_peft(
-    model: PeftModel, adapter: str, state: dict[str, Tensor], ranks: dict[str, int], largest: int, folder: Path
+    model: PeftModel,
+    adapter: str,
+    state: dict[str, Tensor],
+    ranks: dict[str, int],
+    largest: int,
+    folder: Path,
+    settings: dict[str, Any],
 ) -> None:
     """Have PEFT write another configuration and other tensors than the model's, then move the files to the folder."""
     own = model.peft_config[adapter]
     config = copy.deepcopy(own)
     config.r = config.lora_alpha = largest
-    config.rank_pattern = {name.removeprefix("base_model.model."): rank for name, rank in ranks.items()}
+    layers = {name.removeprefix("base_model.model."): rank for name, rank in ranks.items()}
+    # PEFT matches a pattern with the end of a name too.
+    config.rank_pattern = {
+        f"^{name}" if any(other.endswith(f".{name}") for other in layers) else name: rank
+        for name, rank in layers.items()
+    }
     config.alpha_pattern = dict(config.rank_pattern)
     config.use_rslora = False
     config.init_lora_weights = True
@@ -142,11 +175,11 @@ def _save_with_peft(
         model.peft_config[adapter] = config
         with (
             naming_errors(folder),
+            tensors_as_given(),
             tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-", suffix=".partial") as temporary,
         ):
-            PeftModel.save_pretrained(
-                model, temporary, selected_adapters=[adapter], state_dict=state, save_embedding_layers=False
-            )
+            PeftModel.save_pretrained(model, temporary, selected_adapters=[adapter], state_dict=state, **settings)
+            write_base_name(Path(temporary), base_name(model, adapter))
             for path in sorted(p for p in Path(temporary).rglob("*") if p.is_file()):
                 target = folder / path.relative_to(temporary)
                 if target.name == README and target.exists() and not is_own_readme(target):

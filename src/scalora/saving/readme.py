@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from scalora.saving.base_name import loadable_name
 from scalora.saving.files import atomic_write
 from scalora.saving.state_file import STATE_FILE
 
@@ -22,10 +23,10 @@ _TEXT = """{mark}
 update lies outside the two factors of the adapter. Files named `adapter_*` in this folder are placeholders, which PEFT
 refuses to load.
 
-To make an ordinary LoRA adapter, which PEFT loads without scalora, from a run of `scalora train`:
+To make an ordinary LoRA adapter, which PEFT loads without scalora:
 
 ```
-scalora export RUN --to adapter
+scalora export path/to/this/folder --to adapter
 ```
 
 From Python, with {base_model}, in the dtype and quantisation of the run:
@@ -56,7 +57,7 @@ def write_readme(folder: Path, state: Mapping[str, Any]) -> None:
     path = folder / README
     if path.exists() and not is_own_readme(path):
         return
-    base = (state["adapter"] or {}).get("base_model_name_or_path")
+    base = loadable_name((state["adapter"] or {}).get("base_model_name_or_path"))
     text = _TEXT.format(
         mark=_MARK,
         state_file=STATE_FILE,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from types import NoneType
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from scalora.config import ScaLoraConfig
 from scalora.model.adapters import LoraPair
+from scalora.model.layers import factor_keys
 from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.errors import StateError, short_repr
+from scalora.saving.fingerprint import difference
 
 # The entries of every state, with their types.
 _ENTRIES: dict[str, tuple[type, ...]] = {
@@ -26,37 +28,6 @@ _ENTRIES: dict[str, tuple[type, ...]] = {
     "tensors": (dict,),
 }
 
-# Entries of each weight that go into the fingerprint, evenly spaced. A training step changes nearly all entries, so a
-# few of each weight are enough to tell models apart, and cheap for models of any size.
-_SAMPLES = 64
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """Identifies the frozen base of a PEFT model: SHA-256 over the names, shapes, dtypes and samples of its weights.
-
-    Parameters that are trained are not included, nor the originals that PEFT keeps of trained heads.
-
-    Args:
-        model: a PEFT model whose base has not been changed yet.
-
-    Returns:
-        The hash as 64 hexadecimal digits.
-    """
-    # From the state dict and not from the parameters: bitsandbytes changes the layout of a 4-bit weight when it is used
-    # for inference on a CPU.
-    tensors = model.state_dict()
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        # PEFT keeps the original of a head that it trains a copy of. A new head is random and differs with every load.
-        if parameter.requires_grad or ".original_module." in name:
-            continue
-        tensor = tensors[name]
-        flat = tensor.reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].contiguous().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
 
 def gather(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Tensor]:
     """All tensors that training changes, by name. They are not copied.
@@ -66,11 +37,12 @@ def gather(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Tensor]:
         pairs: its LoRA pairs, with remainders.
 
     Returns:
-        ``trained.NAME`` for every trained parameter (both factors, and heads or biases that are trained too).
+        ``trained.NAME`` for every parameter that has been trained (both factors, and heads or biases that are trained
+        too), even if it is frozen now.
         For each layer, ``weight.NAME`` and, in half precision, ``rounded_off.NAME`` if its remainder is dense;
         ``left.NAME``, ``right.NAME`` and ``discarded.NAME`` if it is factored.
     """
-    tensors = {f"trained.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {f"trained.{name}": p.detach() for name, p in _trained_parameters(model, pairs)}
     for pair in pairs:
         if isinstance(pair.remainder, DenseRemainder):
             tensors[f"weight.{pair.name}"] = pair.weight.detach()
@@ -112,12 +84,33 @@ def check_base(state: Mapping[str, Any], fingerprint: str) -> None:
     Raises:
         StateError: the state belongs to another base.
     """
-    if state["base"] != fingerprint:
+    if (different := difference(state["base"], fingerprint)) is not None:
         raise StateError(
-            f"the state belongs to a base model with fingerprint {state['base'][:12]}, but this one has "
-            f"{fingerprint[:12]}: load the base that the run started from, in the same dtype and quantisation, and "
-            "adapt the same modules"
+            f"the state belongs to a base model with fingerprint {different[0]}, but this one has {different[1]}: load "
+            "the base that the run started from, in the same dtype and quantisation, and adapt the same modules"
         )
+
+
+def check_base_rates(state: Mapping[str, Any], layers: Iterable[str]) -> None:
+    """Check the base learning rates in a state, which earlier versions did not save.
+
+    Args:
+        state: the state.
+        layers: the names of the model's adapted layers.
+
+    Raises:
+        StateError: they are not two numbers for each layer.
+    """
+    if (rates := state.get("base_rates")) is None:
+        return
+    for name in layers:
+        of_layer = rates.get(name) if isinstance(rates, Mapping) else None
+        if not isinstance(of_layer, (list, tuple)) or len(of_layer) != 2 or not all(map(_is_rate, of_layer)):
+            raise StateError(f"the state is damaged: the base learning rates of {name!r} are {short_repr(of_layer)}")
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def saved_config(state: Mapping[str, Any]) -> ScaLoraConfig | None:
@@ -190,11 +183,27 @@ def restore(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tenso
         tensors: the tensors, by the names of `gather`; must have passed `check_fit`.
     """
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(tensors[f"trained.{name}"])
+        for name, parameter in _trained_parameters(model, pairs):
+            parameter.copy_(tensors[f"trained.{name}"])
         for pair in pairs:
             if isinstance(pair.remainder, DenseRemainder):
                 pair.weight.copy_(tensors[f"weight.{pair.name}"])
             keys = pair.remainder.state_dict().keys()
             pair.remainder.load_state_dict({key: tensors[f"{key}.{pair.name}"] for key in keys})
+            pair.remainder.changed = pair.remainder.changed or isinstance(pair.remainder, DenseRemainder)
+        pairs[0].layer.factor_guard.forget()
+
+
+def _trained_parameters(model: nn.Module, pairs: list[LoraPair]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that are or have been trained. PEFT freezes those of an adapter that is not active."""
+    layer = pairs[0].layer
+    own = {*layer.attachment.trained, *(key for pair in pairs for key in pair.keys)}
+    others = {
+        f"{pair.name}.{key}"
+        for pair in pairs
+        for other in pair.other_adapters
+        for key in factor_keys(pair.layer, other)
+    }
+    for name, parameter in model.named_parameters():
+        if name in own or (parameter.requires_grad and name not in others):
+            yield name, parameter

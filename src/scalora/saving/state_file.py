@@ -55,8 +55,8 @@ def read_state(path: Path) -> dict[str, Any]:
         The tree, with its tensors on the CPU.
 
     Raises:
-        StateError: the file does not exist, is a link out of its folder, is not a complete safetensors file, was not
-            written by scalora, or has another format version.
+        StateError: the file does not exist, is not a complete safetensors file, was not written by scalora, or has
+            another format version.
     """
     described, tensors = _open(path)
     try:
@@ -75,8 +75,8 @@ def check_state(path: Path) -> None:
         path: the file, or the folder with it.
 
     Raises:
-        StateError: the file does not exist, is a link out of its folder, is not a complete safetensors file, was not
-            written by scalora, or has another format version.
+        StateError: the file does not exist, is not a complete safetensors file, was not written by scalora, or has
+            another format version.
     """
     _open(path)
 
@@ -87,8 +87,6 @@ def _open(path: Path) -> tuple[Any, dict[str, Tensor]]:
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
         raise StateError(f"{str(path)!r} {what}: give the folder of a ScaLoRA state, which holds {STATE_FILE}")
-    if path.resolve().parent != path.parent.resolve():
-        raise StateError(f"{str(path)!r} is a link to another folder: replace it with a copy of the file")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

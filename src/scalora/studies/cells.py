@@ -9,10 +9,13 @@ from typing import Any, Literal
 
 import pandas as pd  # type: ignore[import-untyped]
 
-from scalora.runs.run_folder import json_lines
+from scalora.runs.run_folder import DIVERGED_FILE, SUMMARY_FILE, json_lines
 from scalora.studies.study import Cell, Study
 
 Status = Literal["finished", "failed", "missing"]
+
+DIVERGED = "diverged"
+"""Key of the summary of a run that diverged."""
 
 _CELL = ["method", "learning_rate", "seed"]
 _COSTS = ["steps", "training_seconds", "seconds_per_step", "peak_memory_bytes", "trainable_parameters"]
@@ -85,13 +88,17 @@ def read_cells(study: Study) -> StudyCells:
 def summary_of(cell: Cell) -> dict[str, Any] | None:
     """The summary of a finished cell; None if the cell is not finished.
 
-    Training writes the summary last and atomically, so a cell is finished if and only if the file exists.
+    Training writes the summary last and atomically, so a cell is finished if and only if the file exists. One that
+    diverged is finished too, because it would diverge again: its summary has the key ``"diverged"`` and no scores.
 
     Args:
         cell: a cell of a study.
     """
-    path = cell.folder / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    for path, more in ((cell.folder / SUMMARY_FILE, {}), (cell.folder / DIVERGED_FILE, {DIVERGED: True})):
+        if path.is_file():
+            summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return summary | more
+    return None
 
 
 def last_words(cell: Cell) -> str:
@@ -147,8 +154,12 @@ def _row(cell: Cell, study: Study) -> dict[str, Any]:
 def _final_scores(summary: dict[str, Any], study: Study) -> dict[str, float]:
     """Every ``eval_…`` number; a loss or metric that is not finite becomes the worst possible value.
 
-    A run that diverged is then worse than any that did not, whether JSON holds NaN or Infinity.
+    A run that diverged is then worse than any that did not, whether it has no scores, or JSON holds null, NaN or
+    Infinity.
     """
+    summary = {name: math.nan if value is None else value for name, value in summary.items()}
+    if DIVERGED in summary:
+        summary |= {"eval_loss": math.nan, study.metric: math.nan}
     scores = {name: value for name, value in summary.items() if name.startswith("eval_") and _is_number(value)}
     loss = scores.get("eval_loss", math.nan)
     scores["eval_loss"] = loss if math.isfinite(loss) else math.inf
@@ -159,11 +170,13 @@ def _final_scores(summary: dict[str, Any], study: Study) -> dict[str, float]:
 
 def _scores_over_training(logs: list[dict[str, Any]], study: Study) -> dict[str, float]:
     found = {}
-    losses = [log["loss"] for log in logs if "loss" in log]
+    losses = [math.nan if log["loss"] is None else log["loss"] for log in logs if "loss" in log]
     if losses:
         last = losses[-max(1, len(losses) // 4) :]
         found["train_loss"] = sum(last) / len(last)
-    scores = [log[study.metric] for log in logs if math.isfinite(log.get(study.metric, math.nan))]
+    scores = [
+        log[study.metric] for log in logs if _is_number(log.get(study.metric)) and math.isfinite(log[study.metric])
+    ]
     if scores:
         found["best_metric"] = max(scores) if study.larger_is_better() else min(scores)
     return found

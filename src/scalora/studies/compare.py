@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,15 +19,16 @@ from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from scalora.runs.claim import move_aside
 from scalora.runs.errors import InputError
 from scalora.runs.run_folder import write_json
 from scalora.runs.settings import run_settings
+from scalora.runs.yaml_file import yaml_dump
 from scalora.saving.files import atomic_write
-from scalora.studies.cells import last_words, read_cells, summary_of
+from scalora.studies.cells import DIVERGED, last_words, read_cells, summary_of
 from scalora.studies.study import STUDY_FILE, Cell, Study
 from scalora.studies.table import StudyResult
 from scalora.studies.table_markdown import ENVIRONMENT_FILE, write_tables
@@ -36,6 +36,8 @@ from scalora.studies.table_markdown import ENVIRONMENT_FILE, write_tables
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0  # between asking a process to end and killing it
+
+_LOCK_FILE = ".lock"
 
 
 class Comparison(NamedTuple):
@@ -158,11 +160,12 @@ class _Runner:
             _terminate(running)
 
     def _start(self, cell: Cell) -> subprocess.Popen[bytes]:
-        # A killed run may have left a folder, which training would refuse to write to.
-        shutil.rmtree(cell.folder, ignore_errors=True)
+        # A failed or killed run has left a folder, which training would refuse to write to.
+        if os.path.lexists(cell.folder):
+            self._say(f"{cell}: what an earlier try left is now in {str(move_aside(cell.folder))!r}")
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
         config = _config_file(cell)
-        config.write_text(yaml.safe_dump(cell.settings.model_dump(), sort_keys=False), encoding="utf-8")
+        config.write_text(yaml_dump(cell.settings.model_dump()), encoding="utf-8")
         with _log_file(cell).open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "scalora", "train", str(config)],
@@ -187,10 +190,14 @@ class _Runner:
             self._require_scores(summary)
         self.progress.advance(self._bar)
         done = self.finished + len(self.failed)
-        line = f"[{done}/{self.total}] {self._time_left()}{cell}: {how}"
+        self._say(f"[{done}/{self.total}] {self._time_left()}{cell}: {how}")
+
+    def _say(self, line: str) -> None:
         self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _require_scores(self, summary: dict[str, Any]) -> None:
+        if DIVERGED in summary:
+            return
         for name in ("eval_loss", self._study.metric):
             if name not in summary:
                 given = ", ".join(key for key in summary if key.startswith("eval_")) or "none"
@@ -206,8 +213,8 @@ class _Runner:
 
 def _ending(process: subprocess.Popen[bytes], cell: Cell) -> str:
     """How a process ended. A signal, which leaves no message in the log, is recorded there."""
-    if summary_of(cell) is not None:
-        return "finished"
+    if (summary := summary_of(cell)) is not None:
+        return "diverged" if DIVERGED in summary else "finished"
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
         with _log_file(cell).open("a", encoding="utf-8") as log:
@@ -234,8 +241,19 @@ def _check_folder(study: Study) -> None:
     folder = study.folder
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {str(folder)!r} is a file: choose another")
-    if folder.exists() and any(folder.iterdir()) and not (folder / STUDY_FILE).is_file():
+    content = {path.name for path in folder.iterdir()} - {_LOCK_FILE} if folder.exists() else set()
+    # A study file alone may be the user's own.
+    if content and not _is_environment(folder / ENVIRONMENT_FILE):
         raise InputError(f"output_dir {str(folder)!r} is not empty and not the folder of a study: choose another")
+
+
+def _is_environment(path: Path) -> bool:
+    """Whether a file is what `_record` writes first into a study folder."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"command", "date", "threads"} <= content.keys()
 
 
 def _check_finished_cells(study: Study) -> None:
@@ -265,9 +283,6 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _record(study: Study, threads: int) -> None:
     """Write the study's settings, and the command and the thread counts that its cells were or will be run with."""
-    with atomic_write(study.folder / STUDY_FILE) as temporary:
-        resolved = study.model_dump() | {"greater_is_better": study.larger_is_better()}
-        temporary.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
     path = study.folder / ENVIRONMENT_FILE
     earlier = json.loads(path.read_text(encoding="utf-8"))["threads"] if path.is_file() else []
     unfinished = bool((read_cells(study).cells["status"] != "finished").any())
@@ -277,6 +292,9 @@ def _record(study: Study, threads: int) -> None:
         "threads": sorted({*earlier, threads} if unfinished else earlier),
     }
     write_json(path, environment)
+    with atomic_write(study.folder / STUDY_FILE) as temporary:
+        resolved = study.model_dump() | {"greater_is_better": study.larger_is_better()}
+        temporary.write_text(yaml_dump(resolved), encoding="utf-8")
 
 
 def _config_file(cell: Cell) -> Path:
@@ -290,7 +308,7 @@ def _log_file(cell: Cell) -> Path:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    with (folder / ".lock").open("w") as file:
+    with (folder / _LOCK_FILE).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from scalora.runs.errors import InputError
+from scalora.runs.limits import check_limits
 from scalora.runs.settings import Settings, check_keys, checked_settings, first_problem
-from scalora.runs.yaml_file import parsed_overrides, read_yaml, set_dotted
+from scalora.runs.strict_model import StrictModel, expanded_field
+from scalora.runs.yaml_file import parsed_overrides, read_yaml, refuse_repeated, set_dotted
 
 STUDY_FILE = "study.yaml"
 
@@ -60,10 +63,8 @@ class Cell:
         return f"{self.method} {self.folder.name}"
 
 
-class Study(BaseModel):
+class Study(StrictModel):
     """A study; its fields are the keys of a study file."""
-
-    model_config = ConfigDict(extra="forbid")
 
     output_dir: str = Field(description="The study folder.")
     baseline: str = Field("lora", description="Method that all others are compared with.")
@@ -102,6 +103,23 @@ class Study(BaseModel):
         "name.",
     )
 
+    @field_validator("output_dir")
+    @classmethod
+    def _path(cls, value: str) -> str:
+        return expanded_field(value)
+
+    @field_validator("seeds", "tuning_seeds", "learning_rates")
+    @classmethod
+    def _usable(cls, values: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        """As a run would check each of them."""
+        key = "learning_rate" if info.field_name == "learning_rates" else "seed"
+        for value in values or ():
+            try:
+                check_limits("training", key, value)
+            except ValueError as error:
+                raise PydanticCustomError("value", "{words}", {"words": f"{value!r} {error}"}) from None
+        return values
+
     @property
     def folder(self) -> Path:
         """The study folder."""
@@ -128,7 +146,8 @@ class Study(BaseModel):
                 f"methods.{method}: there is no list of learning_rates, neither here nor at the top level of the study"
             )
         for rate in rates:
-            if not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+            number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+            if not number or not 0 < rate < math.inf:
                 raise InputError(f"methods.{method}: learning rate {rate!r} is not a number above 0")
         return sorted(float(rate) for rate in rates)
 
@@ -187,7 +206,9 @@ def load_study_file(path: Path, overrides: Sequence[str] = (), options: Sequence
             would not be compared fairly.
     """
     content = read_yaml(path, "study")
-    for key, value in parsed_overrides(overrides, options):
+    pairs = parsed_overrides(overrides, options)
+    refuse_repeated([key for key, _ in pairs])
+    for key, value in pairs:
         check_keys("", [key.partition(".")[0]], Study.model_fields)
         set_dotted(content, key, value)
     study = _study(content)

@@ -122,6 +122,9 @@ std::tuple<Tensor, Tensor> grams(TensorList lora_B, TensorList grad_B, TensorLis
 
 // ---- Merge ----------------------------------------------------------------------------------------------------------
 
+// Of a bfloat16: the bits without the sign, and a NaN.
+constexpr uint32_t kMagnitude = 0x7fff, kNaN = 0x7fc0;
+
 // How a weight is stored: reads and writes `kLanes` numbers of float32, or one.
 struct Float32 {
   float* weight;
@@ -139,21 +142,26 @@ struct BFloat16 {
   Floats read(int64_t at) const {
     const Bits upper = __builtin_convertvector(loaded<Upper>(weight + at), Bits);
     const SignedBits lower = __builtin_convertvector(loaded<Lower>(low + at), SignedBits);
-    return reinterpret_cast<Floats>((upper << 16) + reinterpret_cast<Bits>(lower));
+    const SignedBits magnitude = reinterpret_cast<SignedBits>(upper & kMagnitude);
+    // Comparisons of vectors give lanes of ones or of zeros.
+    const SignedBits below_zero = (magnitude == 0) & (lower < 0);
+    return reinterpret_cast<Floats>((upper << 16) + reinterpret_cast<Bits>(lower & ~below_zero));
   }
   void write(int64_t at, Floats value) const {
     const Bits bits = reinterpret_cast<Bits>(value);
+    const Bits nan = reinterpret_cast<Bits>(value != value);
     stored(low + at, __builtin_convertvector(bits, Lower));
-    stored(weight + at, __builtin_convertvector((bits + (1u << 15)) >> 16, Upper));
+    stored(weight + at, __builtin_convertvector((((bits + (1u << 15)) >> 16) & ~nan) | (kNaN & nan), Upper));
   }
   float read_one(int64_t at) const {
-    const uint32_t bits = (uint32_t{weight[at]} << 16) + static_cast<uint32_t>(int32_t{low[at]});
+    const int32_t lower = (weight[at] & kMagnitude) == 0 && low[at] < 0 ? 0 : low[at];
+    const uint32_t bits = (uint32_t{weight[at]} << 16) + static_cast<uint32_t>(lower);
     return loaded<float>(&bits);
   }
   void write_one(int64_t at, float value) const {
     const uint32_t bits = loaded<uint32_t>(&value);
     low[at] = static_cast<int16_t>(bits);
-    weight[at] = static_cast<uint16_t>((bits + (1u << 15)) >> 16);
+    weight[at] = static_cast<uint16_t>(value != value ? kNaN : (bits + (1u << 15)) >> 16);
   }
   void prefetch(int64_t at) const {
     __builtin_prefetch(weight + at);

@@ -56,6 +56,8 @@ def merge(
         kernels.merge(remainders, weights, lora_B, lora_A, coefficients)
         return
     torch.ops.scalora.merge_(weights, rounded_off, lora_B, lora_A, coefficients.contiguous())
+    for remainder in upright:
+        remainder.changed = True
 
 
 def expand_factors(factors: Float[Tensor, "layers rows columns"], like: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,112 @@
+"""The forward pass of a LoRA layer with a factored remainder (paper, section 6).
+
+Built on PEFT's `LoraVariant`, the hook that DoRA also uses. Checked with PEFT 0.21, where `_embed` and
+`_get_embed_scale` of the embedding layer are private.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora.layer import Embedding, LoraVariant
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from scalora.model.remainder_layer import RemainderLayer
+
+
+class WithRemainder(LoraVariant):  # type: ignore[misc]
+    """Plain LoRA plus the layer's factored remainder, which gets the input without dropout, like the base weight."""
+
+    def supports_lora_conversion(self) -> bool:
+        """Whether PEFT may convert the adapter: yes, `RemainderLayer.get_delta_weight` is the whole update."""
+        return True
+
+    @staticmethod
+    def forward(module: RemainderLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Add the outputs of the adapter and of the remainder to the base layer's output.
+
+        Args:
+            module: the PEFT layer.
+            active_adapter: the adapter's name.
+            x: the layer's input, (…, n), or token ids for an embedding.
+            result: the base layer's output, (…, m).
+            kwargs: other arguments of PEFT's hook; not used.
+
+        Returns:
+            The layer's output, (…, m).
+        """
+        (left, right), scaling = _factors_for_a_pass(module), module.scaling[active_adapter]
+        if isinstance(module, Embedding):
+            lora_A, lora_B = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
+            update = (module._embed(x, lora_A.mT) @ lora_B.mT) * scaling
+            if (scale := module._get_embed_scale()) is not None:
+                update = update * scale.to(update.dtype)
+            update = update + remainder_of_embedding(module, x)
+        else:
+            lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+            update = lora_B(lora_A(module.lora_dropout[active_adapter](x))) * scaling
+            linear = nn.functional.linear
+            of_remainder = linear(linear(x, right.mT.to(x.dtype)), left.to(x.dtype))
+            update = update + _scaled(of_remainder, module.remainder_scaling)
+        output: Tensor = result + update
+        return output
+
+    @staticmethod
+    def merge_safe(module: RemainderLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """A copy of the (dequantised) base weight with the whole update added.
+
+        Args:
+            module: the PEFT layer.
+            active_adapter: the adapter's name.
+            orig_weight: the base weight, as stored; not modified.
+        """
+        merged: Tensor = orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return merged
+
+    @staticmethod
+    def merge_unsafe(module: RemainderLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        """Add the whole update to the base weight in place.
+
+        Args:
+            module: the PEFT layer.
+            active_adapter: the adapter's name.
+            orig_weight: the base weight, as stored; modified.
+        """
+        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: RemainderLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The base weight without the whole update, up to rounding.
+
+        Args:
+            module: the PEFT layer.
+            active_adapter: the adapter's name.
+            orig_weight: the merged weight, as stored; not modified.
+        """
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+def remainder_of_embedding(layer: RemainderLayer, ids: Tensor) -> Tensor:
+    """The output of an embedding's remainder alone, (…, m).
+
+    Args:
+        layer: PEFT's embedding layer, with a factored remainder.
+        ids: token ids, (…).
+    """
+    left, right = _factors_for_a_pass(layer)
+    output = layer._embed(ids, right) @ left.mT
+    if (scale := layer._get_embed_scale()) is not None:
+        output = output * scale.to(output.dtype)
+    return _scaled(output, layer.remainder_scaling)
+
+
+def _factors_for_a_pass(layer: RemainderLayer) -> tuple[Tensor, Tensor]:
+    """The factors in their full width where another one would be compiled for, else the columns in use, for speed."""
+    remainder = layer.factored_remainder
+    return (remainder.left, remainder.right) if torch.compiler.is_compiling() else remainder.used
+
+
+def _scaled(output: Tensor, scaling: float) -> Tensor:
+    return output if scaling == 1 else output * scaling

@@ -1,0 +1,215 @@
+"""PEFT's model of LoRA layers, for adapters that have a factored remainder beside their two factors.
+
+PEFT leaves to this class which tensors are an adapter's, and how adapters are combined: `get_peft_model_state_dict`,
+and with it PEFT's, Transformers' and Accelerate's ways of saving adapters, looks it up in PEFT's table of methods.
+Checked with PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+
+from scalora.model.layers import factor_keys
+from scalora.model.remainder_layer import REMAINDER, ChangedBaseError, RemainderLayer
+from scalora.model.whole_adapter import remainder_layers, whole_config, whole_factors
+from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
+
+_AS_GIVEN = ContextVar("tensors_as_given", default=False)
+
+
+@contextmanager
+def tensors_as_given() -> Iterator[None]:
+    """Context manager in which PEFT saves the tensors of a ``state_dict`` that it is given, and no remainders."""
+    token = _AS_GIVEN.set(True)
+    try:
+        yield
+    finally:
+        _AS_GIVEN.reset(token)
+
+
+class RemainderLoraModel(LoraModel):  # type: ignore[misc]
+    """`LoraModel` that takes an adapter's remainder for a part of the adapter. Other adapters are PEFT's as ever."""
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # The whole update, in factors of a higher rank: whatever loads them gets all of it, or an error about shapes.
+        entries: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        for name, layer in remainder_layers(model).items():
+            prefix = f"{name.removeprefix('_fsdp_wrapped_module.')}."
+            remainder = {
+                key.rpartition(".")[2]: entries.pop(key)
+                for key in list(entries)
+                if key.startswith(f"{prefix}{REMAINDER}.")
+            }
+            if layer.trained_adapter == adapter_name and layer.has_remainder and not _AS_GIVEN.get():
+                _replace_factors(entries, prefix, layer, remainder)
+        return entries
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT would leave its hooks behind if a layer refused the names.
+        names = kwargs.get("adapter_names")
+        self._check_adapters(names or (), f"adapter_names={names}")
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    # PEFT's methods change something before they come to the layers, so these refuse on their behalf, and first.
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's way to add an adapter to the layers.
+
+        Args:
+            model: the base model.
+            adapter_name: name of the adapter.
+            args: other arguments of PEFT's method.
+            kwargs: other arguments of PEFT's method.
+
+        Raises:
+            ChangedBaseError: the base that the adapter belongs to has been changed.
+        """
+        for layer in remainder_layers(model).values():
+            layer.check_adapters([adapter_name], f"adding adapter {adapter_name!r}")
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's choice of the active adapters.
+
+        Args:
+            adapter_name: the adapters.
+            inference_mode: whether they are frozen.
+
+        Raises:
+            ChangedBaseError: another adapter belongs to the original base, which has been changed.
+        """
+        self.check_set_adapter(adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> None:
+        """Check that adapters may be active.
+
+        Args:
+            adapter_name: the adapters.
+
+        Raises:
+            ChangedBaseError: another adapter belongs to the original base, which has been changed.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self._check_adapters(names, f"set_adapter({adapter_name!r})")
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's deletion of an adapter.
+
+        Args:
+            adapter_name: its name.
+
+        Raises:
+            ChangedBaseError: part of the adapter's update can't be deleted from the base.
+        """
+        for layer in remainder_layers(self.model).values():
+            layer.check_deletion(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _check_adapters(self, names: Iterable[str], what: str) -> None:
+        for layer in remainder_layers(self.model).values():
+            layer.check_adapters(names, what)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """PEFT's combination of adapters, each taken with its remainder.
+
+        Args:
+            adapters: names of the adapters.
+            weights: their weights.
+            adapter_name: name of the new adapter, whose rank can be higher than those of `adapters`.
+            args: other arguments of PEFT's method.
+            kwargs: other arguments of PEFT's method.
+
+        Raises:
+            ChangedBaseError: part of an adapter is in the base.
+        """
+        with self._ordinary_adapters(adapters) as ordinary:
+            super().add_weighted_adapter([ordinary.get(a, a) for a in adapters], weights, adapter_name, *args, **kwargs)
+
+    @contextmanager
+    def _ordinary_adapters(self, adapters: list[str]) -> Iterator[dict[str, str]]:
+        """Adds ordinary adapters that equal the given ones with their remainders, and deletes them in the end."""
+        names = {
+            adapter: f"{adapter}_with_remainder"
+            for adapter in adapters
+            if any(layer.has_remainder for layer in remainder_layers(self.model, adapter).values())
+        }
+        try:
+            for adapter, name in names.items():
+                self._add_ordinary(adapter, name)
+            yield names
+        finally:
+            for name in names.values():
+                if name in self.peft_config:
+                    self.delete_adapter(name)
+
+    @torch.no_grad()
+    def _add_ordinary(self, adapter: str, name: str) -> None:
+        layers = remainder_layers(self.model, adapter)
+        self.peft_config[name] = whole_config(self.peft_config[adapter], layers)
+        self.inject_adapter(self.model, name)
+        for layer in layers.values():
+            assert isinstance(layer.remainder, FactoredRemainder)  # a dense one has refused another adapter
+            lora_A, lora_B = whole_factors(layer, *layer.trained_factors, *layer.remainder.used)
+            if name in layer.lora_embedding_A:
+                layer.lora_embedding_A[name].copy_(lora_A)
+                layer.lora_embedding_B[name].copy_(lora_B)
+            else:
+                layer.lora_A[name].weight.copy_(lora_A)
+                layer.lora_B[name].weight.copy_(lora_B)
+            layer.scaling[name] = layer.trained_scaling
+
+
+def _replace_factors(
+    entries: dict[str, Tensor], prefix: str, layer: RemainderLayer, remainder: dict[str, Tensor]
+) -> None:
+    adapter = layer.trained_adapter
+    if isinstance(layer.remainder, DenseRemainder):
+        raise ChangedBaseError(
+            f"the tensors of adapter {adapter!r} are not its whole update, because ScaLoRA has merged part of it into "
+            "the base weights: save it with the PeftModel's save_pretrained() or the engine's save() and make an "
+            "adapter of that with scalora.export_adapter(), or set merge='factored'"
+        )
+    if not {"left", "right"} <= remainder.keys():
+        raise ChangedBaseError(
+            f"the state_dict lacks {prefix}{REMAINDER}, without which the tensors of adapter {adapter!r} are not its "
+            "whole update: pass the model's whole state_dict(), or none"
+        )
+    key_A, key_B = (prefix + key for key in factor_keys(layer, adapter))
+    entries[key_A], entries[key_B] = whole_factors(
+        layer, entries[key_A], entries[key_B], remainder["left"], remainder["right"]
+    )
+
+
+def use_in_peft(tuner: LoraModel | None) -> None:
+    """Have PEFT take remainders into account, in a model and wherever it looks up the class for LoRA.
+
+    Args:
+        tuner: the model's tuner (``peft_model.base_model``); modified. None for a model without a PeftModel around it.
+    """
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = RemainderLoraModel
+    if type(tuner) is LoraModel:
+        tuner.__class__ = RemainderLoraModel
