@@ -582,3 +582,29 @@ def test_a_refusal_leaves_the_model_as_it_was(action):
     assert model.active_adapter == "default"
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
     engine.detach()
+
+
+def test_factors_taken_out_of_a_state_dict_are_the_whole_update_or_do_not_fit():
+    """loralib's way of saving an adapter, and its way of loading it, which passes over what it does not know."""
+    model = with_lora(tiny_llama(), seed=7, random_B=False, **SETTINGS)
+    fit(model, "factored")
+    trained = says(model)
+    factors = {name: tensor for name, tensor in model.state_dict().items() if "lora_A" in name or "lora_B" in name}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        new_adapter().load_state_dict(factors, strict=False)
+    rank = next(len(tensor) for name, tensor in factors.items() if "lora_A" in name)
+    wide = new_adapter(r=rank, lora_alpha=2 * rank)
+    wide.load_state_dict(factors, strict=False)
+    assert_close(says(wide), trained)
+    fit(model, "factored", steps=2)
+    model.load_state_dict(factors, strict=False)
+    assert_close(says(model), trained)
+
+
+def test_factors_that_do_not_fit_leave_the_remainder_where_it_is():
+    model = with_lora(tiny_llama(), seed=7, random_B=False, **SETTINGS)
+    fit(model, "factored")
+    trained = says(model)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(new_adapter(r=1)))
+    assert_close(says(model), trained)

@@ -361,6 +361,33 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         self.factor_guard.forget()
         return self
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's tensors, with the factors of the whole update in place of those of the adapter alone.
+
+        Whatever takes the factors out of a state dict and leaves the rest (``strict=False``) then gets the whole
+        update, or an error about their shapes.
+
+        Args:
+            args: as in `torch.nn.Module`.
+            kwargs: as in `torch.nn.Module`.
+        """
+        tensors = super().state_dict(*args, **kwargs)
+        if isinstance(self.remainder, FactoredRemainder) and self.remainder.changed:
+            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+            key_A, key_B = (prefix + key for key in factor_keys(self, self.trained_adapter))
+            tensors[key_A], tensors[key_B] = self.whole_factors()
+        return tensors
+
+    @torch.no_grad()
+    def whole_factors(self) -> tuple[Tensor, Tensor]:
+        """lora_A, (r + c, n), and lora_B, (m, r + c), of the whole update, at the adapter's own scaling.
+
+        c is the number of columns of the remainder, which must be factored.
+        """
+        (lora_A, lora_B), (left, right) = self.trained_factors, self.factored_remainder.used
+        left = left / configured_scaling(self, self.trained_adapter)
+        return torch.cat([lora_A, right.mT.to(lora_A)]), torch.cat([lora_B, left.to(lora_B)], dim=1)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(self.remainder, FactoredRemainder):
             self._load_remainder_with_factors(state_dict, prefix)
@@ -370,18 +397,23 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _load_remainder_with_factors(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Factors come with the remainder that belongs to them, in columns of their own, or with none."""
+        """Factors come with the remainder that belongs to them, beside it or in columns of their own, or with none."""
         key_A, key_B = (prefix + key for key in factor_keys(self, self.trained_adapter))
         lora_A, lora_B = state_dict.get(key_A), state_dict.get(key_B)
-        if lora_A is None or f"{prefix}{REMAINDER}.left" in state_dict:
+        if lora_A is None or lora_B is None:
             return
-        self.factored_remainder.clear()
-        r = self.r[self.trained_adapter]
-        if lora_B is not None and len(lora_A) == lora_B.shape[1] > r:
+        own_A, own_B = self.trained_factors
+        r, beside = len(own_A), f"{prefix}{REMAINDER}.left" in state_dict
+        if lora_A.shape[1:] != own_A.shape[1:] or len(lora_B) != len(own_B) or len(lora_A) != lora_B.shape[1]:
+            return  # torch says so, and loads none of them
+        if len(lora_A) > r:
             state_dict[key_A], state_dict[key_B] = lora_A[:r], lora_B[:, :r]
-            unit = configured_scaling(self, self.trained_adapter)
-            state_dict[f"{prefix}{REMAINDER}.left"] = unit * lora_B[:, r:]
-            state_dict[f"{prefix}{REMAINDER}.right"] = lora_A[r:].mT
+            if not beside:
+                unit = configured_scaling(self, self.trained_adapter)
+                state_dict[f"{prefix}{REMAINDER}.left"] = unit * lora_B[:, r:]
+                state_dict[f"{prefix}{REMAINDER}.right"] = lora_A[r:].mT
+        elif len(lora_A) == r and not beside:
+            self.factored_remainder.clear()
 
     def _check_complete(self, state_dict: dict[str, Any], prefix: str) -> None:
         """The base weight, its rounding errors and the factors belong together."""

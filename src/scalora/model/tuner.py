@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from scalora.model.layers import factor_keys
 from scalora.model.remainder_layer import REMAINDER, ChangedBaseError, RemainderLayer
-from scalora.model.whole_adapter import remainder_layers, whole_config, whole_factors
-from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
+from scalora.model.whole_adapter import remainder_layers, whole_config
+from scalora.rescale.remainder import DenseRemainder
 
 _AS_GIVEN = ContextVar("tensors_as_given", default=False)
 
@@ -48,19 +48,15 @@ class RemainderLoraModel(LoraModel):  # type: ignore[misc]
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        # The whole update, in factors of a higher rank: whatever loads them gets all of it, or an error about shapes.
         entries: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         for name, layer in remainder_layers(model).items():
             prefix = f"{name.removeprefix('_fsdp_wrapped_module.')}."
-            remainder = {
-                key.rpartition(".")[2]: entries.pop(key)
-                for key in list(entries)
-                if key.startswith(f"{prefix}{REMAINDER}.")
-            }
+            for key in [key for key in entries if key.startswith(f"{prefix}{REMAINDER}.")]:
+                del entries[key]
             if layer.trained_adapter == adapter_name and layer.has_remainder and not _AS_GIVEN.get():
-                _replace_factors(entries, prefix, layer, remainder)
+                _check_whole(entries, prefix, layer)
         return entries
 
     @contextmanager
@@ -172,8 +168,7 @@ class RemainderLoraModel(LoraModel):  # type: ignore[misc]
         self.peft_config[name] = whole_config(self.peft_config[adapter], layers)
         self.inject_adapter(self.model, name)
         for layer in layers.values():
-            assert isinstance(layer.remainder, FactoredRemainder)  # a dense one has refused another adapter
-            lora_A, lora_B = whole_factors(layer, *layer.trained_factors, *layer.remainder.used)
+            lora_A, lora_B = layer.whole_factors()
             if name in layer.lora_embedding_A:
                 layer.lora_embedding_A[name].copy_(lora_A)
                 layer.lora_embedding_B[name].copy_(lora_B)
@@ -183,9 +178,8 @@ class RemainderLoraModel(LoraModel):  # type: ignore[misc]
             layer.scaling[name] = layer.trained_scaling
 
 
-def _replace_factors(
-    entries: dict[str, Tensor], prefix: str, layer: RemainderLayer, remainder: dict[str, Tensor]
-) -> None:
+def _check_whole(entries: dict[str, Tensor], prefix: str, layer: RemainderLayer) -> None:
+    """Check that the factors among an adapter's tensors are those of its whole update."""
     adapter = layer.trained_adapter
     if isinstance(layer.remainder, DenseRemainder):
         raise ChangedBaseError(
@@ -193,15 +187,12 @@ def _replace_factors(
             "the base weights: save it with the PeftModel's save_pretrained() or the engine's save() and make an "
             "adapter of that with scalora.export_adapter(), or set merge='factored'"
         )
-    if not {"left", "right"} <= remainder.keys():
+    key_A = prefix + factor_keys(layer, adapter)[0]
+    if len(entries[key_A]) == layer.r[adapter]:
         raise ChangedBaseError(
-            f"the state_dict lacks {prefix}{REMAINDER}, without which the tensors of adapter {adapter!r} are not its "
-            "whole update: pass the model's whole state_dict(), or none"
+            f"the state_dict holds the factors of adapter {adapter!r} without the remainder ({key_A}), which are not "
+            "its whole update: pass the model's own state_dict(), or none"
         )
-    key_A, key_B = (prefix + key for key in factor_keys(layer, adapter))
-    entries[key_A], entries[key_B] = whole_factors(
-        layer, entries[key_A], entries[key_B], remainder["left"], remainder["right"]
-    )
 
 
 def use_in_peft(tuner: LoraModel | None) -> None:

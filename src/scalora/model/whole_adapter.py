@@ -10,9 +10,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
 from scalora.model.layers import configured_scaling
 from scalora.model.remainder_layer import RemainderLayer
@@ -31,25 +30,6 @@ def remainder_layers(model: nn.Module, adapter: str | None = None) -> dict[str, 
         for name, module in model.named_modules()
         if isinstance(module, RemainderLayer) and adapter in (None, module.trained_adapter)
     }
-
-
-def whole_factors(
-    layer: RemainderLayer, lora_A: Tensor, lora_B: Tensor, left: Tensor, right: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The factors of the whole update, at the adapter's own scaling.
-
-    Args:
-        layer: the layer, with a factored remainder.
-        lora_A: its lora_A, (r, n).
-        lora_B: its lora_B, (m, r).
-        left: the used columns of its remainder's left factor, (m, c).
-        right: those of the right factor, (n, c).
-
-    Returns:
-        lora_A, (r + c, n), and lora_B, (m, r + c).
-    """
-    left = left / configured_scaling(layer, layer.trained_adapter)
-    return torch.cat([lora_A, right.mT.to(lora_A)]), torch.cat([lora_B, left.to(lora_B)], dim=1)
 
 
 def whole_config(config: LoraConfig, layers: Mapping[str, RemainderLayer]) -> LoraConfig:
@@ -83,7 +63,7 @@ class WholeUpdateConfig(LoraConfig):  # type: ignore[misc]
     """A configuration that is written as that of the whole update.
 
     Transformers' own adapters (``model.add_adapter``) are saved without a PeftModel: the tensors are those of
-    `whole_factors`, and the configuration is the live one.
+    `RemainderLayer.whole_factors`, and the configuration is the live one.
     """
 
     _layers: Mapping[str, RemainderLayer]
