@@ -155,6 +155,8 @@ def _require_free(path: Path, replace: bool) -> None:
 
 def _exchanged(one: Path, other: Path) -> bool:
     """Exchange two names at once; False if the system or the file system can't."""
+    if os.name == "nt":
+        return False
     libc = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(other)
     if sys.platform == "darwin":
@@ -170,6 +172,8 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 def _sync(path: Path) -> None:
     """Have a file, or the names in a folder, on the disk before anything relies on them."""
+    if os.name == "nt":  # which syncs neither folders nor files that are open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
