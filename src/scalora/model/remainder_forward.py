@@ -104,7 +104,7 @@ def remainder_of_embedding(layer: RemainderLayer, ids: Tensor) -> Tensor:
 
 def _factors_for_a_pass(layer: RemainderLayer) -> tuple[Tensor, Tensor]:
     """The factors in their full width where another one would be compiled for, else the columns in use, for speed."""
-    remainder = layer.factored_remainder
+    remainder = layer.factored_remainder()
     return (remainder.left, remainder.right) if torch.compiler.is_compiling() else remainder.used
 
 

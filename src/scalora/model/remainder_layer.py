@@ -58,7 +58,6 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         remainder: Remainder = getattr(self, REMAINDER)
         return remainder
 
-    @property
     def factored_remainder(self) -> FactoredRemainder:
         """The layer's remainder, which must be factored."""
         remainder = self.remainder
@@ -384,7 +383,7 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
 
         c is the number of columns of the remainder, which must be factored.
         """
-        (lora_A, lora_B), (left, right) = self.trained_factors, self.factored_remainder.used
+        (lora_A, lora_B), (left, right) = self.trained_factors, self.factored_remainder().used
         left = left / configured_scaling(self, self.trained_adapter)
         return torch.cat([lora_A, right.mT.to(lora_A)]), torch.cat([lora_B, left.to(lora_B)], dim=1)
 
@@ -413,7 +412,7 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
                 state_dict[f"{prefix}{REMAINDER}.left"] = unit * lora_B[:, r:]
                 state_dict[f"{prefix}{REMAINDER}.right"] = lora_A[r:].mT
         elif len(lora_A) == r and not beside:
-            self.factored_remainder.clear()
+            self.factored_remainder().clear()
 
     def _check_complete(self, state_dict: dict[str, Any], prefix: str) -> None:
         """The base weight, its rounding errors and the factors belong together."""
