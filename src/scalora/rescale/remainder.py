@@ -184,8 +184,9 @@ class FactoredRemainder(nn.Module):
         self.columns = 0
         self.changed = False
         self._added = r
-        self.register_buffer("left", torch.zeros(m, 2 * max_rank + r, dtype=dtype, device=device))
-        self.register_buffer("right", torch.zeros(n, 2 * max_rank + r, dtype=dtype, device=device))
+        # Column by column in memory, so that the columns in use are one piece of it.
+        for name, rows in (("left", m), ("right", n)):
+            self.register_buffer(name, torch.zeros(2 * max_rank + r, rows, dtype=dtype, device=device).mT)
         self.register_buffer("discarded", torch.zeros((), dtype=dtype, device=device))
 
     @property
@@ -256,7 +257,7 @@ class FactoredRemainder(nn.Module):
         for name, used in (("left", left), ("right", right)):
             buffer = getattr(self, name)
             if buffer.shape[1] != width:
-                buffer = buffer.new_empty(len(buffer), width)
+                buffer = buffer.new_empty(width, len(buffer)).mT
                 setattr(self, name, buffer)
             buffer[:, : used.shape[1]] = used
             buffer[:, used.shape[1] :] = 0
