@@ -29,6 +29,10 @@ DEFAULT_RANK = 8
 DEFAULT_TARGET_MODULES = "all-linear"
 """As in the paper. Leaving layers out is the first thing to show in a comparison with full fine-tuning."""
 
+STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""What those ``init_lora_weights`` begin with for which PEFT 0.21 subtracts something from the base weights, or
+quantises them, when it makes the adapter. It computes them anew for every model that it wraps."""
+
 LORA_DEFAULTS: dict[str, Any] = {
     "r": DEFAULT_RANK,
     "lora_alpha": DEFAULT_RANK,  # a scaling of 1, the paper's

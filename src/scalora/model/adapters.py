@@ -16,7 +16,7 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from scalora.model.layers import ADAPTABLE, QUANTISED, configured_scaling, factor_keys
+from scalora.model.layers import ADAPTABLE, QUANTISED, configured_scaling, factor_keys, factors_of, stored_transposed
 from scalora.model.mixed_class import plain_class
 from scalora.model.remainder_forward import WithRemainder
 from scalora.model.remainder_layer import REMAINDER, RemainderLayer
@@ -217,15 +217,10 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> 
 
 def _pair(name: str, layer: LoraLayer, adapter: str, owners: dict[int, list[str]]) -> LoraPair:
     weight, quantised = _base_weight(name, layer)
-    if isinstance(layer, Embedding):
-        lora_A, lora_B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-        transposed = True
-    else:
-        lora_A, lora_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        transposed = bool(getattr(layer, "fan_in_fan_out", False))
+    lora_A, lora_B = factors_of(layer, adapter)
     names = owners[_memory_of(weight)]
     tied = tuple(names) if len(names) > 1 else ()
-    return LoraPair(name, lora_A, lora_B, weight, quantised, tied, transposed, layer, adapter)
+    return LoraPair(name, lora_A, lora_B, weight, quantised, tied, stored_transposed(layer), layer, adapter)
 
 
 def _only_adapter(name: str, layer: LoraLayer) -> str:

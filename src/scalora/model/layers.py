@@ -33,6 +33,18 @@ def factor_keys(layer: LoraLayer, adapter: str) -> tuple[str, str]:
     return f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight"
 
 
+def factors_of(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """PEFT's lora_A, (r, n), and lora_B, (m, r), of an adapter.
+
+    Args:
+        layer: the PEFT layer.
+        adapter: the adapter's name.
+    """
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
 def configured_scaling(layer: LoraLayer, adapter: str) -> float:
     """The scaling of an adapter as it was configured: ``lora_alpha / r``, or ``lora_alpha / √r`` with rsLoRA.
 

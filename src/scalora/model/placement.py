@@ -5,6 +5,7 @@ from __future__ import annotations
 from scalora.config import Merge
 from scalora.model.adapters import LoraPair, refuse
 from scalora.model.factor_guard import FactorGuard
+from scalora.model.layers import factors_of
 from scalora.model.remainder_layer import REMAINDER, RemainderLayer, give_remainder
 from scalora.rescale.remainder import HALF, DenseRemainder, FactoredRemainder, Remainder
 
@@ -132,11 +133,7 @@ def _check_present(pair: LoraPair, *, factored: bool) -> None:
 
 def _is_copy(pair: LoraPair, other: str) -> bool:
     """Whether another adapter has the same factors, as reference adapters that trainers make of the trained one."""
-    layer = pair.layer
-    factors = (
-        (layer.lora_embedding_A[other], layer.lora_embedding_B[other])
-        if other in layer.lora_embedding_A
-        else (layer.lora_A[other].weight, layer.lora_B[other].weight)
-    )
     own = (pair.lora_A, pair.lora_B)
-    return all(a.shape == b.shape and bool((a == b).all()) for a, b in zip(factors, own, strict=True))
+    return all(
+        a.shape == b.shape and bool((a == b).all()) for a, b in zip(factors_of(pair.layer, other), own, strict=True)
+    )

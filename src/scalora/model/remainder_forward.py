@@ -37,7 +37,7 @@ class WithRemainder(LoraVariant):  # type: ignore[misc]
         Returns:
             The layer's output, (…, m).
         """
-        (left, right), scaling = _factors_for_a_pass(module), module.scaling[active_adapter]
+        scaling = module.scaling[active_adapter]
         if isinstance(module, Embedding):
             lora_A, lora_B = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
             update = (module._embed(x, lora_A.mT) @ lora_B.mT) * scaling
@@ -47,7 +47,7 @@ class WithRemainder(LoraVariant):  # type: ignore[misc]
         else:
             lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
             update = lora_B(lora_A(module.lora_dropout[active_adapter](x))) * scaling
-            linear = nn.functional.linear
+            (left, right), linear = _factors_for_a_pass(module), nn.functional.linear
             of_remainder = linear(linear(x, right.mT.to(x.dtype)), left.to(x.dtype))
             update = update + _scaled(of_remainder, module.remainder_scaling)
         output: Tensor = result + update
@@ -75,17 +75,6 @@ class WithRemainder(LoraVariant):  # type: ignore[misc]
             orig_weight: the base weight, as stored; modified.
         """
         orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
-
-    @staticmethod
-    def unmerge(module: RemainderLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The base weight without the whole update, up to rounding.
-
-        Args:
-            module: the PEFT layer.
-            active_adapter: the adapter's name.
-            orig_weight: the merged weight, as stored; not modified.
-        """
-        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
 
 def remainder_of_embedding(layer: RemainderLayer, ids: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from scalora.model.base_weights import BaseWeights, is_float
 from scalora.model.factor_guard import FactorGuard
-from scalora.model.layers import configured_scaling, factor_keys, stored_transposed
+from scalora.model.layers import configured_scaling, factor_keys, factors_of, stored_transposed
 from scalora.model.mixed_class import MixedIn, mix_in, plain_class
 from scalora.model.remainder_forward import WithRemainder, remainder_of_embedding
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, Remainder
@@ -73,10 +73,7 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
     @property
     def trained_factors(self) -> tuple[Tensor, Tensor]:
         """PEFT's lora_A and lora_B of the adapter that the remainder belongs to."""
-        name = self.trained_adapter
-        if name in self.lora_embedding_A:
-            return self.lora_embedding_A[name], self.lora_embedding_B[name]
-        return self.lora_A[name].weight, self.lora_B[name].weight
+        return factors_of(self, self.trained_adapter)
 
     @property
     def trained_scaling(self) -> float:

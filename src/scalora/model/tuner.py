@@ -18,7 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
-from scalora.model.layers import factor_keys
+from scalora.model.layers import factor_keys, factors_of
 from scalora.model.remainder_layer import REMAINDER, ChangedBaseError, RemainderLayer
 from scalora.model.whole_adapter import remainder_layers, whole_config
 from scalora.rescale.remainder import DenseRemainder
@@ -81,8 +81,7 @@ class RemainderLoraModel(LoraModel):  # type: ignore[misc]
         Raises:
             ChangedBaseError: the base that the adapter belongs to has been changed.
         """
-        for layer in remainder_layers(model).values():
-            layer.check_adapters([adapter_name], f"adding adapter {adapter_name!r}")
+        self._check_adapters([adapter_name], f"adding adapter {adapter_name!r}")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -168,13 +167,8 @@ class RemainderLoraModel(LoraModel):  # type: ignore[misc]
         self.peft_config[name] = whole_config(self.peft_config[adapter], layers)
         self.inject_adapter(self.model, name)
         for layer in layers.values():
-            lora_A, lora_B = layer.whole_factors()
-            if name in layer.lora_embedding_A:
-                layer.lora_embedding_A[name].copy_(lora_A)
-                layer.lora_embedding_B[name].copy_(lora_B)
-            else:
-                layer.lora_A[name].weight.copy_(lora_A)
-                layer.lora_B[name].weight.copy_(lora_B)
+            for parameter, factor in zip(factors_of(layer, name), layer.whole_factors(), strict=True):
+                parameter.copy_(factor)
             layer.scaling[name] = layer.trained_scaling
 
 

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 # Longer than the first process takes to meet the same mistake and to end, after which a launcher ends the others.
 _LAUNCHER_SECONDS = 15.0
@@ -35,7 +32,9 @@ def wait_for_all() -> None:
     """Wait until every process of the job is here."""
     import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
+    from scalora.parallel.processes import have_a_group
+
+    if have_a_group():
         dist.barrier()
 
 
@@ -47,37 +46,10 @@ def from_first(value: Any) -> Any:
     """
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized()):
+    from scalora.parallel.processes import have_a_group
+
+    if not have_a_group():
         return value
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
-
-
-def smallest(value: Tensor) -> Tensor:
-    """The smallest of a scalar over all processes.
-
-    Args:
-        value: a scalar on the device that the processes communicate from; not modified.
-    """
-    import torch.distributed as dist
-
-    value = value.clone()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(value, op=dist.ReduceOp.MIN)
-    return value
-
-
-def mean(value: Tensor) -> Tensor:
-    """The mean of a scalar over all processes.
-
-    Args:
-        value: a scalar on the device that the processes communicate from; not modified.
-    """
-    import torch.distributed as dist
-
-    value = value.clone()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value

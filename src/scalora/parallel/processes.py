@@ -16,12 +16,12 @@ from torch import Tensor
 
 def process_rank() -> int:
     """The number of this process among those of a run, from 0; 0 without `torch.distributed`."""
-    return dist.get_rank() if _initialised() else 0
+    return dist.get_rank() if have_a_group() else 0
 
 
 def process_count() -> int:
     """The number of processes of a run; 1 without `torch.distributed`."""
-    return dist.get_world_size() if _initialised() else 1
+    return dist.get_world_size() if have_a_group() else 1
 
 
 def require_process_group(what: str) -> None:
@@ -33,7 +33,7 @@ def require_process_group(what: str) -> None:
     Raises:
         RuntimeError: there are several processes, but no process group yet.
     """
-    if not _initialised() and (count := os.environ.get("WORLD_SIZE", "1")) not in ("", "0", "1"):
+    if not have_a_group() and (count := os.environ.get("WORLD_SIZE", "1")) not in ("", "0", "1"):
         raise RuntimeError(
             f"{what} must be the same in all {count} processes: call torch.distributed.init_process_group() before, or "
             "create the Trainer or its TrainingArguments first"
@@ -84,7 +84,33 @@ def take_from_first(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(sent)
 
 
-def _initialised() -> bool:
+def smallest(value: Tensor) -> Tensor:
+    """The smallest of a scalar over all processes.
+
+    Args:
+        value: a scalar on the device that the processes communicate from; not modified.
+    """
+    value = value.clone()
+    if have_a_group():
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return value
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean of a scalar over all processes.
+
+    Args:
+        value: a scalar on the device that the processes communicate from; not modified.
+    """
+    value = value.clone()
+    if have_a_group():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def have_a_group() -> bool:
+    """Whether this process belongs to a group of `torch.distributed`."""
     return dist.is_available() and dist.is_initialized()
 
 

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from scalora.rivals.full_weights import IN_BLOCKS, Full
 from scalora.rivals.method import adamw_arguments, require_positive
-from scalora.rivals.pair_optimizer import adam_direction
+from scalora.rivals.pair_optimizer import adam_direction, loss_of, step_with_decay
 
 _GROWTH = 1.01
 """γ, by which the norm of an update may grow from one step to the next: the paper's, which takes it from Fira."""
@@ -70,10 +70,7 @@ class ApolloOptimizer(Optimizer):
         Returns:
             The value of the closure; None without one.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for place, parameter in enumerate(group["params"]):
                 if parameter.grad is None:
@@ -83,7 +80,7 @@ class ApolloOptimizer(Optimizer):
                     update = self._scaled_gradient(place, parameter, state, group)
                 else:
                     update = adam_direction(parameter.grad, state, group)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+                step_with_decay(parameter, update, group)
         return loss
 
     def _scaled_gradient(self, place: int, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

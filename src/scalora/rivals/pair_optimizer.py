@@ -52,17 +52,13 @@ class PairOptimizer(Optimizer):
         Returns:
             The value of the closure; None without one.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         pairs_group, *other_groups = self.param_groups
         self._step_pairs([pair for pair in self._pairs if pair.has_gradients], pairs_group)
         for group in other_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    direction = adam_direction(parameter.grad, self.state[parameter], group)
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
+                    step_with_decay(parameter, adam_direction(parameter.grad, self.state[parameter], group), group)
         return loss
 
     @abstractmethod
@@ -84,6 +80,32 @@ def not_in_pairs(model: nn.Module, pairs: Iterable[LoraPair]) -> list[nn.Paramet
     """
     paired = {id(factor) for pair in pairs for factor in (pair.lora_A, pair.lora_B)}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
+
+
+def loss_of(closure: Callable[[], float] | None) -> float | None:
+    """Evaluate the closure of an optimizer's step.
+
+    Args:
+        closure: recomputes the loss and the gradients; may be None.
+
+    Returns:
+        The loss; None without a closure.
+    """
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def step_with_decay(parameter: Tensor, direction: Tensor, group: dict[str, Any]) -> None:
+    """Step against a direction, with decoupled weight decay as in AdamW.
+
+    Args:
+        parameter: the parameter; modified.
+        direction: the direction, of the parameter's shape.
+        group: parameter group with ``lr`` and ``weight_decay``.
+    """
+    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
 
 
 def adam_direction(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

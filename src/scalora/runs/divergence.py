@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scalora.parallel.job import smallest
+from scalora.parallel.processes import smallest
 from scalora.runs.errors import DivergedError
 from scalora.saving.checkpoints import last_finite_checkpoint
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from scalora.config import STARTS_THAT_CHANGE_THE_BASE
+
 LARGEST_SEED = 2**32 - 1
 """NumPy's: `transformers.set_seed` seeds it together with torch and Python."""
 
-# Starts of PEFT that take something off the base weights, by the method that does so and says what its results are.
-# Under any other the adapter would be written as an ordinary one, which is wrong on the original base.
-_CHANGING_STARTS = {"pissa": "pissa", "lora_ga": "lora_ga", "olora": None, "corda": None, "loftq": None}
+# Starts that change the base weights and have a method of their name, which says what its results are. Under any other
+# method the adapter would be written as an ordinary one, which is wrong on the original base.
+_METHODS_OF_STARTS = ("pissa", "lora_ga")
 _STARTS = (True, False, "gaussian", "orthogonal", "mica")
 
 # Training arguments that a run sets itself, with what to do instead of giving them.
@@ -161,9 +163,10 @@ def check_together(task: str, method: str, lora: Mapping[str, Any], training: Ma
 
 def _check_start(start: Any, method: str) -> None:
     name = start.lower() if isinstance(start, str) else start
-    family = next((known for known in _CHANGING_STARTS if isinstance(name, str) and name.startswith(known)), None)
-    if family is not None and method != _CHANGING_STARTS[family]:
-        own = _CHANGING_STARTS[family]
+    changing = STARTS_THAT_CHANGE_THE_BASE
+    family = next((known for known in changing if isinstance(name, str) and name.startswith(known)), None)
+    own = family if family in _METHODS_OF_STARTS else None
+    if family is not None and method != own:
         raise ValueError(
             f"lora.init_lora_weights={start!r}: it changes the base weights, so the adapter would be wrong on the "
             f"original base; {f'use method: {own}' if own else 'leave it out'}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scalora.parallel.job import mean
+from scalora.parallel.processes import mean
 from scalora.runs.divergence import DivergenceWatch
 from scalora.runs.measure import StepClock
 from scalora.runs.peak_memory import peak_memory_bytes

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from scalora.config import Merge
+from scalora.config import STARTS_THAT_CHANGE_THE_BASE, Merge
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
 from scalora.model.attachment import Attachment, attachment_of
 from scalora.model.mixed_class import mix_in
@@ -18,9 +18,6 @@ from scalora.parallel.data_parallel import keep_out_of_broadcasts
 from scalora.rescale.remainder import FactoredRemainder
 from scalora.saving.fingerprint import base_fingerprint
 from scalora.saving.peft_model import SavesWholeUpdate
-
-# PEFT 0.21's initialisations that subtract something from the base weights, or quantise them, when the adapter is made.
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[LoraPair], Attachment]:
@@ -47,7 +44,7 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
         root = peft_model or own or model
         _check_start(root, pairs[0].adapter)
         trained = frozenset(name for name, p in root.named_parameters() if p.requires_grad)
-        attachment = Attachment(fingerprint_of(root), trained)
+        attachment = Attachment(base_fingerprint(root), trained)
     place_remainders(pairs, merge, remainder_rank)
     for pair in pairs:
         pair.layer.attachment = attachment
@@ -88,7 +85,7 @@ def _merge_for_transformers(merge: Merge) -> Merge:
 def _check_start(root: nn.Module, adapter: str) -> None:
     config = _configuration(root, adapter)
     start = str(getattr(config, "init_lora_weights", True)).lower()
-    if start.startswith(_CHANGE_THE_BASE):
+    if start.startswith(STARTS_THAT_CHANGE_THE_BASE):
         raise UnsupportedLayerError(
             f"init_lora_weights={start!r} has changed the base weights when the adapter was made, so an adapter of the "
             "whole update would be wrong on the original base: use init_lora_weights=True, 'gaussian', 'orthogonal' or "

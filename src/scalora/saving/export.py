@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scalora.config import ScaLoraConfig
+from scalora.config import STARTS_THAT_CHANGE_THE_BASE, ScaLoraConfig
 from scalora.maths.lowrank import DEFAULT_RTOL, Factors, factors_of_dense
 from scalora.model.adapters import LoraPair
 from scalora.model.update import dense_update, factored_update
@@ -33,9 +33,6 @@ from scalora.saving.verify import adapter_errors, check_model
 
 # An export warns if rounding to its dtype loses more than this share of a layer's update: it shows in the loss then.
 _LOSES_MUCH = 0.1
-
-# Initialisations of PEFT that change the base weight. PEFT computes them anew for every model that it wraps.
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def load_model(base: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -196,7 +193,7 @@ def _wrap(base: PreTrainedModel, state: dict[str, Any], *, check: bool = True) -
 def _check_base(state: dict[str, Any], fingerprint: str) -> None:
     """Check that a state belongs to a base, and name an initialisation of PEFT that has changed it before training."""
     start = str((state["adapter"] or {}).get("init_lora_weights")).lower()
-    if state["base"] != fingerprint and start.startswith(_CHANGES_THE_BASE):
+    if state["base"] != fingerprint and start.startswith(STARTS_THAT_CHANGE_THE_BASE):
         raise StateError(
             f"the state was trained with init_lora_weights={start!r}, which changes the base weights before training: "
             "it does not fit the base as it is published, and can't be exported; train with another initialisation"
@@ -235,7 +232,7 @@ def _merge_exactly(pair: LoraPair, dtype: torch.dtype) -> float:
     if isinstance(pair.remainder, DenseRemainder):
         weight = pair.remainder.exact(weight)
     layer.weight = torch.nn.Parameter(weight.to(torch.promote_types(weight.dtype, torch.float32)), False)
-    pair.layer.merge(adapter_names=[pair.adapter])
+    pair.layer.merge_for_good(adapter_names=[pair.adapter])
     exact = layer.weight.data
     layer.weight.data = exact.to(dtype)
     return float(torch.linalg.vector_norm(layer.weight.data.to(exact.dtype) - exact)) if dtype.itemsize == 2 else 0.0
