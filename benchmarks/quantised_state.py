@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from scalora import ScaLora, ScaLoraConfig
-from scalora.rescale.optimizers import state_degrees
+from scalora.rescale.optimizers import state_kinds
 from scalora.rescale.transport import scale_gradients_and_states
 
 OPTIMIZERS = {
@@ -66,9 +66,9 @@ def run(name: str, bits: int, alpha: Tensor, beta: Tensor, at: int, *, seed: int
         ((x @ (W + A @ B - target).T) ** 2).mean().backward()
         if t == at > 0:
             W = _scale(W, A, B, alpha, beta)
-            degrees = state_degrees(optimizer)
-            scale_gradients_and_states(optimizer, degrees, [A], [beta.expand(A.shape)])
-            scale_gradients_and_states(optimizer, degrees, [B], [alpha[:, None].expand(B.shape)])
+            kinds = state_kinds(optimizer)
+            scale_gradients_and_states(optimizer, kinds, [A], [beta.expand(A.shape)])
+            scale_gradients_and_states(optimizer, kinds, [B], [alpha[:, None].expand(B.shape)])
         if t == k:
             start = torch.cat([A.detach().flatten(), B.detach().flatten()])
         optimizer.step()

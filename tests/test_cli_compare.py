@@ -20,7 +20,8 @@ from scalora.cli import app
 from scalora.studies.study import load_study_file
 
 # Stands in for `python -m scalora train CONFIG`, in no time: the figures follow from the config alone. What a method's
-# lora.r asks for it does: 12 stops because it diverges, 13 fails, 14 never ends, 15 has a loss of NaN, 16 is killed.
+# lora.r asks for it does: 12 stops because it diverges, 13 fails, 14 never ends, 15 has a loss of NaN, 16 is killed, 17
+# learns faster.
 TRAINER = """#!{python}
 import json, os, pathlib, signal, sys, time, yaml
 config = yaml.safe_load(open(sys.argv[-1]))
@@ -44,9 +45,10 @@ if rank == 16:
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(0.2)
 loss = float("nan") if rank == 15 else abs(training["learning_rate"] - 2e-3) * 100 + training["seed"] / 100
+loss += (4 - training["max_steps"]) / 10 - 0.25 * (rank == 17)
 lines = [{{"step": 1, "seconds": 1.0, "loss": loss}}, {{"step": 2, "seconds": 2.0, "eval_loss": loss}}]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
-summary = {{"steps": 2, "eval_loss": loss, "eval_accuracy": 1 - loss}}
+summary = {{"steps": training["max_steps"], "eval_loss": loss, "eval_accuracy": 0.9 - loss - 0.1 * (rank == 17)}}
 (folder / "summary.json").write_text(json.dumps(summary))
 """
 
@@ -84,8 +86,8 @@ def write_study(tmp_path, write_jsonl, monkeypatch):
     return write
 
 
-def cell(method, rate, seed):
-    return Path("study", "cells", method, f"lr{rate}-seed{seed}")
+def cell(method, rate, seed, share=None):
+    return Path("study", "cells", method, f"lr{rate}-seed{seed}" + ("" if share is None else f"-share{share}"))
 
 
 def finished():
@@ -144,6 +146,13 @@ BAD_STUDIES = {
     "--methods.scalora.data.eval=nowhere.csv": "data file 'nowhere.csv' does not exist",
     "--run.data.eval=null": "data.eval is missing",
     "--seeds.x=1": "'seeds' is not a section",
+    "--step_shares=[0.5, 0.5]": "step_shares: 0.5 is listed twice",
+    "--step_shares=[0.5, 1.0]": "1.0 must be above 0 and below 1",
+    "--step_shares=[0]": "0.0 must be above 0 and below 1",
+    "--step_shares=[]": "step_shares=[]",
+    "--step_shares=[0.1]": "step_shares: 0.1 of 4 steps is 0, but each share must be another number",
+    "--step_shares=[0.9]": "step_shares: 0.9 of 4 steps is 4,",
+    "--step_shares=[0.5, 0.55]": "step_shares: 0.5 of 4 steps is 2,",
     "--threads=9999": "--threads 9999: must be from 1 to the",
     "--cores=0": "'--cores'",
 }
@@ -384,6 +393,101 @@ def test_a_folder_with_something_else_in_it_is_refused(write_study, trainer):
     assert result.exit_code == 2
     assert "is not empty and not the folder of a study" in errors(result)[0]
     assert [path.name for path in Path("study").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--run.training.max_steps=-1",), "step_shares: they are shares of run.training.max_steps, which is missing"),
+        (("--run.training={num_train_epochs: 2}",), "shares of run.training.max_steps, which is missing"),
+        (
+            ("--methods.scalora.training.max_steps=8",),
+            "methods.scalora.training.max_steps=8: step_shares need the same for all methods, and lora has 4",
+        ),
+    ],
+)
+def test_shares_need_a_number_of_steps_that_is_the_same_for_all(changes, message, write_study, trainer):
+    result = scalora("compare", write_study(step_shares=[0.5]), *changes)
+    assert result.exit_code == 2
+    assert len(errors(result)) == 1
+    assert message in errors(result)[0]
+    assert not Path("study").exists()
+
+
+FASTER = {"lora": {}, "fast": {"method": "lora", "lora": {"r": 17}}, "full": {}}
+SHARES = [0.75, 0.5]
+
+
+def test_shares_of_the_steps_are_run_at_the_best_rate_by_all_but_the_baseline(write_study, trainer):
+    study = write_study(methods=FASTER, step_shares=SHARES, tuning_seeds=[0], seeds=[1])
+    result = scalora("compare", study, "--run.training.warmup_steps", 2)
+    assert result.exit_code == 0, result.output
+    full = {cell(m, r, 0) for m in FASTER for r in (1e-3, 2e-3)} | {cell(m, 2e-3, 1) for m in FASTER}
+    shares = {cell(m, 2e-3, 1, share) for m in ("fast", "full") for share in SHARES}
+    assert finished() == full | shares
+    counts = [line.split()[0] for line in result.stderr.splitlines() if line.startswith("[")]
+    assert counts == [f"[{i}/13]" for i in range(1, 14)]
+    whole, half = (yaml.safe_load((cell("fast", 2e-3, 1, s) / "config.yaml").read_text()) for s in (None, 0.5))
+    assert (half["training"]["max_steps"], half["training"]["warmup_steps"]) == (2, 1)
+    half["training"] |= {"max_steps": 4, "warmup_steps": 2}
+    assert half | {"output_dir": whole["output_dir"]} == whole
+
+
+def test_the_table_says_at_which_share_of_the_steps_a_method_is_level(write_study, trainer):
+    study = write_study(methods=FASTER, step_shares=SHARES, learning_rates=[2e-3], metric="eval_accuracy")
+    result = scalora("compare", study)
+    assert result.exit_code == 0, result.output
+    # fast is ahead by 0.25 in loss, by 0.15 in accuracy, and loses 0.1 of either with each step that it does not take.
+    section = result.stdout.split("## Fewer steps")[1].split("##")[0]
+    assert "| lora | 100 % | 4 | 2 | 0.8850 ± 0.0050 | 0.0150 ± 0.0050 |" in section
+    assert "| lora | 75 %" not in section
+    assert "| fast | 50 % | 2 | 2 | 0.8350 ± 0.0050 | -0.0350 ± 0.0050 |" in section
+    assert "| fast | level with lora at 75 % of its steps | level with lora at 50 % of its steps |" in section
+    assert "| full | level with lora at 100 % of its steps | level with lora at 100 % of its steps |" in section
+    assert scalora("compare", study, "--table-only").stdout == result.stdout
+    other = result.stdout.replace("## Fewer steps" + section, "").split("## Scores")[1]
+    before = scalora("compare", study, "--step_shares", "null")
+    assert before.exit_code == 0, before.output
+    assert "Fewer steps" not in before.stdout
+    assert before.stdout.split("## Scores")[1] == other
+
+
+def test_shares_can_be_added_to_a_finished_study_and_one_that_is_missing_is_run_again(write_study, trainer):
+    study = write_study(learning_rates=[1e-3])
+    assert scalora("compare", study).exit_code == 0
+    result = scalora("compare", study, "--step_shares", "[0.5]")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("kept") == 4
+    assert finished() > {cell("scalora", 1e-3, seed, 0.5) for seed in (1, 2)}
+    assert len(finished()) == 6
+    (cell("scalora", 1e-3, 2, 0.5) / "summary.json").unlink()
+    unfinished = scalora("compare", study, "--table-only").stdout
+    assert "| scalora | 50 % | 2 | 1 (1 not finished) |" in unfinished
+    assert "| scalora | level with lora at 100 % of its steps so far |" in unfinished
+    assert "5 of 6 runs finished" in unfinished
+    result = scalora("compare", study, "--step_shares", "[0.5]")
+    assert result.stderr.count("kept") == 5
+    assert len(finished()) == 6
+
+
+def test_a_finished_cell_of_a_share_that_was_run_otherwise_is_an_error(write_study, trainer):
+    study = write_study(learning_rates=[1e-3], seeds=[1], step_shares=[0.5])
+    assert scalora("compare", study).exit_code == 0
+    path = cell("scalora", 1e-3, 1, 0.5) / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(config | {"training": config["training"] | {"max_steps": 3}}))
+    (error,) = errors(scalora("compare", study))
+    assert "lr0.001-seed1-share0.5' was run with training.max_steps=3, but the study now has 2" in error
+
+
+def test_the_ceiling_may_train_the_matrices_that_the_adapters_have(write_study):
+    full = {"method_options": {"matrices": "adapted"}, "learning_rates": [1e-4, 2e-4]}
+    path = write_study(methods={"lora": {}, "full": full}, ceiling="full")
+    study = load_study_file(path, ["--run.lora.target_modules", "[q_proj]"])
+    settings = study.cell("full", 1e-4, 1).settings
+    assert settings.method == "full"
+    assert settings.method_options == {"matrices": "adapted"}
+    assert settings.lora == study.cell("lora", 1e-3, 1).settings.lora == {"target_modules": ["q_proj"]}
 
 
 def test_the_table_is_made_anew_without_running_anything(write_study, trainer):

@@ -23,8 +23,10 @@ from typer.testing import CliRunner
 
 import scalora
 from scalora.cli import app
+from scalora.maths.weight_steps import norm_for_turn
 from scalora.runs.inspect import inspect_run
 
+QUANTILES = [f"{factor}_p{quantile}" for factor in ("alpha", "beta") for quantile in (10, 50, 90)]
 ROWS = 24
 TRAINING = {
     "max_steps": 6,
@@ -113,6 +115,14 @@ def residuals(G, A, B, smoothness_rate):
     for kind, columns in (("scalar", in_two), ("column", X)):
         solutions[kind] = torch.linalg.lstsq(columns, G.flatten()[:, None], driver="gelsd").solution[:, 0]
         found[kind] = (G.flatten() - columns @ solutions[kind]).square().sum() / energy
+    U_A, U_B = torch.linalg.qr(A)[0], torch.linalg.qr(B)[0]
+    units = torch.eye(r * r, dtype=G.dtype).view(-1, r, r)
+    symmetric = units + units.mT
+    terms = [U_A @ E @ U_A.T @ G for E in symmetric] + [G @ U_B @ E @ U_B.T for E in symmetric]
+    columns = torch.stack([term.flatten() for term in terms], dim=1)
+    solution = torch.linalg.lstsq(columns, G.flatten()[:, None], driver="gelsd").solution[:, 0]
+    found["matrix"] = (G.flatten() - columns @ solution).square().sum() / energy
+    found["polar"] = (G - U_A @ U_A.T @ G - G @ U_B @ U_B.T).square().sum() / energy
     kind = next((kind for kind in ("column", "scalar") if (solutions[kind] > 0).all()), "none")
     found["chosen"] = found[kind]
     found["oracle"] = torch.linalg.svdvals(G)[2 * r :].square().sum() / energy
@@ -213,7 +223,33 @@ def test_the_residuals_are_those_of_the_gradient_at_the_trained_weight(kind, tra
         assert residual == pytest.approx(expected, rel=1e-3, abs=1e-5), name
         ordered = [residual[kind] for kind in ("oracle", "column", "scalar", "none")]
         assert all(less <= more + 1e-12 for less, more in pairwise(ordered))
+        assert residual["oracle"] <= residual["matrix"] + 1e-9
+        assert residual["matrix"] <= min(residual["column"], residual["polar"]) + 1e-9
         assert layers[name]["shape"] == [len(A), len(B)]
+
+
+@pytest.mark.parametrize(("optimum", "kind"), [("polar", "polar"), ("exact", "matrix")])
+def test_a_run_that_rescales_by_matrices(optimum, kind, train):
+    run = train(
+        scalora={"mode": "matrix", "optimum": optimum, "target_norm": 1.0},
+        training={"optim": "sgd", "optim_args": "momentum=0.9"},
+    )
+    content = inspected(run)
+    for layer in content["layers"]:
+        assert layer["residual"]["chosen"] == pytest.approx(layer["residual"][kind], rel=1e-3)
+    assert content["factors"]["first"].keys() == {"step", "matrix_share", "left_alone_share", *QUANTILES}
+    assert content["factors"]["first"]["matrix_share"] == 1
+
+
+def test_the_target_norm_of_each_layer_is_that_of_its_shape(train, causal_folder, tokenizer):
+    run = train(optimizer="pair_adamw", training={"learning_rate": 2e-3}, scalora={"turn": 0.1})
+    gradients = full_gradients(base_model(run / "model"), tokenizer)
+    layers = by_name(inspected(run))
+    for name, (A, B) in trained_factors(run, base_model(causal_folder)).items():
+        norm = norm_for_turn(0.1, 2e-3, 2.0, len(A), len(B), 4)
+        expected = residuals(gradients[name], A, B, norm**-2)
+        assert layers[name]["residual"]["none"] == pytest.approx(expected["none"], rel=1e-3)
+        assert layers[name]["residual"]["chosen"] == pytest.approx(expected["polar"], rel=1e-3)
 
 
 def test_gradients_of_several_batches_are_summed_and_the_oracle_may_have_another_rank(train, causal_folder, tokenizer):

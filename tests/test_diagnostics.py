@@ -58,6 +58,9 @@ def test_residuals_agree_with_the_independent_solver(name):
         assert getattr(residuals, kind) == pytest.approx(VECTORS[f"{name}.residual_{key}"].item(), abs=1e-8)
     assert residuals.none == pytest.approx(left_of(G, A, B, 1, 1).item())
     assert residuals.oracle <= residuals.column <= residuals.scalar <= residuals.none
+    assert residuals.oracle <= residuals.matrix <= min(residuals.column, residuals.polar) + 1e-9
+    orthonormal = (torch.linalg.qr(factor)[0] for factor in (A, B))
+    assert residuals.polar == pytest.approx(left_of(G, *orthonormal, 1, 1).item())
     column_taken = (VECTORS[f"{name}.v_column"] > 0).all() and abs(residuals.chosen - residuals.column) < 1e-8
     scalar_taken = (VECTORS[f"{name}.v_scalar"] > 0).all() and abs(residuals.chosen - residuals.scalar) < 1e-8
     assert column_taken or scalar_taken or residuals.chosen == residuals.none
@@ -87,6 +90,16 @@ def test_what_is_chosen_is_the_best_positive_scaling_that_the_mode_allows():
     assert found["auto"] >= {"scalar", "column"}
     assert found["column"] == {"none", "column"}
     assert found["scalar"] == {"scalar"}
+
+
+@pytest.mark.parametrize(("optimum", "kind"), [("polar", "polar"), ("exact", "matrix")])
+def test_what_is_chosen_in_the_mode_of_matrices(optimum, kind):
+    G, A, B = matrix(12, 10), matrix(12, 3, seed=1), matrix(10, 3, seed=2)
+    residuals = step_residuals(G, A, B, mode="matrix", optimum=optimum, target_norm=3.0)
+    assert residuals.chosen == pytest.approx(getattr(residuals, kind), abs=1e-6)
+    assert residuals.chosen < residuals.none
+    left_alone = step_residuals(G, 0 * A, B, mode="matrix", optimum=optimum, target_norm=3.0)
+    assert left_alone.chosen == left_alone.none
 
 
 def test_the_target_norm_is_the_size_of_the_step_of_the_adapter_as_it_is():

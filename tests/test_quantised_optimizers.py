@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scalora import UnsupportedOptimizerError, register_optimizer
-from scalora.rescale.optimizers import state_degrees
+from scalora.rescale.optimizers import state_kinds
 from scalora.rescale.quantised_state import scale_block_quantised
 from scalora.rescale.transport import scale_gradients_and_states
 
@@ -136,10 +136,10 @@ def test_every_class_is_known_and_scales_its_own_state(name):
     state = optimizer.state[parameter]
     quantises = "8bit" in name
     assert (state["state1"].dtype == torch.uint8) == quantises
-    degrees = state_degrees(optimizer)
+    kinds = state_kinds(optimizer)
     first = {"RMSprop": 2, "Adagrad": 2}.get(name.removesuffix("8bit").removesuffix("32bit"), 1)
     wanted = state_value(state, "state1", True) * FACTOR**first
-    scale_gradients_and_states(optimizer, degrees, [parameter], [FACTOR.expand(parameter.shape)])
+    scale_gradients_and_states(optimizer, kinds, [parameter], [FACTOR.expand(parameter.shape)])
     # Half the widest gap of the code book, as a share of the block's maximum.
     bound = {"rtol": 0, "atol": 0.01 * wanted.abs().max().item()} if quantises else {"rtol": 1e-6, "atol": 0}
     torch.testing.assert_close(state_value(state, "state1", True), wanted, **bound)
@@ -157,7 +157,7 @@ def state_value(state, key, signed):
 def test_small_parameters_keep_32_bits_and_are_carried_exactly():
     optimizer, parameter = stepped("AdamW8bit", shape=(20, 8))
     gradient = parameter.grad.clone()
-    scale_gradients_and_states(optimizer, state_degrees(optimizer), [parameter], [FACTOR.expand(parameter.shape)])
+    scale_gradients_and_states(optimizer, state_kinds(optimizer), [parameter], [FACTOR.expand(parameter.shape)])
     state = optimizer.state[parameter]
     torch.testing.assert_close(parameter.grad, gradient * FACTOR)
     torch.testing.assert_close(state["state1"], 0.1 * gradient * FACTOR)
@@ -170,21 +170,21 @@ def test_the_decay_of_its_adam_is_decoupled(bits):
     (plain, _), (decayed, parameter) = (stepped("Adam", optim_bits=bits, weight_decay=decay) for decay in (0, 0.5))
     for key, value in plain.state[plain.param_groups[0]["params"][0]].items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(decayed.state[parameter][key]))
-    assert state_degrees(decayed)
+    assert state_kinds(decayed)
 
 
 @pytest.mark.parametrize("name", ["SGD8bit", "RMSprop8bit", "Adagrad", "Lion8bit", "PagedLion"])
 def test_decay_that_is_added_to_the_gradient_is_refused(name):
     optimizer, _ = stepped(name, weight_decay=0.1)
     with pytest.raises(UnsupportedOptimizerError, match=f"{name}.*weight_decay=0.1"):
-        state_degrees(optimizer)
+        state_kinds(optimizer)
 
 
 @pytest.mark.parametrize("name", ["AdEMAMix", "AdEMAMix8bit", "PagedAdEMAMix32bit"])
 def test_ademamix_is_refused_by_name(name):
     optimizer = getattr(bnb.optim, name)([torch.nn.Parameter(torch.randn(4, 3))])
     with pytest.raises(UnsupportedOptimizerError, match=f"{name}.*two first moments"):
-        state_degrees(optimizer)
+        state_kinds(optimizer)
 
 
 def test_integer_state_of_an_unknown_kind_is_refused():
@@ -197,4 +197,4 @@ def test_integer_state_of_an_unknown_kind_is_refused():
     register_optimizer(Rounded, {"momentum": 1})
     factor = torch.tensor([1.0, 2.0, 3.0]).expand(parameter.shape)
     with pytest.raises(UnsupportedOptimizerError, match=r"Rounded.*'momentum' as torch\.uint8"):
-        scale_gradients_and_states(optimizer, state_degrees(optimizer), [parameter], [factor])
+        scale_gradients_and_states(optimizer, state_kinds(optimizer), [parameter], [factor])

@@ -142,6 +142,8 @@ def write_run(folder, method="scalora", rate=1e-3, seed=1, inspected=True, track
                     "none": 0.99 + 0.1 * place,
                     "scalar": 0.95,
                     "column": 0.9 - 0.01 * place,
+                    "polar": 0.85 - 0.01 * place,
+                    "matrix": 0.84 - 0.01 * place,
                     "chosen": 0.95 if place % 5 == 0 else 0.9 - 0.01 * place,
                     "oracle": 0.3 + 0.01 * (place % 7),
                 },
@@ -388,6 +390,8 @@ def test_the_distance_to_the_oracle_has_every_layer_and_scaling(run):
     axes = oracle_distance(run).axes[0]
     np.testing.assert_allclose(line(axes, "no scaling").get_xdata(), [0.99 + 0.1 * i for i in range(24)])
     np.testing.assert_allclose(line(axes, "column").get_xdata(), [0.9 - 0.01 * i for i in range(24)])
+    np.testing.assert_allclose(line(axes, "polar").get_xdata(), [0.85 - 0.01 * i for i in range(24)])
+    np.testing.assert_allclose(line(axes, "matrix").get_xdata(), [0.84 - 0.01 * i for i in range(24)])
     np.testing.assert_allclose(line(axes, "oracle (SVD)").get_xdata(), [0.3 + 0.01 * (i % 7) for i in range(24)])
     assert line(axes, "chosen").get_xdata()[5] == 0.95
     assert len(axes.get_yticklabels()) == 24

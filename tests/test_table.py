@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import yaml
 
+from scalora.report.write import read_study
 from scalora.runs.errors import InputError
 from scalora.studies.table import load_study
-from scalora.studies.table_markdown import write_tables
+from scalora.studies.table_markdown import markdown, write_tables
 
 RATES = {"lora": [1e-3, 2e-3, 4e-3], "scalora": [1e-3, 2e-3, 4e-3], "full": [1e-5, 2e-5, 4e-5]}
 # Final evaluation losses on the tuning seed: lora's best is in the middle of its grid, the others' at an edge.
@@ -54,8 +55,9 @@ def cell_folder(study, method, rate, seed):
     return study / "cells" / method / f"lr{rate}-seed{seed}"
 
 
-def write_cell(study, method, rate, seed, evaluations, losses=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)):
+def write_cell(study, method, rate, seed, evaluations, losses=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2), share=None):
     folder = cell_folder(study, method, rate, seed)
+    folder = folder if share is None else folder.with_name(f"{folder.name}-share{share}")
     folder.mkdir(parents=True)
     per_step = SECONDS_PER_STEP[method]
     lines = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses, start=1)]
@@ -302,7 +304,7 @@ def test_the_tables_on_disk(study):
         environment = json.dumps({"versions": {"torch": version}})
         (cell_folder(study, "lora", 2e-3, seed) / "environment.json").write_text(environment)
     result = write_tables(study)
-    for name in ("cells", "curves", "table"):
+    for name in ("cells", "curves", "table", "shares"):
         written = pd.read_parquet(study / f"{name}.parquet")
         pd.testing.assert_frame_equal(written, getattr(result, name), check_dtype=False)
     text = (study / "table.md").read_text()
@@ -320,3 +322,105 @@ def test_the_tables_on_disk(study):
 def test_a_folder_that_is_no_study_is_named(tmp_path):
     with pytest.raises(InputError, match="holds no study"):
         load_study(tmp_path)
+
+
+# At 0.5 and 0.75 of the steps, final evaluation losses and accuracies of seeds 1, 2 and 3. lora's full runs have means
+# of 0.6 and 0.72.
+BY_SHARE = {
+    "scalora": {0.5: [(0.58, 0.70), (0.62, 0.72), (0.63, 0.71)], 0.75: [(0.62, 0.65), (0.50, 0.82), (0.68, 0.69)]},
+    "full": {0.5: [(0.30, 0.70), (0.40, 0.73), (0.50, 0.74)], 0.75: [(0.70, 0.6), (0.70, 0.6), (math.nan, 0.6)]},
+}
+STEPS = {0.5: 2, 0.75: 3}
+
+
+def write_study_of_shares(folder, **settings):
+    study = write_whole_study(folder, step_shares=[0.75, 0.5], **settings)
+    content = yaml.safe_load((study / "study.yaml").read_text())
+    content["run"]["training"] = {"max_steps": 4}
+    (study / "study.yaml").write_text(yaml.safe_dump(content))
+    for method, shares in BY_SHARE.items():
+        for share, scores in shares.items():
+            for seed, last in enumerate(scores, start=1):
+                write_cell(study, method, BEST[method], seed, [(0.9, 0.1)] * (STEPS[share] - 1) + [last], share=share)
+    return study
+
+
+def test_the_share_of_the_steps_at_which_a_method_is_level_with_the_baselines_full_runs(tmp_path):
+    result = load_study(write_study_of_shares(tmp_path / "study"))
+    table = result.shares.set_index(["method", "share"])
+    assert set(table.index) == {("lora", 1.0)} | {(m, s) for m in ("scalora", "full") for s in (0.5, 0.75, 1.0)}
+    assert table.loc["scalora", "steps"].to_dict() == {0.5: 20, 0.75: 30, 1.0: 30}
+    assert table["seeds"].eq(3).all()
+    half = table.loc[("scalora", 0.5)]
+    assert [half["metric_mean"], half["metric_se"]] == pytest.approx([0.71, 0.01 / 3**0.5])
+    assert half["eval_loss_mean"] == pytest.approx(0.61)
+    # Equal means are level, although one is worse by what is rounded.
+    assert table.loc[("scalora", 0.75), "eval_loss_mean"] > table.loc[("lora", 1.0), "eval_loss_mean"]
+    assert table.loc["scalora", "metric_level"].tolist() == [False, True, True]
+    assert table.loc["scalora", "eval_loss_level"].tolist() == [False, True, True]
+    # The smallest share counts, whatever becomes of larger ones; a run that diverged is never level.
+    assert table.loc["full", "metric_level"].tolist() == [True, False, True]
+    assert table.loc["full", "eval_loss_level"].tolist() == [True, False, True]
+    assert table.loc["lora", ["metric_level", "eval_loss_level"]].isna().all(axis=None)
+    text = markdown(result)
+    assert "| full | level with lora at 50 % of its steps | level with lora at 50 % of its steps |" in text
+    assert "| scalora | level with lora at 75 % of its steps | level with lora at 75 % of its steps |" in text
+    assert "| full | 75 % | 30 | 3 | 0.6000 ± 0.0000 | inf |" in text
+
+
+def test_for_a_metric_that_should_be_small_a_smaller_mean_is_level(tmp_path):
+    shares = load_study(write_study_of_shares(tmp_path / "study", metric="eval_loss")).shares
+    assert shares["metric_level"].equals(shares["eval_loss_level"])
+
+
+def test_level_is_judged_on_the_seeds_that_both_have(tmp_path):
+    study = write_study_of_shares(tmp_path / "study")
+    for name in ("lr0.004-seed1-share0.75", "lr0.004-seed3-share0.75"):
+        (study / "cells" / "scalora" / name / "summary.json").unlink()
+    result = load_study(study)
+    row = result.shares.set_index(["method", "share"]).loc[("scalora", 0.75)]
+    assert row[["seeds", "unfinished"]].tolist() == [1, 2]
+    assert row[["metric_level", "eval_loss_level"]].tolist() == [True, True]
+    (study / "cells" / "lora" / "lr0.002-seed2" / "summary.json").unlink()
+    result = load_study(study)
+    row = result.shares.set_index(["method", "share"]).loc[("scalora", 0.75)]
+    assert row[["metric_level", "eval_loss_level"]].isna().all()
+    assert "| scalora | level with lora at 100 % of its steps so far |" in markdown(result)
+
+
+def test_a_method_that_is_level_at_no_share_and_one_without_runs(tmp_path):
+    study = write_study_of_shares(tmp_path / "study", baseline="full", ceiling=None)
+    text = markdown(load_study(study))
+    assert "| scalora | not level | not level |" in text
+    assert "| lora | not level so far | not level so far |" in text
+    for folder in (study / "cells" / "full").iterdir():
+        (folder / "summary.json").unlink()
+    assert "| scalora | — | — |" in markdown(load_study(study))
+
+
+def test_runs_over_a_share_of_the_steps_are_in_no_other_table_curve_or_figure(tmp_path):
+    plain, study = write_whole_study(tmp_path / "plain"), write_study_of_shares(tmp_path / "study")
+    wanted, result = load_study(plain), load_study(study)
+    pd.testing.assert_frame_equal(result.table, wanted.table)
+    pd.testing.assert_frame_equal(result.sensitivity, wanted.sensitivity)
+    assert result.cells["share"].value_counts().to_dict() == {1.0: 18, 0.5: 6, 0.75: 6}
+    assert not result.cells.loc[result.cells["share"] < 1, ["tuning", "reported"]].any(axis=None)
+    for name in ("cells", "curves", "updates"):
+        found = getattr(result, name)
+        pd.testing.assert_frame_equal(found[found["share"] == 1].reset_index(drop=True), getattr(wanted, name))
+    assert set(result.curves["share"]) == {0.5, 0.75, 1.0}
+    figures, expected = read_study(study), read_study(plain)
+    pd.testing.assert_frame_equal(figures.cells, expected.cells)
+    pd.testing.assert_frame_equal(figures.curves, expected.curves)
+    assert "Fewer steps" not in markdown(wanted)
+
+
+def test_the_shares_are_on_disk(tmp_path):
+    study = write_study_of_shares(tmp_path / "study")
+    result = write_tables(study)
+    written = pd.read_parquet(study / "shares.parquet")
+    pd.testing.assert_frame_equal(written, result.shares, check_dtype=False)
+    cells = pd.read_parquet(study / "cells.parquet")
+    assert set(cells.loc[cells["share"] == 0.5, "folder"]) == {
+        f"cells/{method}/lr{BEST[method]}-seed{seed}-share0.5" for method in BY_SHARE for seed in (1, 2, 3)
+    }

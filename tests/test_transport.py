@@ -8,7 +8,7 @@ from optimi import StableAdamW
 from schedulefree import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
 
 from scalora import ScaLora, ScaLoraConfig, UnsupportedOptimizerError, register_optimizer
-from scalora.rescale.optimizers import state_degrees
+from scalora.rescale.optimizers import state_kinds
 from scalora.rescale.transport import scale_gradients_and_states
 
 OPTIMIZERS = {
@@ -35,6 +35,7 @@ OPTIMIZERS = {
     "adagrad": (torch.optim.Adagrad, {}),
     "adagrad foreach": (torch.optim.Adagrad, {"lr_decay": 0.1, "foreach": True}),
     "adagrad fused": (torch.optim.Adagrad, {"fused": True}),
+    "muon": (torch.optim.Muon, {"weight_decay": 0.1, "momentum": 0.9}),
     "lion": (Lion, {"weight_decay": 0.1}),
     "stable adamw": (StableAdamW, {"weight_decay": 0.1, "eps": 1e-12, "triton": False}),
 }
@@ -78,9 +79,9 @@ def test_scaled_at_step_k_equals_scaled_from_the_start(name):
             torch.nn.functional.mse_loss(model(x), y).backward()
             if t == k and not from_the_start:
                 A, B = scale_adapter(model)
-                degrees = state_degrees(optimizer)
-                scale_gradients_and_states(optimizer, degrees, [A], [BETA.expand(A.shape)])
-                scale_gradients_and_states(optimizer, degrees, [B], [ALPHA[:, None].expand(B.shape)])
+                kinds = state_kinds(optimizer)
+                scale_gradients_and_states(optimizer, kinds, [A], [BETA.expand(A.shape)])
+                scale_gradients_and_states(optimizer, kinds, [B], [ALPHA[:, None].expand(B.shape)])
             optimizer.step()
             optimizer.zero_grad()
             layer = layer_of(model)
@@ -106,7 +107,6 @@ def parameter():
     ("optimizer", "reason"),
     [
         (lambda p: torch.optim.Adafactor([p]), "Adafactor.*factored"),
-        (lambda p: torch.optim.Muon([p]), "Muon.*orthogonalises"),
         (lambda p: torch.optim.LBFGS([p]), "LBFGS"),
         (lambda p: torch.optim.Adamax([p]), "Adamax"),
         (lambda p: torch.optim.ASGD([p]), "ASGD.*averages the parameters"),
@@ -129,14 +129,14 @@ def parameter():
 )
 def test_what_cannot_be_carried_is_refused_by_name(optimizer, reason):
     with pytest.raises(UnsupportedOptimizerError, match=reason) as error:
-        state_degrees(optimizer(parameter()))
+        state_kinds(optimizer(parameter()))
     assert "AdamW" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_stable_adamw_in_half_precision_without_kahan_sum_is_carried():
     optimizer = StableAdamW([torch.nn.Parameter(torch.randn(4, 3, dtype=torch.bfloat16))], 1e-3, kahan_sum=False)
-    assert state_degrees(optimizer) == {"exp_avg": 1, "exp_avg_sq": 2}
+    assert state_kinds(optimizer) == {"exp_avg": "linear", "exp_avg_sq": 2}
 
 
 @pytest.fixture
@@ -196,15 +196,15 @@ def test_a_user_can_teach_it_an_optimizer():
     p = parameter()
     optimizer = Signum([p])
     with pytest.raises(UnsupportedOptimizerError, match="Signum"):
-        state_degrees(optimizer)
+        state_kinds(optimizer)
     register_optimizer(Signum, {"momentum": 1})
     p.grad = torch.ones_like(p)
     optimizer.step()
     factor = torch.tensor([1.0, 2.0, 3.0]).expand(p.shape)
-    scale_gradients_and_states(optimizer, state_degrees(optimizer), [p], [factor])
+    scale_gradients_and_states(optimizer, state_kinds(optimizer), [p], [factor])
     assert optimizer.state[p]["momentum"][0].tolist() == [1.0, 2.0, 3.0]
     register_optimizer(Signum, {"other": 1})
     with pytest.raises(UnsupportedOptimizerError, match="'momentum'"):
-        scale_gradients_and_states(optimizer, state_degrees(optimizer), [p], [factor])
+        scale_gradients_and_states(optimizer, state_kinds(optimizer), [p], [factor])
     with pytest.raises(ValueError, match="degree"):
         register_optimizer(Signum, {"momentum": -1})

@@ -22,17 +22,18 @@ from problems import LinearProblem, TwoLayerProblem
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scalora import ScaLora, ScaLoraConfig, effective_rank, numerical_rank, optimal_start
+from scalora import PairAdamW, ScaLora, ScaLoraConfig, effective_rank, numerical_rank, optimal_start
 from scalora.maths.mode import COLUMN, SCALAR
 from scalora.maths.scaling import Grams, Scaling, scaling_of_grams
 from scalora.rivals.controls import normalising_rule, scale_gradients_only
 
 Problem = LinearProblem | TwoLayerProblem
 
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {
-    "SGD": lambda groups: torch.optim.SGD(groups),
-    "momentum": lambda groups: torch.optim.SGD(groups, momentum=0.9),
-    "AdamW": lambda groups: torch.optim.AdamW(groups, weight_decay=0.0),
+OPTIMIZERS: dict[str, Callable[[nn.Module, list[dict[str, Any]]], Optimizer]] = {
+    "SGD": lambda model, groups: torch.optim.SGD(groups),
+    "momentum": lambda model, groups: torch.optim.SGD(groups, momentum=0.9),
+    "AdamW": lambda model, groups: torch.optim.AdamW(groups, weight_decay=0.0),
+    "PairAdamW": lambda model, groups: PairAdamW(model, groups),
 }
 
 # The engine's two replaceable decisions: how the factors are chosen, and how optimizer state is carried over.
@@ -40,6 +41,7 @@ ENGINES: dict[str, dict[str, Callable[..., Any]]] = {
     "ScaLoRA": {},
     "normalised columns": {"scaling_rule": normalising_rule},
     "no transport": {"transport": scale_gradients_only},
+    "matrix": {},
 }
 
 _CHECKS = 50
@@ -55,10 +57,11 @@ class Setting:
         optimizer: one of `OPTIMIZERS`.
         rank: rank of the adapter.
         scaling: alpha/r of the adapter.
-        target_norm: column norm that the engine's scaling aims at.
+        target_norm: column norm that the engine's scaling aims at; without effect in mode "matrix".
+        turn: angle by which a step turns a column, in mode "matrix".
         interval: optimizer steps from one rescale to the next.
         warmup_steps: optimizer steps before the first rescale.
-        mode: which scalings the engine tries: "auto", "column" or "scalar".
+        mode: which scalings the engine tries: "auto", "column", "scalar" or "matrix".
         start: "zero" is PEFT's start; "random" makes lora_B random too and subtracts the product from the base weight;
             "oracle" is `scalora.optimal_start`.
     """
@@ -68,6 +71,7 @@ class Setting:
     rank: int = 4
     scaling: float = 1.0
     target_norm: float = 1.0
+    turn: float = ScaLoraConfig.turn
     interval: int = 1
     warmup_steps: int = 10
     mode: str = "auto"
@@ -76,7 +80,11 @@ class Setting:
     def config(self) -> ScaLoraConfig:
         """Settings of the engine."""
         return ScaLoraConfig(
-            target_norm=self.target_norm, interval=self.interval, warmup_steps=self.warmup_steps, mode=self.mode
+            target_norm=None if self.mode == "matrix" else self.target_norm,
+            turn=self.turn,
+            interval=self.interval,
+            warmup_steps=self.warmup_steps,
+            mode=self.mode,
         )
 
 
@@ -184,14 +192,15 @@ def train(
         {"params": [p for p in module.parameters() if p.requires_grad], "lr": run.rate}
         for run, module in zip(runs, modules, strict=True)
     ]
-    optimizer = OPTIMIZERS[setting.optimizer](groups)
+    optimizer = OPTIMIZERS[setting.optimizer](model, groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     chosen = None
     if setting.method in ENGINES:
         config, decisions = setting.config(), dict(ENGINES[setting.method])
-        rule = decisions.pop("scaling_rule", partial(scaling_of_grams, mode=config.mode))
-        chosen = _Chosen(rule, len(runs))
-        ScaLora(model, optimizer, config, scaling_rule=chosen, **decisions)
+        if setting.mode != "matrix":
+            rule = decisions.pop("scaling_rule", partial(scaling_of_grams, mode=config.mode))
+            decisions["scaling_rule"] = chosen = _Chosen(rule, len(runs))
+        ScaLora(model, optimizer, config, **decisions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from copies that diverge, which their risks show
         for step in range(1, steps + 1):

@@ -12,11 +12,16 @@ if TYPE_CHECKING:
     from scalora.config import ScaLoraConfig as ScaLoraConfig
     from scalora.engine import ScaLora as ScaLora
     from scalora.integrations.transformers import ScaLoraCallback as ScaLoraCallback
+    from scalora.maths.matrix import matrix_scaling as matrix_scaling
+    from scalora.maths.matrix import polar_scaling as polar_scaling
     from scalora.maths.oracle import optimal_adapter as optimal_adapter
     from scalora.maths.oracle import oracle_residual as oracle_residual
     from scalora.maths.reference import LayerState as LayerState
+    from scalora.maths.reference import PairState as PairState
+    from scalora.maths.reference import reference_matrix_step as reference_matrix_step
     from scalora.maths.reference import reference_step as reference_step
     from scalora.maths.residuals import captured_energy as captured_energy
+    from scalora.maths.residuals import matrix_residual as matrix_residual
     from scalora.maths.residuals import relative_residual as relative_residual
     from scalora.maths.scaling import choose_scaling as choose_scaling
     from scalora.maths.scaling import column_scaling as column_scaling
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
     from scalora.model.factor_guard import ChangedFactorsError as ChangedFactorsError
     from scalora.model.remainder_layer import ChangedBaseError as ChangedBaseError
     from scalora.model.remainder_layer import accept_factors as accept_factors
+    from scalora.pair_adamw import PairAdamW as PairAdamW
     from scalora.rescale.optimizers import UnsupportedOptimizerError as UnsupportedOptimizerError
     from scalora.rescale.optimizers import register_optimizer as register_optimizer
     from scalora.saving.checkpoints import last_checkpoint as last_checkpoint
@@ -43,6 +49,8 @@ _HOMES = {
     "ChangedFactorsError": "scalora.model.factor_guard",
     "ExportError": "scalora.saving.verify",
     "LayerState": "scalora.maths.reference",
+    "PairAdamW": "scalora.pair_adamw",
+    "PairState": "scalora.maths.reference",
     "ScaLora": "scalora.engine",
     "ScaLoraCallback": "scalora.integrations.transformers",
     "ScaLoraConfig": "scalora.config",
@@ -58,11 +66,15 @@ _HOMES = {
     "export_merged": "scalora.saving.export",
     "last_checkpoint": "scalora.saving.checkpoints",
     "load_model": "scalora.saving.export",
+    "matrix_residual": "scalora.maths.residuals",
+    "matrix_scaling": "scalora.maths.matrix",
     "normal_equations": "scalora.maths.scaling",
     "numerical_rank": "scalora.maths.spectrum",
     "optimal_adapter": "scalora.maths.oracle",
     "optimal_start": "scalora.start",
     "oracle_residual": "scalora.maths.oracle",
+    "polar_scaling": "scalora.maths.matrix",
+    "reference_matrix_step": "scalora.maths.reference",
     "reference_step": "scalora.maths.reference",
     "register_optimizer": "scalora.rescale.optimizers",
     "relative_residual": "scalora.maths.residuals",

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from scalora.maths.mode import Mode
+from scalora.maths.mode import Mode, Optimum
 
 Merge = Literal["auto", "dense", "factored"]
 """Where the remainder goes: ``"dense"`` into the base weights, ``"factored"`` into low-rank factors beside them,
@@ -22,6 +22,9 @@ than LoRA, and 2 has the lowest accuracy (docs/defaults.md)."""
 DEFAULT_LEARNING_RATE = 1e-3
 """For LoRA with AdamW. The libraries' 2e-5 and 5e-5 are meant for full fine-tuning. At 2e-3 the training loss is lower
 but the evaluation loss higher, with and without ScaLoRA (docs/defaults.md)."""
+
+DEFAULT_WEIGHT_RATE = 4e-4
+"""For PairAdamW: the root mean square by which a step moves the entries of a weight."""
 
 DEFAULT_RANK = 8
 """The rank of the paper's experiments on large models, and PEFT's default."""
@@ -54,7 +57,14 @@ class ScaLoraConfig:
             None, 1.
         warmup_steps: optimizer steps before the first rescale. ``lora_B`` starts at zero, where there is no optimum.
         mode: ``"auto"`` is the paper's rule: column scaling if its optimum is positive, else scalar scaling if that one
-            is, else none. ``"column"`` and ``"scalar"`` try only the one.
+            is, else none. ``"column"`` and ``"scalar"`` try only the one. ``"matrix"`` is beyond the paper: an r × r
+            matrix for each factor (`scalora.maths.matrix`). It needs an optimizer whose state such a change can carry:
+            `scalora.PairAdamW`, SGD with momentum, or Muon.
+        optimum: which matrices, with ``mode="matrix"``: ``"polar"`` makes both factors orthonormal, ``"exact"``
+            minimises the loss bound over all matrices.
+        turn: with ``mode="matrix"`` and `scalora.PairAdamW`, the angle in radians by which a step at the base learning
+            rate turns a column, which determines the target norm of each layer. Without effect if `target_norm` or
+            `smoothness` is set.
         merge: where the remainder goes: ``"dense"`` merges it into the base weights, as in the paper; ``"factored"``
             keeps it beside them in low-rank factors. ``"auto"`` is dense for a float32 base, factored for a quantised
             one, and for a half-precision base factored where that takes at most half the memory.
@@ -98,7 +108,25 @@ class ScaLoraConfig:
         default="auto",
         metadata={
             "help": "'auto' is the paper's rule: a factor for each column of a layer if their optimum is positive, "
-            "else one for lora_A and one for lora_B if theirs is, else none. 'column' and 'scalar' try only the one."
+            "else one for lora_A and one for lora_B if theirs is, else none. 'column' and 'scalar' try only the one. "
+            "'matrix' is beyond the paper: an r × r matrix for each factor, which needs the optimizer PairAdamW, SGD "
+            "with momentum, or Muon."
+        },
+    )
+    optimum: Optimum = field(
+        default="polar",
+        metadata={
+            "help": "With mode: matrix, 'polar' makes both factors orthonormal; 'exact' minimises the loss bound over "
+            "all matrices. polar by default: it is within 1.4 % of the optimum's residual (docs/method.md), needs no "
+            "solve and never waits for the device."
+        },
+    )
+    turn: float = field(
+        default=0.2,
+        metadata={
+            "help": "With mode: matrix and the optimizer PairAdamW, the angle in radians by which a step at the base "
+            "learning rate turns a column. It determines the target norm of each layer, unless target_norm or "
+            "smoothness is set."
         },
     )
     merge: Merge = field(
@@ -138,12 +166,14 @@ class ScaLoraConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+        if isinstance(self.turn, bool) or not (isinstance(self.turn, (int, float)) and 0 < self.turn < math.inf):
+            raise ValueError(f"turn must be a positive finite number, got {self.turn!r}")
         if self.smoothness is not None and self.target_norm is not None:
             raise ValueError(
                 f"give either smoothness={self.smoothness} or target_norm={self.target_norm}, not both: smoothness "
                 "sets the target norm to 1/sqrt(smoothness·η·s²)"
             )
-        for name, allowed in (("mode", get_args(Mode)), ("merge", get_args(Merge))):
+        for name, allowed in (("mode", get_args(Mode)), ("optimum", get_args(Optimum)), ("merge", get_args(Merge))):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
@@ -155,6 +185,11 @@ class ScaLoraConfig:
         """
         since_warmup = step - self.warmup_steps
         return since_warmup >= 1 and since_warmup % self.interval == 0
+
+    @property
+    def norm_from_turn(self) -> bool:
+        """Whether the target norms are those for `turn`."""
+        return self.mode == "matrix" and self.smoothness is None and self.target_norm is None
 
     def column_norm(self, scaling: float, learning_rate: float) -> float:
         """The target norm of the adapter's columns: ``1/(s·√(Lη))`` if `smoothness` is set, else `target_norm` or 1.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,17 @@ from torch.autograd.profiler import record_function
 from torch.optim import Optimizer
 
 from scalora.config import ScaLoraConfig
+from scalora.maths.matrix import MatrixScaling, matrix_scaling_of_grams
 from scalora.maths.scaling import Grams, Scaling, scaling_of_grams
 from scalora.model.adapters import LoraPair, by_rank, by_shape, find_lora_pairs
-from scalora.model.placement import check_places
+from scalora.model.placement import check_places, resolve_merge
 from scalora.model.solve_constants import ConstantsOnDevice
 from scalora.model.target_norms import BaseRates, target_norms
+from scalora.pair_adamw import PairAdamW
 from scalora.parallel.data_parallel import keep_out_of_broadcasts, unwrapped
 from scalora.parallel.processes import process_rank
 from scalora.rescale import native
+from scalora.rescale.changes import Change, ColumnChange, Factors, MatrixChange
 from scalora.rescale.kernels import PYTORCH, Kernels
 from scalora.rescale.metrics import (
     LEFT_ALONE_BECAUSE,
@@ -37,9 +40,20 @@ from scalora.rescale.metrics import (
     summarise,
 )
 from scalora.rescale.notices import Notices
-from scalora.rescale.optimizers import evaluate_closure, state_degrees, unwrapped_optimizer
+from scalora.rescale.optimizers import (
+    MATRIX,
+    UnsupportedOptimizerError,
+    evaluate_closure,
+    state_kinds,
+    unwrapped_optimizer,
+)
 from scalora.rescale.other_optimizers import WatchOfOtherOptimizers
-from scalora.rescale.transport import check_states, scale_gradients_and_states
+from scalora.rescale.remainder import FactoredRemainder
+from scalora.rescale.transport import (
+    check_states,
+    scale_gradients_and_states,
+    transform_gradients_and_states,
+)
 from scalora.saving.attach import attach
 from scalora.saving.errors import StateError
 from scalora.saving.model_state import state_of
@@ -56,12 +70,17 @@ from scalora.saving.state_file import STATE_FILE, read_state, write_state
 PARTS = ("scalora::solve", "scalora::merge", "scalora::transport")
 """Names of the parts of a rescale in a profiler's trace."""
 
-ScalingRule = Callable[..., Scaling]
-"""Chooses α and β for layers of one rank. Called with their `Grams` and ``target_norm``, (layers, 2)."""
+ScalingRule = Callable[..., Scaling | MatrixScaling]
+"""Chooses α and β, or P and Q, for layers of one rank. Called with their `Grams` and ``target_norm``, (layers, 2)."""
 
 Transport = Callable[..., None]
 """Transports gradients and optimizer state through a rescale. Has the arguments of `scale_gradients_and_states`."""
 
+
+_NO_DECAY = (
+    "PairAdamW's weight_decay pulls weights towards those of the base, which merge='dense' does not keep; set "
+    "weight_decay=0, or merge='factored'"
+)
 
 # Engines that are attached. Each model and each optimizer has at most one.
 _ATTACHED: weakref.WeakSet[ScaLora] = weakref.WeakSet()
@@ -117,14 +136,22 @@ class ScaLora:
         self.config = config or ScaLoraConfig()
         self.optimizer = unwrapped_optimizer(optimizer)
         self._model = unwrapped(model)
-        self._scaling_rule = scaling_rule or partial(scaling_of_grams, mode=self.config.mode)
+        self._scaling_rule = scaling_rule or _rule_of(self.config)
         self._transport = transport
-        self._degrees = state_degrees(self.optimizer)
+        self._kinds = state_kinds(self.optimizer, self.config.mode)
+        if self.config.norm_from_turn and not isinstance(self.optimizer, PairAdamW):
+            raise ValueError(
+                f"mode='matrix' with {type(self.optimizer).__name__} needs target_norm, the norm of the orthonormal "
+                "columns: only with scalora.PairAdamW is it known from the learning rate"
+            )
         pairs = find_lora_pairs(self._model)
         check_places(pairs, self.config.merge, self.config.remainder_rank)
+        dense = resolve_merge(pairs, self.config.merge, self.config.remainder_rank) == "dense"
+        if dense and isinstance(self.optimizer, PairAdamW) and self.optimizer.decays:
+            raise UnsupportedOptimizerError(_NO_DECAY)
         self._rates = BaseRates(pairs, self.optimizer)
         target_norms(pairs, self._rates.current(), self.config)
-        check_states(self.optimizer, self._degrees, [p for pair in pairs for p in (pair.lora_A, pair.lora_B)])
+        check_states(self.optimizer, self._kinds, [p for pair in pairs for p in (pair.lora_A, pair.lora_B)])
         self._kernels = self._chosen_kernels(pairs)
         # Nothing has been changed up to here.
         self.pairs, self._progress = attach(self._model, self.config.merge, self.config.remainder_rank)
@@ -313,19 +340,28 @@ class ScaLora:
         self._progress.step += 1
         if rescales:
             self._rescale(getattr(optimizer, "found_inf", None))
+        if isinstance(self.optimizer, PairAdamW):
+            self._decay_remainders(self.optimizer)
         return with_loss
+
+    def _decay_remainders(self, optimizer: PairAdamW) -> None:
+        """Have the remainders decay with the products that they were split off from."""
+        for pair, kept in optimizer.kept_products():
+            if not isinstance(pair.remainder, FactoredRemainder):
+                raise UnsupportedOptimizerError(_NO_DECAY)
+            pair.remainder.scale(kept)
 
     def _check_before_rescale(self) -> None:
         """Raise what a rescale could raise, before it changes anything."""
         for pair in self.pairs:
             pair.check_ready()
-        if self.config.smoothness is not None:
+        if self.config.smoothness is not None or self.config.norm_from_turn:
             self._rates.observe()
             self._progress.base_rates = self._rates.current()
         if not self._checked_states:
             parameters = [p for pair in self.pairs for p in (pair.lora_A, pair.lora_B)]
             # The optimizer has no state before its first step.
-            self._checked_states = check_states(self.optimizer, self._degrees, parameters)
+            self._checked_states = check_states(self.optimizer, self._kinds, parameters)
 
     def _rescale(self, skipped: Tensor | None) -> None:
         """Rescale all layers that have gradients.
@@ -341,7 +377,7 @@ class ScaLora:
         self.pairs[0].layer.factor_guard.forget()
         for scaling, _ in self._last:
             for reason, count in self._left_alone.items():
-                self._left_alone[reason] = count.to(scaling.alpha.device) + getattr(scaling, reason).sum()
+                self._left_alone[reason] = count.to(scaling.choice.device) + getattr(scaling, reason).sum()
 
     def _rescale_group(self, index: int, shapes: list[list[LoraPair]], skipped: Tensor | None) -> Rescaled:
         """Solve, merge and transport for layers of one rank.
@@ -357,31 +393,38 @@ class ScaLora:
             grams = Grams(*map(torch.cat, zip(*parts, strict=True)))
             scaling = self._scaling_rule(grams, target_norm=constants.target_norms)
             if skipped is not None:
-                scaling = scaling.unless(skipped.to(scaling.alpha.device) > 0)
-            dtype, exact = shapes[0][0].lora_A.dtype, scaling.alpha.dtype
-            alpha, beta = scaling.alpha.to(dtype), scaling.beta.to(dtype)
-            # 1 − αβ of the rounded factors, in the solver's precision, so that the function changes only by rounding.
-            merged = 1 - alpha.to(exact) * beta.to(exact)
-        of_shapes = (torch.split(factors, sizes) for factors in (alpha, beta, constants.merge_scaling * merged))
-        for pairs, *of_shape in zip(shapes, *of_shapes, strict=True):
-            self._apply(pairs, *of_shape)
-        return Rescaled(scaling, remainder_energy(grams, constants.scaling * merged))
+                scaling = scaling.unless(skipped.to(grams.left.device) > 0)
+            change = self._change_of(scaling, shapes[0][0].lora_A.dtype)
+        scalings = torch.split(constants.merge_scaling, sizes)
+        parts_of_change: Sequence[Change] = change.split(sizes)
+        for pairs, of_shape, merge_scaling in zip(shapes, parts_of_change, scalings, strict=True):
+            self._apply(pairs, of_shape, merge_scaling)
+        return Rescaled(scaling, remainder_energy(grams, constants.scaling[..., None] * change.merged_matrix))
 
-    def _apply(self, pairs: list[LoraPair], alpha: Tensor, beta: Tensor, coefficients: Tensor) -> None:
-        """Merge the remainders of layers of one shape, then scale their factors, gradients and optimizer state."""
+    def _change_of(self, scaling: Scaling | MatrixScaling, dtype: torch.dtype) -> Change:
+        if isinstance(scaling, MatrixScaling):
+            return MatrixChange.of(scaling)
+        change = ColumnChange.of(scaling, dtype)
+        return change.as_matrices() if MATRIX in self._kinds.values() else change
+
+    def _apply(self, pairs: list[LoraPair], change: Change, scaling: Tensor) -> None:
+        """Merge the remainders of layers of one shape, then change their factors, gradients and optimizer state."""
         lora_A: list[Tensor] = [p.lora_A for p in pairs]
         lora_B: list[Tensor] = [p.lora_B for p in pairs]
+        factors = Factors(lora_A, lora_B, [p.weight for p in pairs], [p.remainder for p in pairs])
         with record_function(PARTS[1]):
-            self._kernels.merge([p.remainder for p in pairs], [p.weight for p in pairs], lora_B, lora_A, coefficients)
+            change.apply(factors, self._kernels, scaling)
         with record_function(PARTS[2]):
-            expand = self._kernels.expand_factors
-            self._kernels.multiply(lora_B, expand(alpha[:, None, :], lora_B))
-            self._kernels.multiply(lora_A, expand(beta[:, :, None], lora_A))
-            self._carry_over(lora_B, expand(beta[:, None, :], lora_B))
-            self._carry_over(lora_A, expand(alpha[:, :, None], lora_A))
+            if isinstance(change, MatrixChange):
+                transform_gradients_and_states(self.optimizer, self._kinds, lora_B, change.Q, tall=True)
+                transform_gradients_and_states(self.optimizer, self._kinds, lora_A, change.P, tall=False)
+            else:
+                self._carry_over(lora_B, change.beta[:, None, :])
+                self._carry_over(lora_A, change.alpha[:, :, None])
 
-    def _carry_over(self, parameters: list[Tensor], factors: list[Tensor]) -> None:
-        self._transport(self.optimizer, self._degrees, parameters, factors, self._kernels.multiply)
+    def _carry_over(self, parameters: list[Tensor], factors: Tensor) -> None:
+        expanded = self._kernels.expand_factors(factors, parameters)
+        self._transport(self.optimizer, self._kinds, parameters, expanded, self._kernels.multiply)
 
     def _chosen_kernels(self, pairs: list[LoraPair]) -> Kernels:
         on_cpu = any(pair.lora_A.is_cpu for pair in pairs)
@@ -394,6 +437,12 @@ class ScaLora:
             if of_model or earlier.optimizer is self.optimizer:
                 earlier._replaced = True
                 earlier.detach()
+
+
+def _rule_of(config: ScaLoraConfig) -> ScalingRule:
+    if config.mode == "matrix":
+        return partial(matrix_scaling_of_grams, optimum=config.optimum)
+    return partial(scaling_of_grams, mode=config.mode)
 
 
 def _with_gradients(shapes: list[list[LoraPair]]) -> list[list[LoraPair]]:

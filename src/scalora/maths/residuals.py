@@ -12,13 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scalora.maths.mode import Mode
+from scalora.maths.matrix import matrix_scaling, matrix_scaling_of_grams, polar_scaling
+from scalora.maths.mode import Mode, Optimum
 from scalora.maths.oracle import oracle_residual
 from scalora.maths.scaling import (
+    Grams,
     NormalEquations,
-    choose_scaling,
     column_scaling,
+    grams,
     scalar_scaling,
+    scaling_of_grams,
     solver_dtype,
 )
 
@@ -60,11 +63,35 @@ def relative_residual(
         The residual of each layer, (…), in float64 (float32 on devices without it): 0 if all of the gradient is
         captured, 1 if nothing is, more if the step is too long.
     """
-    dtype = solver_dtype(G.device)
-    G, A, B = G.to(dtype), A.to(dtype), B.to(dtype)
-    r = A.shape[-1]
-    v = torch.ones(2 * r, dtype=dtype, device=G.device) if v is None else _per_column(v.to(dtype), 2 * r)
-    step = (A * v[..., None, :r]) @ (A.mT @ G) + (G @ (B * v[..., None, r:])) @ B.mT
+    columns = 2 * A.shape[-1]
+    v = torch.ones(columns, dtype=solver_dtype(G.device), device=G.device) if v is None else _per_column(v, columns)
+    return matrix_residual(G, A, B, *_diagonal(v))
+
+
+def matrix_residual(
+    G: Float[Tensor, "*layers m n"],
+    A: Float[Tensor, "*layers m r"],
+    B: Float[Tensor, "*layers n r"],
+    X: Float[Tensor, "*#layers r r"],
+    Y: Float[Tensor, "*#layers r r"],
+) -> Float[Tensor, "*layers"]:
+    """How much of the gradient a step on A·P and B·Q leaves uncaptured, ``‖ΔW·L + G‖² / ‖G‖²``, for any P and Q.
+
+    A diagnostic that needs G; training steps don't.
+
+    Args:
+        G: gradient of the loss in W, (…, m, n), not zero.
+        A: PEFT's ``lora_B.weight``, (…, m, r).
+        B: PEFT's ``lora_A.weight`` transposed, (…, n, r).
+        X: ``Lη·PPᵀ``, (…, r, r), from `scalora.matrix_scaling` or `scalora.polar_scaling`, or any other.
+        Y: ``Lη·QQᵀ``, (…, r, r).
+
+    Returns:
+        The residual of each layer, (…), in float64 (float32 on devices without it): 0 if all of the gradient is
+        captured, 1 if nothing is, more if the step is too long.
+    """
+    G, A, B, X, Y = (t.to(solver_dtype(G.device)) for t in (G, A, B, X, Y))
+    step = A @ X @ (A.mT @ G) + (G @ B) @ Y @ B.mT
     return (G - step).square().sum((-2, -1)) / G.square().sum((-2, -1))
 
 
@@ -75,13 +102,17 @@ class StepResiduals(NamedTuple):
         none: of the adapter as it is; above 1 if its step is too long for the bound.
         scalar: of the best factor for A and for B, whether or not both are positive.
         column: of the best factor for each column, whether or not all are positive.
-        chosen: of the scaling that `scalora.choose_scaling` chooses; equal to `none` if it leaves the layer alone.
+        polar: of orthonormal factors of norm ``1/√(Lη)``.
+        matrix: of the best r × r matrix for A and for B.
+        chosen: of the scaling that a rescale chooses; equal to `none` if it leaves the layer alone.
         oracle: of the best adapter of the given rank, from the SVD of G.
     """
 
     none: float
     scalar: float
     column: float
+    polar: float
+    matrix: float
     chosen: float
     oracle: float
 
@@ -93,6 +124,7 @@ def step_residuals(
     *,
     target_norm: float = 1.0,
     mode: Mode = "auto",
+    optimum: Optimum = "polar",
     oracle_rank: int | None = None,
 ) -> StepResiduals:
     """How much of a gradient one more step of an adapter leaves uncaptured, for each kind of scaling before the step.
@@ -105,7 +137,8 @@ def step_residuals(
         B: PEFT's ``lora_A.weight`` transposed, (n, r).
         target_norm: ``1/√(Lη)``, or ``1/(s·√(Lη))`` with PEFT's scaling s: determines the length of the unscaled
             adapter's step.
-        mode: which scalings may be chosen: ``"auto"`` (the paper's rule), ``"column"`` or ``"scalar"``.
+        mode: which scalings may be chosen: ``"auto"`` (the paper's rule), ``"column"``, ``"scalar"`` or ``"matrix"``.
+        optimum: which matrices are chosen with ``mode="matrix"``.
         oracle_rank: rank of the oracle's adapter; r if None.
 
     Raises:
@@ -118,17 +151,31 @@ def step_residuals(
     dtype = solver_dtype(G.device)
     G, A, B = G.to(dtype), A.to(dtype), B.to(dtype)
     inputs = (A, B, G @ B, G.mT @ A)
-    chosen = choose_scaling(*inputs, target_norm=target_norm, mode=mode)
-    factors = torch.cat([chosen.alpha, chosen.beta])
-    # v = Lη·[α²; β²] with 1/√(Lη) = target_norm.
+    # X = Lη·PPᵀ and Y = Lη·QQᵀ with 1/√(Lη) = target_norm.
     residual_of = {
-        "none": torch.ones_like(factors) / target_norm**2,
-        "scalar": scalar_scaling(*inputs),
-        "column": column_scaling(*inputs),
-        "chosen": (factors / target_norm).square(),
+        "none": _diagonal(torch.full((2 * A.shape[1],), target_norm**-2, dtype=dtype, device=G.device)),
+        "scalar": _diagonal(_per_column(scalar_scaling(*inputs), 2 * A.shape[1])),
+        "column": _diagonal(column_scaling(*inputs)),
+        "polar": polar_scaling(A, B),
+        "matrix": matrix_scaling(*inputs),
+        "chosen": _chosen(grams(*inputs), target_norm, mode, optimum),
     }
-    residuals = {name: float(relative_residual(G, A, B, v)) for name, v in residual_of.items()}
+    residuals = {name: float(matrix_residual(G, A, B, X, Y)) for name, (X, Y) in residual_of.items()}
     return StepResiduals(**residuals, oracle=float(oracle_residual(G, oracle_rank or A.shape[1])))
+
+
+def _chosen(grams: Grams, target_norm: float, mode: Mode, optimum: Optimum) -> tuple[Tensor, Tensor]:
+    if mode == "matrix":
+        matrices = matrix_scaling_of_grams(grams, target_norm=target_norm, optimum=optimum)
+        return matrices.P @ matrices.P.mT / target_norm**2, matrices.Q @ matrices.Q.mT / target_norm**2
+    chosen = scaling_of_grams(grams, target_norm=target_norm, mode=mode)
+    return _diagonal((torch.cat([chosen.alpha, chosen.beta]) / target_norm).square())
+
+
+def _diagonal(v: Float[Tensor, "*layers k"]) -> tuple[Tensor, Tensor]:
+    """X and Y of factors for columns, from ``v = Lη·[α²; β²]``."""
+    of_A, of_B = v.chunk(2, dim=-1)
+    return torch.diag_embed(of_A), torch.diag_embed(of_B)
 
 
 def _per_column(v: Tensor, columns: int) -> Tensor:

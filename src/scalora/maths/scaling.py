@@ -29,7 +29,7 @@ _SMALLEST_PIVOT = 1e-12
 
 # A factor outside this range has a square below 1e-12 or above 1e12, which pushes float32 second moments (typically
 # 1e-16 … 1e-4) out of range. The lower end implements the paper's "never zero a column".
-_FACTOR_RANGE = (1e-6, 1e6)
+FACTOR_RANGE = (1e-6, 1e6)
 
 
 class Grams(NamedTuple):
@@ -265,7 +265,7 @@ def choose_scaling(
         The factors and how they were chosen. A layer without a usable optimum is left alone, with factors of exactly 1.
 
     Raises:
-        ValueError: the four shapes don't match.
+        ValueError: the four shapes don't match, or the mode is ``"matrix"``, which has no factors of columns.
     """
     return scaling_of_grams(grams(A, B, GB, GtA), target_norm=target_norm, mode=mode)
 
@@ -281,7 +281,15 @@ def scaling_of_grams(grams: Grams, *, target_norm: float | Float[Tensor, "*layer
 
     Returns:
         The factors and how they were chosen. A layer without a usable optimum is left alone, with factors of exactly 1.
+
+    Raises:
+        ValueError: the mode is ``"matrix"``, which has no factors of columns.
     """
+    if mode == "matrix":
+        raise ValueError(
+            "mode='matrix' changes factors by matrices, not column by column: use matrix_scaling_of_grams, or the mode "
+            "'auto', 'column' or 'scalar'"
+        )
     equations = equations_of_grams(grams)
     r = equations.rhs.shape[-1] // 2
     norms = torch.as_tensor(target_norm, dtype=equations.rhs.dtype, device=equations.rhs.device)
@@ -356,7 +364,7 @@ def _factors(
 ) -> tuple[Float[Tensor, "*layers k"], Bool[Tensor, "*layers"], Bool[Tensor, "*layers"]]:
     """The factors of v, whether v is a positive optimum, and whether the factors are also in range."""
     factors = v.clamp_min(0).sqrt() * norms
-    low, high = _FACTOR_RANGE
+    low, high = FACTOR_RANGE
     positive = regular & (v > 0).all(-1)
     return factors, positive, positive & ((factors > low) & (factors < high)).all(-1)
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from scalora.config import ScaLoraConfig
+from scalora.maths.weight_steps import norm_for_turn
 from scalora.model.adapters import LoraPair
 
 Rates = tuple[float, float]
@@ -98,14 +99,14 @@ def target_norms(pairs: list[LoraPair], rates: Mapping[str, Rates], config: ScaL
 
     Args:
         pairs: LoRA pairs.
-        rates: the base learning rates of their parameters, from `BaseRates`; used only with `smoothness`.
-        config: the settings, with `target_norm` or `smoothness`.
+        rates: the base learning rates of their parameters, from `BaseRates`; used only with `smoothness` or `turn`.
+        config: the settings, with `target_norm`, `smoothness` or `turn`.
 
     Returns:
         For each layer's name, the target norm for α and the one for β.
 
     Raises:
-        ValueError: `smoothness` is set, and a base learning rate is not positive.
+        ValueError: `smoothness` or `turn` determines the norms, and a base learning rate is not positive.
     """
     return {pair.name: _target_norms(pair, rates[pair.name], config) for pair in pairs}
 
@@ -113,13 +114,17 @@ def target_norms(pairs: list[LoraPair], rates: Mapping[str, Rates], config: ScaL
 def _target_norms(pair: LoraPair, rates: Rates, config: ScaLoraConfig) -> tuple[float, float]:
     # α's term of the loss bound, aᵢ(Gᵀaᵢ)ᵀ, comes from the step on B, so it belongs to the learning rate of lora_A.
     for rate in rates:
-        if config.smoothness is not None and not rate > 0:
+        if (config.smoothness is not None or config.norm_from_turn) and not rate > 0:
+            key = f"turn={config.turn}" if config.norm_from_turn else f"smoothness={config.smoothness}"
             raise ValueError(
-                f"smoothness={config.smoothness} needs a positive base learning rate, but it is {rate} for module "
-                f"{pair.name!r}: set it before attaching ScaLoRA, or give target_norm instead"
+                f"{key} needs a positive base learning rate, but it is {rate} for module {pair.name!r}: set it before "
+                "attaching ScaLoRA, or give target_norm instead"
             )
     # With a scaling of 0 the layer has no gradient and is left alone, whatever its target.
     scaling = abs(pair.scaling) or 1.0
+    if config.norm_from_turn:
+        of_A, of_B = (norm_for_turn(config.turn, rate, scaling, pair.m, pair.n, pair.r) for rate in rates)
+        return of_A, of_B
     return config.column_norm(scaling, rates[0]), config.column_norm(scaling, rates[1])
 
 

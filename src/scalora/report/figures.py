@@ -465,7 +465,15 @@ def oracle_distance(run: RunData) -> Figure:
     figure, (axes,) = _figure(min(9.0, 1.3 + 0.24 * len(residuals)))
     places = np.arange(len(residuals))
     axes.hlines(places, residuals["oracle"], residuals["chosen"], color=GRID, linewidth=3)
-    looks = {"chosen": ("o", 10), "oracle": ("D", 5), "none": ("X", 7), "scalar": ("^", 6), "column": ("s", 4.5)}
+    looks = {
+        "none": ("X", 7),
+        "scalar": ("^", 6),
+        "column": ("s", 4.5),
+        "polar": ("v", 6),
+        "matrix": ("P", 6),
+        "chosen": ("o", 10),
+        "oracle": ("D", 5),
+    }
     for index, kind in enumerate(RESIDUALS):
         marker, size = looks[kind]
         axes.plot(

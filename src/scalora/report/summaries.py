@@ -15,7 +15,7 @@ import pandas as pd  # type: ignore[import-untyped]
 Rank = Literal["numerical_rank", "effective_rank"]
 LayerValue = Literal["numerical_rank", "effective_rank", "norm"]
 
-RESIDUALS = ("none", "scalar", "column", "chosen", "oracle")
+RESIDUALS = ("none", "scalar", "column", "polar", "matrix", "chosen", "oracle")
 """The residuals of `scalora inspect`: without scaling, with each kind of scaling, with the chosen one, and the optimum
 (oracle)."""
 

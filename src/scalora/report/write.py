@@ -123,11 +123,13 @@ def _study(folder: Path) -> tuple[StudyData, StudyResult, str]:
             "`scalora compare` again"
         ) from None
     study = result.study
+    # The figures show full runs; those over a share of the steps have a table.
+    cells, curves, updates = (frame[frame["share"] == 1] for frame in (result.cells, result.curves, result.updates))
     order = {method: result.table.set_index("method")["learning_rate"][method] for method in study.methods}
     data = StudyData(
-        cells=result.cells[result.cells["status"] == "finished"],
-        curves=result.curves,
-        updates=result.updates,
+        cells=cells[cells["status"] == "finished"],
+        curves=curves,
+        updates=updates,
         best={method: float(rate) for method, rate in order.items() if rate == rate},
         seeds=study.seeds,
         metric=study.metric,

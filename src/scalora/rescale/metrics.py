@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scalora.maths.mode import COLUMN, SCALAR
+from scalora.maths.matrix import MatrixScaling
+from scalora.maths.mode import COLUMN, MATRIX, SCALAR
 from scalora.maths.scaling import Grams, Scaling
 from scalora.rescale.remainder import FactoredRemainder, Remainder
 
@@ -29,25 +30,25 @@ class Rescaled(NamedTuple):
     """The outcome of one rescale for the layers of one rank.
 
     Attributes:
-        scaling: the factors and how they were chosen.
+        scaling: the factors or matrices, and how they were chosen.
         energy: squared Frobenius norm of what each layer's rescale moved into the remainder, (layers,).
     """
 
-    scaling: Scaling
+    scaling: Scaling | MatrixScaling
     energy: Float[Tensor, " layers"]
 
 
-def remainder_energy(grams: Grams, coefficients: Float[Tensor, "layers r"]) -> Float[Tensor, " layers"]:
-    """``‖A·diag(coefficients)·Bᵀ‖²`` of each layer, from its inner products.
+def remainder_energy(grams: Grams, coefficients: Float[Tensor, "layers r r"]) -> Float[Tensor, " layers"]:
+    """``‖A·coefficients·Bᵀ‖²`` of each layer, from its inner products.
 
     Args:
         grams: the inner products of the layers before the rescale.
-        coefficients: ``s·(1 − α⊙β)``, (layers, r); 0 for a column that is left alone.
+        coefficients: ``s·(1 − P·Qᵀ)``, (layers, r, r); 0 for a layer that is left alone.
     """
     AtA, BtB = grams.of_factors
-    products = coefficients[:, :, None] * coefficients[:, None, :]
     # A layer that is left alone moves nothing, even if it has NaN or infinite entries.
-    return torch.where(products == 0, 0, products * AtA * BtB).sum((-2, -1))
+    moved = (coefficients != 0).any(-1).any(-1)
+    return torch.where(moved, ((coefficients.mT @ AtA @ coefficients) * BtB).sum((-2, -1)), 0)
 
 
 def summarise(parts: Sequence[Rescaled], total: int) -> dict[str, float]:
@@ -62,19 +63,28 @@ def summarise(parts: Sequence[Rescaled], total: int) -> dict[str, float]:
     device = parts[0].energy.device
     choice = torch.cat([scaling.choice.to(device) for scaling, _ in parts])
     degenerate = torch.cat([scaling.degenerate.to(device) for scaling, _ in parts])
-    column, scalar = (choice == COLUMN).sum(), (choice == SCALAR).sum()
-    summary = {
-        "scalora/column_share": column / total,
-        "scalora/scalar_share": scalar / total,
-        "scalora/left_alone_share": (total - column - scalar) / total,
+    counts = {"column": choice == COLUMN, "scalar": choice == SCALAR}
+    if isinstance(parts[0].scaling, MatrixScaling):
+        counts = {"matrix": choice == MATRIX}
+    scaled = torch.stack([of_kind.sum() for of_kind in counts.values()])
+    summary = {f"scalora/{kind}_share": count / total for kind, count in zip(counts, scaled, strict=True)}
+    summary |= {
+        "scalora/left_alone_share": (total - scaled.sum()) / total,
         "scalora/degenerate_share": degenerate.sum() / total,
         "scalora/merge_norm": torch.cat([energy.to(device) for _, energy in parts]).sum().sqrt(),
     }
-    for name in ("alpha", "beta"):
-        factors = torch.cat([getattr(scaling, name).to(device).flatten() for scaling, _ in parts]).float()
+    for index, name in enumerate(("alpha", "beta")):
+        factors = torch.cat([_factors(scaling)[index].to(device).flatten() for scaling, _ in parts]).float()
         for q in QUANTILES:
             summary[f"scalora/{name}_p{round(100 * q)}"] = factors.quantile(q)
     return {key: value.item() for key, value in summary.items()}
+
+
+def _factors(scaling: Scaling | MatrixScaling) -> tuple[Tensor, Tensor]:
+    """By how much A and B are scaled: column by column, or the singular values of P and Q."""
+    if isinstance(scaling, MatrixScaling):
+        return torch.linalg.svdvals(scaling.P), torch.linalg.svdvals(scaling.Q)
+    return scaling.alpha, scaling.beta
 
 
 def factored_metrics(remainders: Sequence[Remainder]) -> dict[str, float]:

@@ -1,21 +1,34 @@
-"""Which optimizers' states can be transported through a rescale, by degree in the gradient (paper, section 4).
+"""Which optimizers' states can be transported through a rescale, and how (paper, section 4).
 
-For each optimizer a table maps the keys of its state to degrees. To add an optimizer, call `register_optimizer` at the
-end of this file. To refuse one, add a line to `_REFUSED_BY_NAME`, so that the error says why.
+For each optimizer a table maps the keys of its state to their `Kind`. To add an optimizer, call `register_optimizer` at
+the end of this file. To refuse one, add a line to `_REFUSED_BY_NAME`, so that the error says why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch.optim import Optimizer
 
+from scalora.maths.mode import Mode
+
+LINEAR: Final = "linear"
+"""Kind of a state that is linear in the gradients, such as a moving average of them."""
+
+MATRIX: Final = "matrix"
+"""Kind of an r × r state that is a sum of ``gᵀg`` over the gradients g of a factor with r columns."""
+
+Kind = int | Literal["linear", "matrix"]
+"""How an entry of an optimizer's state depends on the gradients: a number k if it is elementwise of degree k in them (2
+for Adam's second moment, 0 for what does not change), `LINEAR`, or `MATRIX`. A column scaling carries any kind over, a
+matrix scaling `LINEAR` and `MATRIX` ones, and those of degree 0."""
+
 Refusal = Callable[[Mapping[str, Any]], str | None]
 """Called with a parameter group; returns why the state can't be transported with its settings, or None if it can."""
 
-_DEGREES: dict[str, Mapping[str, int]] = {}
+_KINDS: dict[str, Mapping[str, Kind]] = {}
 _REFUSALS: dict[str, Refusal] = {}
 
 USE_INSTEAD = "use torch.optim.AdamW instead, or plain LoRA with this optimizer"
@@ -39,7 +52,6 @@ _REFUSED_BY_NAME = {
     "Adafactor": _FACTORED,
     "SM3": _FACTORED,
     "CAME": _FACTORED,
-    "Muon": "it orthogonalises the whole momentum matrix, which mixes columns",
     "Shampoo": _PRECONDITIONED,
     "DistributedShampoo": _PRECONDITIONED,
     "SOAP": _PRECONDITIONED,
@@ -80,46 +92,53 @@ class UnsupportedOptimizerError(ValueError):
 
 
 def register_optimizer(
-    optimizer: type[Optimizer] | str, degrees: Mapping[str, int], *, refuse: Refusal | None = None
+    optimizer: type[Optimizer] | str, kinds: Mapping[str, Kind], *, refuse: Refusal | None = None
 ) -> None:
-    """Register an optimizer whose state is elementwise in the gradient.
+    """Register an optimizer whose state a rescale can carry over.
 
     Args:
         optimizer: the class, or its qualified name ``"module.Class"`` to avoid importing it. Subclasses need a
             registration of their own, because a subclass may change what a step does.
-        degrees: for each entry of the per-parameter state that has the parameter's shape, the power of the gradient
-            that it scales with: 1 for a first moment, 2 for a second moment, 0 for what does not change. Entries of
-            other shapes, such as step counts, are never changed.
+        kinds: for each entry of the per-parameter state that has the parameter's shape, how it depends on the gradient:
+            ``"linear"`` for a moving average or a sum of gradients, such as a first moment; a number for what is
+            elementwise of that degree: 2 for a second moment, 1 for an average of magnitudes, 0 for what does not
+            change. ``"matrix"`` is for r × r entries, sums of ``gᵀg``. Entries of other shapes, such as step counts,
+            are never changed.
         refuse: called with each parameter group when ScaLoRA is attached; returns why its settings rule out an exact
             transport (a coupled weight decay, for example), or None. By default no settings are refused.
 
     Raises:
-        ValueError: a degree is not a non-negative integer.
+        ValueError: a kind is none of these.
 
     Example:
-        >>> register_optimizer("my_package.Signum", {"momentum": 1})
+        >>> register_optimizer("my_package.Signum", {"momentum": "linear"})
     """
-    for key, degree in degrees.items():
-        if not isinstance(degree, int) or degree < 0:
-            raise ValueError(f"the degree of state {key!r} must be a non-negative integer, got {degree!r}")
+    for key, kind in kinds.items():
+        degree = isinstance(kind, int) and not isinstance(kind, bool) and kind >= 0
+        if not degree and kind not in (LINEAR, MATRIX):
+            raise ValueError(
+                f"the kind of state {key!r} must be 'linear', 'matrix', or its degree in the gradient, a non-negative "
+                f"integer; got {kind!r}"
+            )
     name = optimizer if isinstance(optimizer, str) else _qualified_name(optimizer)
-    _DEGREES[name] = dict(degrees)
+    _KINDS[name] = dict(kinds)
     _REFUSALS[name] = refuse or (lambda group: None)
 
 
-def state_degrees(optimizer: Optimizer) -> Mapping[str, int]:
-    """The degree in the gradient of each entry of an optimizer's state.
+def state_kinds(optimizer: Optimizer, mode: Mode = "auto") -> Mapping[str, Kind]:
+    """How each entry of an optimizer's state depends on the gradients.
 
     Args:
         optimizer: the optimizer itself, not a wrapper.
+        mode: the kind of scaling that the state is to be carried through.
 
     Raises:
-        UnsupportedOptimizerError: its state can't be transported exactly, in general or with the settings of one of its
-            parameter groups.
+        UnsupportedOptimizerError: its state can't be transported exactly, in general, with the settings of one of its
+            parameter groups, or through a scaling of this kind.
     """
     kind, short = type(optimizer), type(optimizer).__name__
     name = _qualified_name(kind)
-    if name not in _DEGREES:
+    if name not in _KINDS:
         raise UnsupportedOptimizerError(
             f"the state of optimizer {short} ({name}) can't be transported through a ScaLoRA rescale: "
             f"{_reason_to_refuse(kind) or _not_registered(kind)}; {USE_INSTEAD}"
@@ -127,7 +146,25 @@ def state_degrees(optimizer: Optimizer) -> Mapping[str, int]:
     for index, group in enumerate(optimizer.param_groups):
         if refusal := _REFUSALS[name](group):
             raise UnsupportedOptimizerError(f"optimizer {short}, parameter group {index}: {refusal}; {USE_INSTEAD}")
-    return _DEGREES[name]
+    kinds = _KINDS[name]
+    elementwise = [key for key, of_state in kinds.items() if of_state not in (LINEAR, MATRIX, 0)]
+    # Muon with an auxiliary Adam has both; which one an adapter gets is seen in its state.
+    if mode == "matrix" and elementwise and not any("use_muon" in group for group in optimizer.param_groups):
+        raise UnsupportedOptimizerError(elementwise_refusal(short, elementwise[0]))
+    return kinds
+
+
+def elementwise_refusal(optimizer: str, key: str) -> str:
+    """Why a matrix scaling can't carry a state over.
+
+    Args:
+        optimizer: name of the optimizer's class.
+        key: the entry of its state that is elementwise in the gradients.
+    """
+    return (
+        f"mode='matrix' can't be used with {optimizer}: its state {key!r} is elementwise in the gradients, which an "
+        "r × r change of the factors mixes; use scalora.PairAdamW, or one of the other modes"
+    )
 
 
 def _reason_to_refuse(kind: type) -> str | None:
@@ -137,12 +174,12 @@ def _reason_to_refuse(kind: type) -> str | None:
 
 
 def _not_registered(kind: type) -> str:
-    known = next((name for name in map(_qualified_name, kind.__mro__) if name in _DEGREES), None)
+    known = next((name for name in map(_qualified_name, kind.__mro__) if name in _KINDS), None)
     if known is None:
         return "it is not registered; if its state is elementwise in the gradient, call scalora.register_optimizer"
     return (
         f"it may do something else in a step than {known}, which it inherits from; if it doesn't, call "
-        f"scalora.register_optimizer({kind.__name__}, {dict(_DEGREES[known])})"
+        f"scalora.register_optimizer({kind.__name__}, {dict(_KINDS[known])})"
     )
 
 
@@ -246,18 +283,35 @@ def _stable_adamw_settings(group: Mapping[str, Any]) -> str | None:
     return None
 
 
-_ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+_ADAM: Mapping[str, Kind] = {"exp_avg": LINEAR, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
 register_optimizer(torch.optim.Adam, _ADAM, refuse=_coupled_decay)
 register_optimizer(torch.optim.AdamW, _ADAM)
 register_optimizer(torch.optim.NAdam, _ADAM, refuse=_coupled_decay)
 register_optimizer(torch.optim.RAdam, _ADAM, refuse=_coupled_decay)
-register_optimizer(torch.optim.SGD, {"momentum_buffer": 1}, refuse=_coupled_decay)
+register_optimizer(torch.optim.SGD, {"momentum_buffer": LINEAR}, refuse=_coupled_decay)
+register_optimizer(torch.optim.Muon, {"momentum_buffer": LINEAR})
 # RMSprop's momentum sums gradients that are already divided by their root mean square: degree 0 (exact up to eps).
-register_optimizer(torch.optim.RMSprop, {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 0}, refuse=_coupled_decay)
+register_optimizer(
+    torch.optim.RMSprop, {"square_avg": 2, "grad_avg": LINEAR, "momentum_buffer": 0}, refuse=_coupled_decay
+)
 register_optimizer(torch.optim.Adagrad, {"sum": 2}, refuse=_adagrad_settings)
-register_optimizer("lion_pytorch.lion_pytorch.Lion", {"exp_avg": 1})
-register_optimizer("optimi.stableadamw.StableAdamW", {"exp_avg": 1, "exp_avg_sq": 2}, refuse=_stable_adamw_settings)
+register_optimizer(
+    "scalora.pair_adamw.PairAdamW",
+    {"exp_avg": LINEAR, "second_moment": MATRIX, "exp_avg_sq": 0},  # AdamW's is of parameters outside of pairs
+)
+register_optimizer("lion_pytorch.lion_pytorch.Lion", {"exp_avg": LINEAR})
+register_optimizer(
+    "optimi.stableadamw.StableAdamW", {"exp_avg": LINEAR, "exp_avg_sq": 2}, refuse=_stable_adamw_settings
+)
+
+
+def _register_muon() -> None:
+    """Register Keller Jordan's Muon by name: its momentum for Muon's parameters, Adam's moments for the others."""
+    for name in ("Muon", "SingleDeviceMuon"):
+        register_optimizer(f"muon.{name}", {"momentum_buffer": LINEAR})
+    for name in ("MuonWithAuxAdam", "SingleDeviceMuonWithAuxAdam"):
+        register_optimizer(f"muon.{name}", {"momentum_buffer": LINEAR, "exp_avg": LINEAR, "exp_avg_sq": 2})
 
 
 def _register_bitsandbytes() -> None:
@@ -265,12 +319,12 @@ def _register_bitsandbytes() -> None:
 
     The tables hold for 32-bit and 8-bit state: 8-bit classes keep the state of small parameters in 32 bits.
     """
-    families: list[tuple[str, str, bool, Mapping[str, int], Refusal | None]] = [
+    families: list[tuple[str, str, bool, Mapping[str, Kind], Refusal | None]] = [
         # Adam's weight decay is decoupled here, like AdamW's: the two classes run the same kernel.
-        ("adam", "Adam", True, {"state1": 1, "state2": 2}, None),
-        ("adamw", "AdamW", True, {"state1": 1, "state2": 2}, None),
-        ("lion", "Lion", True, {"state1": 1}, _bitsandbytes_lion_decay),
-        ("sgd", "SGD", False, {"state1": 1}, _coupled_decay),
+        ("adam", "Adam", True, {"state1": LINEAR, "state2": 2}, None),
+        ("adamw", "AdamW", True, {"state1": LINEAR, "state2": 2}, None),
+        ("lion", "Lion", True, {"state1": LINEAR}, _bitsandbytes_lion_decay),
+        ("sgd", "SGD", False, {"state1": LINEAR}, _coupled_decay),
         ("rmsprop", "RMSprop", False, {"state1": 2}, _coupled_decay),
         ("adagrad", "Adagrad", False, {"state1": 2}, _coupled_decay),
     ]
@@ -280,4 +334,5 @@ def _register_bitsandbytes() -> None:
                 register_optimizer(f"bitsandbytes.optim.{module}.{prefix}{name}{bits}", degrees, refuse=refuse)
 
 
+_register_muon()
 _register_bitsandbytes()

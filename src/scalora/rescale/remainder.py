@@ -236,6 +236,15 @@ class FactoredRemainder(nn.Module):
         self.left[:, start : self.columns] = left
         self.right[:, start : self.columns] = right
 
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiply the product by a number.
+
+        Args:
+            factor: the number.
+        """
+        self.used[0].mul_(factor)
+
     @property
     def is_full(self) -> bool:
         """Whether more than twice `max_rank` columns are in use, so that the product should be compressed."""

@@ -1,9 +1,11 @@
-"""Transports gradients and optimizer state through a column scaling, exactly (paper, section 4).
+"""Transports gradients and optimizer state through a change of the factors, exactly (paper, section 4).
 
-After ``Ã = A·diag(α)``, ``B̃ = B·diag(β)`` the gradients are ``∂ℓ/∂Ã = (∂ℓ/∂A)·diag(β)`` and
-``∂ℓ/∂B̃ = (∂ℓ/∂B)·diag(α)``: A's gradient is multiplied by β and B's by α. A statistic that is elementwise in the
-gradient and homogeneous of degree k is multiplied by the k-th power of that factor; it is then what it would be if the
-adapter had been scaled from the start. `scalora.rescale.optimizers` has the degrees of each optimizer's state.
+After ``Ã = A·P``, ``B̃ = B·Q`` the gradients are ``∂ℓ/∂Ã = (∂ℓ/∂A)·Q`` and ``∂ℓ/∂B̃ = (∂ℓ/∂B)·P``: A's gradient is
+multiplied by Q from the right and B's by P. The paper's column scaling has ``P = diag(α)`` and ``Q = diag(β)``. A
+statistic that is linear in the gradients is multiplied like them; one that is elementwise and homogeneous of degree k,
+by the k-th power of the columns' factors, which only column scaling has; and a sum of ``gᵀg`` becomes ``Qᵀ(…)Q``. It is
+then what it would be if the factors had been changed from the start. `scalora.rescale.optimizers` has the kinds of each
+optimizer's state.
 """
 
 from __future__ import annotations
@@ -13,18 +15,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
 from scalora.rescale.kernels import Multiply, multiply
-from scalora.rescale.optimizers import USE_INSTEAD, UnsupportedOptimizerError
+from scalora.rescale.optimizers import (
+    LINEAR,
+    MATRIX,
+    USE_INSTEAD,
+    Kind,
+    UnsupportedOptimizerError,
+    elementwise_refusal,
+)
 from scalora.rescale.quantised_state import COMPANIONS, scale_block_quantised
 
 
 @torch.no_grad()
 def scale_gradients_and_states(
     optimizer: Optimizer,
-    degrees: Mapping[str, int],
+    kinds: Mapping[str, Kind],
     parameters: Sequence[Tensor],
     factors: Sequence[Tensor],
     multiply: Multiply = multiply,
@@ -37,65 +47,153 @@ def scale_gradients_and_states(
 
     Args:
         optimizer: the optimizer that holds the state.
-        degrees: degree in the gradient of each entry of its state, from `state_degrees`.
+        kinds: how each entry of its state depends on the gradients, from `state_kinds`.
         parameters: adapter matrices.
         factors: the factors of each parameter, of its shape, positive; 1 for columns that are left alone.
         multiply: multiplies lists of tensors in place, from the `Kernels` in use. Default: PyTorch's.
 
     Raises:
-        UnsupportedOptimizerError: the state has an entry of the parameter's shape that `degrees` does not name, or an
+        UnsupportedOptimizerError: the state has an entry of the parameter's shape that `kinds` does not name, or an
             integer entry that is not in the block-wise format of bitsandbytes. Nothing has been changed then.
     """
-    check_states(optimizer, degrees, parameters)
+    check_states(optimizer, kinds, parameters)
     gradients = [(p.grad, factor) for p, factor in zip(parameters, factors, strict=True) if p.grad is not None]
     entries: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     codes: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for parameter, factor in zip(parameters, factors, strict=True):
         state = optimizer.state.get(parameter, {})
         for key, value in _entries(state, parameter):
-            if degrees[key] == 0:
+            degree = _degree(kinds[key])
+            if degree == 0:
                 continue
             if value.is_floating_point():
                 # Also moves the factor to the state's device: paged state is on the CPU.
                 entries[key].append((value, factor.to(value)))
             else:
                 absmax, qmap = (state[name] for name in COMPANIONS[key])
-                codes.append((value, absmax, qmap, factor.to(qmap) ** degrees[key]))
+                codes.append((value, absmax, qmap, factor.to(qmap) ** degree))
     if gradients:
         multiply(*zip(*gradients, strict=True))
     for key, pairs in entries.items():
-        multiply(*zip(*pairs, strict=True), degrees[key])
+        multiply(*zip(*pairs, strict=True), _degree(kinds[key]))
     for code in codes:
         scale_block_quantised(*code)
 
 
-def check_states(optimizer: Optimizer, degrees: Mapping[str, int], parameters: Sequence[Tensor]) -> bool:
+@torch.no_grad()
+def transform_gradients_and_states(
+    optimizer: Optimizer,
+    kinds: Mapping[str, Kind],
+    parameters: Sequence[Tensor],
+    matrices: Float[Tensor, "layers r r"],
+    *,
+    tall: bool,
+) -> None:
+    """Multiply the gradients and the state of parameters in place by r × r matrices.
+
+    Each entry of the state takes one operation for all parameters together.
+
+    Args:
+        optimizer: the optimizer that holds the state.
+        kinds: how each entry of its state depends on the gradients, from `state_kinds`.
+        parameters: adapter matrices of one shape.
+        matrices: what the gradient of each, with r columns, is multiplied by from the right: Q for A, P for B.
+        tall: whether the parameters have r columns, as ``lora_B``, and not r rows, as ``lora_A``.
+
+    Raises:
+        UnsupportedOptimizerError: the state has an entry that can't be carried over. Nothing has been changed then.
+    """
+    check_states(optimizer, kinds, parameters, matrix=True)
+    linear: dict[str, list[tuple[Tensor, int]]] = defaultdict(list)
+    matrix: dict[str, list[tuple[Tensor, int]]] = defaultdict(list)
+    for index, parameter in enumerate(parameters):
+        if parameter.grad is not None:
+            linear["gradient"].append((parameter.grad, index))
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if kinds.get(key) == MATRIX:
+                matrix[key].append((value, index))
+        for key, value in _entries(state, parameter):
+            if kinds[key] == LINEAR:
+                linear[key].append((value, index))
+    for entries in linear.values():
+        values, chosen = _chosen(entries, matrices)
+        multiply_by_matrices(values, chosen, tall=tall)
+    for entries in matrix.values():
+        values, chosen = _chosen(entries, matrices)
+        transformed = chosen.mT @ torch.stack(values) @ chosen
+        torch._foreach_copy_(values, list(transformed.unbind()))
+
+
+def multiply_by_matrices(tensors: Sequence[Tensor], matrices: Float[Tensor, "layers r r"], *, tall: bool) -> None:
+    """Multiply factors, or what has their shape, by r × r matrices, in place.
+
+    Args:
+        tensors: matrices of one shape.
+        matrices: what each, with r columns, is multiplied by from the right. The products are computed in their dtype.
+        tall: whether the tensors have r columns, as ``lora_B``, and not r rows, as ``lora_A``.
+    """
+    stack = torch.stack(list(tensors))
+    wide = stack.to(matrices.dtype)
+    product = (wide @ matrices if tall else matrices.mT @ wide).to(stack.dtype)
+    # A layer that is left alone stays as it is, even if it has NaN or infinite entries.
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    changed = (matrices != identity).any(-1, keepdim=True).any(-2, keepdim=True)
+    torch._foreach_copy_(list(tensors), list(torch.where(changed, product, stack).unbind()))
+
+
+def _degree(kind: Kind) -> int:
+    """The power of a column's factor that a state is multiplied by."""
+    if kind == MATRIX:
+        raise UnsupportedOptimizerError("a state of kind 'matrix' is carried over by transform_gradients_and_states")
+    return 1 if kind == LINEAR else int(kind)
+
+
+def _chosen(entries: list[tuple[Tensor, int]], matrices: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The tensors, and the matrix of each in the tensors' dtype and on their device."""
+    tensors = [tensor for tensor, _ in entries]
+    chosen = matrices if len(entries) == len(matrices) else matrices[[index for _, index in entries]]
+    return tensors, chosen.to(tensors[0])
+
+
+def check_states(
+    optimizer: Optimizer, kinds: Mapping[str, Kind], parameters: Sequence[Tensor], *, matrix: bool = False
+) -> bool:
     """Check that the state that parameters have by now can be transported.
 
     Args:
         optimizer: the optimizer that holds the state.
-        degrees: degree in the gradient of each entry of its state, from `state_degrees`.
+        kinds: how each entry of its state depends on the gradients, from `state_kinds`.
         parameters: adapter matrices.
+        matrix: whether the state is to be carried through a matrix scaling.
 
     Returns:
         Whether there is any state yet.
 
     Raises:
-        UnsupportedOptimizerError: the state has an entry of the parameter's shape that `degrees` does not name, or an
-            integer entry that is not in the block-wise format of bitsandbytes.
+        UnsupportedOptimizerError: the state has an entry of the parameter's shape that `kinds` does not name, an
+            integer entry that is not in the block-wise format of bitsandbytes, or one that a matrix scaling can't carry
+            over.
     """
     found = False
     for parameter in parameters:
         state = optimizer.state.get(parameter, {})
         found = found or bool(state)
         for key, value in _entries(state, parameter):
-            if key not in degrees:
+            if key not in kinds:
                 raise UnsupportedOptimizerError(
                     f"{type(optimizer).__name__} has a state {key!r} of the parameter's shape that is not registered "
-                    f"(registered: {sorted(degrees)}): add it with scalora.register_optimizer"
+                    f"(registered: {sorted(kinds)}): add it with scalora.register_optimizer"
                 )
             known = key in COMPANIONS and all(name in state for name in COMPANIONS[key])
-            if degrees[key] and not value.is_floating_point() and not known:
+            if matrix and kinds[key] not in (LINEAR, MATRIX, 0):
+                raise UnsupportedOptimizerError(elementwise_refusal(type(optimizer).__name__, key))
+            if matrix and kinds[key] and not value.is_floating_point():
+                raise UnsupportedOptimizerError(
+                    f"mode='matrix' can't be used with {type(optimizer).__name__}: it keeps its state {key!r} as "
+                    f"{value.dtype} in blocks; use scalora.PairAdamW, or a 32-bit optimizer"
+                )
+            if kinds[key] and not value.is_floating_point() and not known:
                 raise UnsupportedOptimizerError(
                     f"{type(optimizer).__name__} keeps its state {key!r} as {value.dtype}, but without the block "
                     f"maxima and the code book of bitsandbytes' format; {USE_INSTEAD}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
-from scalora.rivals.full_weights import IN_BLOCKS, Full
+from scalora.rivals.full_weights import IN_BLOCKS, TrainsBase
 from scalora.rivals.method import adamw_arguments, require_positive
 from scalora.rivals.pair_optimizer import adam_direction, loss_of, step_with_decay
 
@@ -119,7 +119,7 @@ class ApolloOptimizer(Optimizer):
 
 
 @dataclass(frozen=True)
-class Apollo(Full):
+class Apollo(TrainsBase):
     """APOLLO for the linear layers in the blocks, and AdamW for all other parameters.
 
     Raises:

@@ -22,6 +22,7 @@ from scalora.maths.oracle import optimal_adapter
 from scalora.maths.scaling import Grams, Scaling, scaling_of_grams
 from scalora.model.adapters import find_lora_pairs
 from scalora.parallel.processes import averaged, take_from_first
+from scalora.rescale.optimizers import Kind
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.start import replace_factors, require_weight_gradients
 
@@ -53,7 +54,7 @@ def normalising_rule(grams: Grams, *, target_norm: Float[Tensor, "layers 2"]) ->
 
 def scale_gradients_only(
     optimizer: Optimizer,
-    degrees: Mapping[str, int],
+    kinds: Mapping[str, Kind],
     parameters: Sequence[Tensor],
     factors: Sequence[Tensor],
     multiply: Callable[..., None],
@@ -62,7 +63,7 @@ def scale_gradients_only(
 
     Args:
         optimizer: not used.
-        degrees: not used.
+        kinds: not used.
         parameters: adapter matrices with gradients.
         factors: the factor of each parameter's gradient, of the parameter's shape.
         multiply: not used.

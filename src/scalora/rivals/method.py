@@ -52,7 +52,7 @@ class Method:
             settings: fields of `peft.LoraConfig`: those under ``lora:`` in the user's config, and ``task_type``.
 
         Returns:
-            The configuration for PEFT; None if the method trains without an adapter.
+            The configuration for PEFT; None if the method needs none because it trains without an adapter.
 
         Raises:
             TypeError: the method's adapter has no such field.

@@ -39,7 +39,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from scalora.maths.scaling import solver_dtype
 from scalora.model.adapters import LoraPair, by_shape, find_lora_pairs, promote_adapters
 from scalora.rescale.kernels import expand_factors, multiply
-from scalora.rescale.optimizers import evaluate_closure, state_degrees, unwrapped_optimizer
+from scalora.rescale.optimizers import evaluate_closure, state_kinds, unwrapped_optimizer
 from scalora.rescale.transport import scale_gradients_and_states
 from scalora.rivals.method import Method
 
@@ -195,7 +195,7 @@ class ScalarRefactorer(_Refactorer):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, warmup_steps: int = 0, steps_done: int = 0) -> None:
         super().__init__(model, optimizer, warmup_steps=warmup_steps, steps_done=steps_done)
-        self._degrees = state_degrees(self._optimizer)
+        self._kinds = state_kinds(self._optimizer)
         self._hook = self._optimizer.register_step_post_hook(self._after_step)
         if self._warmup_steps == 0 and self._steps == 0:
             self._refactor()
@@ -213,8 +213,8 @@ class ScalarRefactorer(_Refactorer):
             root = optimal_scalar(torch.stack(lora_B), torch.stack(lora_A).mT).sqrt().to(lora_B[0].dtype)[:, None, None]
             multiply(lora_B, expand_factors(root, lora_B))
             multiply(lora_A, expand_factors(1 / root, lora_A))
-            scale_gradients_and_states(self._optimizer, self._degrees, lora_B, expand_factors(1 / root, lora_B))
-            scale_gradients_and_states(self._optimizer, self._degrees, lora_A, expand_factors(root, lora_A))
+            scale_gradients_and_states(self._optimizer, self._kinds, lora_B, expand_factors(1 / root, lora_B))
+            scale_gradients_and_states(self._optimizer, self._kinds, lora_A, expand_factors(root, lora_A))
 
 
 class RefLoraCallback(TrainerCallback):  # type: ignore[misc]

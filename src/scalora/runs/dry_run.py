@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
@@ -27,6 +28,7 @@ from scalora.runs.lora_checks import check_adapted, check_names
 from scalora.runs.messages import without_message
 from scalora.runs.model_limits import TextLimit
 from scalora.runs.models import empty_base
+from scalora.runs.optimizer_checks import own_optimizer
 from scalora.runs.prepare import PreparedRun, prepare, trainer_maker, training_arguments
 from scalora.runs.results import result_names
 from scalora.runs.settings import Settings
@@ -149,7 +151,7 @@ def dry_run(settings: Settings, *, overwrite: bool = False, resume: bool = False
         trained=sum(p.numel() for p in trained),
         layers=len(pairs),
         merge=merge,
-        memory=_memory(run, base_bytes, sum(p.nbytes for p in trained), pairs, merge),
+        memory=_memory(run, trainer.model, base_bytes, sum(p.nbytes for p in trained), pairs, merge),
         lengths=_lengths(run, trainer, uncut),
         steps=steps,
         shown=_shown(run, trainer),
@@ -203,7 +205,7 @@ def _trainer(run: PreparedRun, model: nn.Module, scratch: str, limit: TextLimit 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is truncated of all examples has been said
         make = trainer_maker(settings, run.tokenizer, head, arguments, run.labels, limit)
-    return make(model, optimizers=(run.method.optimizer(model, arguments), None))
+    return make(model, optimizers=(own_optimizer(run.settings, run.method, model, arguments), None))
 
 
 def _placement(run: PreparedRun) -> tuple[Merge, int]:
@@ -211,8 +213,10 @@ def _placement(run: PreparedRun) -> tuple[Merge, int]:
     return run.method.config.merge, run.method.config.remainder_rank
 
 
-def _memory(run: PreparedRun, base: int, trained: int, pairs: list[LoraPair], merge: Merge | None) -> Memory:
-    adapter = 0 if run.peft_config is None else trained
+def _memory(
+    run: PreparedRun, model: nn.Module, base: int, trained: int, pairs: list[LoraPair], merge: Merge | None
+) -> Memory:
+    adapter = trained if isinstance(model, PeftModel) else 0
     if merge is None:
         return training_memory(base, adapter, trained)
     return training_memory(base, adapter, trained, pairs, merge, _placement(run)[1])

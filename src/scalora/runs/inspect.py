@@ -25,6 +25,7 @@ from scalora.maths.spectrum import update_figures
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
 from scalora.model.layers import LINEAR
 from scalora.model.remainder_layer import REMAINDER
+from scalora.model.target_norms import target_norms
 from scalora.model.update import dense_update, factored_update
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
 from scalora.rivals.method import Method
@@ -33,7 +34,7 @@ from scalora.runs.errors import InputError
 from scalora.runs.finished_run import FinishedRun
 from scalora.runs.model_limits import text_limit
 from scalora.runs.models import Source
-from scalora.runs.prepare import trainer_maker, training_arguments
+from scalora.runs.prepare import method_of, trainer_maker, training_arguments
 from scalora.runs.run_folder import json_lines
 from scalora.runs.track import track
 from scalora.runs.train import GRADIENT_BATCHES
@@ -42,7 +43,7 @@ from scalora.runs.update_spectra import SINGULAR_VALUES
 from scalora.saving.export import load_model
 
 _FACTORS = [f"{factor}_p{quantile}" for factor in ("alpha", "beta") for quantile in (10, 50, 90)]
-_LOGGED = ["column_share", "scalar_share", "left_alone_share", *_FACTORS]
+_LOGGED = ["column_share", "scalar_share", "matrix_share", "left_alone_share", *_FACTORS]
 
 _LISTED = 3  # layers that an error message names
 
@@ -86,7 +87,8 @@ def inspect_run(
         quantiles logged at the ``"first"``, ``"middle"`` and ``"last"`` rescale, empty if none were logged. Each layer
         has ``name``, ``shape`` (out, in), ``numerical_rank``, ``effective_rank``, Frobenius ``norm``, ``relative_norm``
         (relative to the base weight's), ``adapter_rank``, the largest 64 ``singular_values``, and ``residual``, with
-        the entries ``none``, ``scalar``, ``column``, ``chosen`` and ``oracle``; None without A and B or a gradient.
+        the entries ``none``, ``scalar``, ``column``, ``polar``, ``matrix``, ``chosen`` and ``oracle``; None without A
+        and B or a gradient.
 
     Raises:
         InputError: the path is not that of a run, the run is unfinished or saved no model, no layer matches, or a
@@ -166,22 +168,18 @@ def _adapted(run: FinishedRun, model: PeftModel) -> _Trained:
     return _Trained(model, layers, run.load() if merged else None)
 
 
-def _scaling_config(run: FinishedRun) -> ScaLoraConfig:
-    """The run's settings of ScaLoRA; the defaults for methods that do not rescale."""
-    scales = issubclass(run.method, ScaLoraMethod)
-    return ScaLoraConfig.from_dict(run.settings.scalora) if scales else ScaLoraConfig()
-
-
 def _logged_factors(run: FinishedRun, step: int) -> dict[str, dict[str, float]]:
     """What was logged at the first, middle and last rescale up to a step; empty if nothing was."""
     path = run.folder / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{str(path)!r} does not exist: the run folder is incomplete")
-    keys = [f"scalora/{name}" for name in _LOGGED]
+    needed = {"step", *(f"scalora/{name}" for name in _FACTORS)}
+    rescales = [
+        line for line in json_lines(path) if isinstance(line, dict) and needed <= line.keys() and line["step"] <= step
+    ]
     logged = [
-        {"step": line["step"]} | {name: line[key] for name, key in zip(_LOGGED, keys, strict=True)}
-        for line in json_lines(path)
-        if isinstance(line, dict) and {"step", *keys} <= line.keys() and line["step"] <= step
+        {"step": line["step"]} | {name: line[key] for name in _LOGGED if (key := f"scalora/{name}") in line}
+        for line in rescales
     ]
     return {"first": logged[0], "middle": logged[len(logged) // 2], "last": logged[-1]} if logged else {}
 
@@ -241,10 +239,14 @@ def _factors(pair: LoraPair) -> tuple[Tensor, Tensor]:
     return pair.lora_B.detach(), pair.lora_A.detach().mT
 
 
-def _target_norm(run: FinishedRun, pair: LoraPair) -> float:
-    """The target norm ``1/(s·√(Lη))`` of the run; the default for methods without one."""
-    rate: Any = run.settings.training.get("learning_rate", run.method.learning_rate)
-    return _scaling_config(run).column_norm(pair.scaling, rate)
+def _scaling(run: FinishedRun, pairs: list[LoraPair]) -> tuple[ScaLoraConfig, dict[str, float]]:
+    """The run's settings of ScaLoRA, and the layers' target norms by name; the defaults if it does not rescale."""
+    method = method_of(run.settings)
+    config = method.config if isinstance(method, ScaLoraMethod) else ScaLoraConfig()
+    settings = run.settings.model_copy(update={"training": run.settings.training | NOT_TRAINING})
+    rate = training_arguments(settings, method, evaluates=False).learning_rate
+    norms = target_norms(pairs, {pair.name: (rate, rate) for pair in pairs}, config)
+    return config, {name: of_A for name, (of_A, _) in norms.items()}
 
 
 def _residuals(
@@ -254,6 +256,7 @@ def _residuals(
     # Freeze before a trainer is created: TRL converts trainable parameters on a quantised base to bfloat16.
     model.requires_grad_(False).eval()
     gradients = _gradients(layers, backward)
+    config, norms = _scaling(run, [layer.pair for layer in layers if layer.pair is not None])
     residuals: list[dict[str, float] | None] = []
     for layer in track(layers, "residuals"):
         assert layer.pair is not None
@@ -267,8 +270,9 @@ def _residuals(
                 G,
                 A,
                 B,
-                target_norm=_target_norm(run, layer.pair),
-                mode=_scaling_config(run).mode,
+                target_norm=norms[layer.pair.name],
+                mode=config.mode,
+                optimum=config.optimum,
                 oracle_rank=rank,
             )
         except ValueError as error:

@@ -18,9 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
+
+from scalora.pair_adamw import PairAdamW
+from scalora.runs.head_rate import HEAD_FACTOR, give_rate, head_parameters
 
 _IGNORED = -100  # label of a token that is not predicted
 
@@ -30,11 +34,28 @@ class SequenceTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         *args: as for `transformers.Trainer`.
+        head_rate: learning rate of the new head. None: that of everything else; with `scalora.PairAdamW`, ten times it.
         **kwargs: as for `transformers.Trainer`, without ``compute_loss_func``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, head_rate: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)
+        self._head_rate = head_rate
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        """As Transformers does, with the head's learning rate.
+
+        Args:
+            *args: arguments of `transformers.Trainer.create_optimizer`.
+            **kwargs: the same by name.
+        """
+        optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self._head_rate
+        if rate is None and isinstance(optimizer, PairAdamW):
+            rate = HEAD_FACTOR * self.args.learning_rate
+        if rate is not None:
+            give_rate(optimizer, head_parameters(self.model), rate)
+        return optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count examples, of all processes. Transformers would not count a regression's target of -100."""

@@ -1,4 +1,4 @@
-"""Builds a run's optimizer and schedule over one small parameter: what can't be built is found before loading a model.
+"""A run's optimizer: which one it has, and whether it and the schedule can be built, before a model is loaded.
 
 The Trainer builds them only when training begins.
 """
@@ -6,12 +6,14 @@ The Trainer builds them only when training begins.
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from scalora.rescale.optimizers import state_degrees
+from scalora.pair_adamw import PairAdamW
+from scalora.rescale.optimizers import state_kinds
 from scalora.rivals.full_weights import GaLore
-from scalora.rivals.method import Method
+from scalora.rivals.method import Method, adamw_arguments
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.errors import InputError
 from scalora.runs.settings import Settings
@@ -21,6 +23,43 @@ _NEED_A_MODEL = ("galore", "apollo", "lomo", "adalomo")
 
 # What a method that brings an optimizer of its own is built on.
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
+
+
+# Methods that train plain LoRA pairs with whatever optimizer they are given.
+_WITH_PAIR_ADAMW = ("scalora", "lora", "rslora", "pissa", "lora_ga", "normalised_columns")
+
+
+def uses_pair_adamw(settings: Settings, method: Method) -> bool:
+    """Whether a run's optimizer is `scalora.PairAdamW`.
+
+    Args:
+        settings: the run's settings.
+        method: the fine-tuning method.
+    """
+    matrix = isinstance(method, ScaLoraMethod) and method.config.mode == "matrix"
+    return settings.optimizer == "pair_adamw" or (matrix and "optim" not in settings.training)
+
+
+def own_optimizer(
+    settings: Settings, method: Method, model: nn.Module, arguments: TrainingArguments
+) -> Optimizer | None:
+    """The optimizer of a run.
+
+    Args:
+        settings: the run's settings.
+        method: the fine-tuning method.
+        model: the model to train.
+        arguments: the trainer's arguments.
+
+    Returns:
+        The optimizer; None if the Trainer is to build that of ``training.optim``.
+
+    Raises:
+        UnsupportedLayerError: a layer is not one that `scalora.PairAdamW` can train.
+    """
+    if uses_pair_adamw(settings, method):
+        return PairAdamW(model, **adamw_arguments(arguments))
+    return method.optimizer(model, arguments)
 
 
 def check_optimizer(settings: Settings, method: Method, arguments: TrainingArguments) -> None:
@@ -38,7 +77,15 @@ def check_optimizer(settings: Settings, method: Method, arguments: TrainingArgum
     name = str(getattr(arguments.optim, "value", arguments.optim))
     parameter = torch.nn.Parameter(torch.zeros(1, 1))
     optimizer: Optimizer = torch.optim.AdamW([parameter])
-    if type(method).optimizer is not Method.optimizer:
+    if uses_pair_adamw(settings, method):
+        if settings.method not in _WITH_PAIR_ADAMW:
+            raise InputError(
+                f"optimizer='pair_adamw': the method {settings.method!r} does not train plain LoRA pairs, or brings an "
+                f"optimizer of its own; it is for {', '.join(_WITH_PAIR_ADAMW)}"
+            )
+        if "optim" in settings.training:
+            raise InputError(f"optimizer='pair_adamw' and training.optim={name!r}: give one of the two")
+    elif type(method).optimizer is not Method.optimizer:
         if "optim" in settings.training and name not in _ADAMW and not isinstance(method, GaLore):
             raise InputError(
                 f"training.optim={name!r}: the method {settings.method!r} brings an optimizer of its own; leave it out"
@@ -49,8 +96,13 @@ def check_optimizer(settings: Settings, method: Method, arguments: TrainingArgum
             optimizer = cls([{"params": [parameter], "weight_decay": arguments.weight_decay}], **keywords)
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"training.optim={name!r}: {error}") from None
-    if isinstance(method, ScaLoraMethod):
-        state_degrees(optimizer)
+        if isinstance(method, ScaLoraMethod):
+            state_kinds(optimizer, method.config.mode)
+            if method.config.norm_from_turn:
+                raise InputError(
+                    f"scalora.mode='matrix' with training.optim={name!r} needs scalora.target_norm, the norm of the "
+                    "orthonormal columns; leave training.optim out for the optimizer pair_adamw, which needs none"
+                )
     _check_schedule(arguments, optimizer)
 
 

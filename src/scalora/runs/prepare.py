@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from scalora.config import LORA_DEFAULTS, ScaLoraConfig
+from scalora.config import DEFAULT_WEIGHT_RATE, LORA_DEFAULTS, ScaLoraConfig
 from scalora.parallel.job import from_first, is_first
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
@@ -32,7 +32,7 @@ from scalora.runs.errors import InputError
 from scalora.runs.losses import CausalTrainer, SequenceTrainer
 from scalora.runs.model_limits import TextLimit, require_sft_tokens, text_limit
 from scalora.runs.models import Source, empty_base, load_tokenizer, resolve_source
-from scalora.runs.optimizer_checks import check_optimizer
+from scalora.runs.optimizer_checks import check_optimizer, uses_pair_adamw
 from scalora.runs.resume import (
     Change,
     check_same_data,
@@ -67,7 +67,8 @@ class PreparedRun:
     Attributes:
         settings: the run's settings.
         method: the fine-tuning method, with its options.
-        peft_config: the adapter's config; None for methods without an adapter.
+        peft_config: the config of the adapter, or of the one whose matrices are trained in full; None for methods that
+            train all weights.
         checkpoint: checkpoint to resume from; None for a run from the start.
         source: where the base model is.
         tokenizer: the base model's tokenizer.
@@ -108,7 +109,7 @@ def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False
     Raises:
         InputError: something in the config, the data or the run folder can't be used.
     """
-    method = _method(settings)
+    method = method_of(settings)
     peft_config = _peft_config(settings, method)
     if not resume and is_first():
         check_run_folder(settings, overwrite=overwrite)
@@ -174,7 +175,9 @@ def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -
         "bf16": bf16,  # TRL's True would make a CPU run bfloat16
         "dataloader_pin_memory": torch.cuda.is_available(),  # it only warns without an accelerator
     }
-    if method.learning_rate is not None:
+    if uses_pair_adamw(settings, method):
+        defaults["learning_rate"] = DEFAULT_WEIGHT_RATE
+    elif method.learning_rate is not None:
         defaults["learning_rate"] = method.learning_rate
     try:
         defaults |= method.training_defaults()
@@ -227,6 +230,7 @@ def trainer_maker(
         make = partial(
             SequenceTrainer,
             data_collator=DataCollatorWithPadding(tokenizer),
+            head_rate=settings.head_learning_rate,
             compute_metrics=regression_scores if labels is None else classification_scores,
         )
     return partial(
@@ -238,11 +242,20 @@ def trainer_maker(
     )
 
 
-def _method(settings: Settings) -> Method:
+def method_of(settings: Settings) -> Method:
+    """The fine-tuning method of a run, with its options.
+
+    Args:
+        settings: the run's settings.
+
+    Raises:
+        InputError: the options are not the method's.
+    """
     cls = method_class(settings)
     options = dict(settings.method_options)
     if issubclass(cls, ScaLoraMethod):
-        options["config"] = ScaLoraConfig.from_dict(settings.scalora)
+        mode = {"mode": "matrix"} if settings.optimizer == "pair_adamw" else {}
+        options["config"] = ScaLoraConfig.from_dict(mode | settings.scalora)
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:

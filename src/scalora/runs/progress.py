@@ -25,6 +25,7 @@ _WATCHED = {
     "eval_mse": ("MSE", ".4g"),
     "learning_rate": ("lr", ".3g"),
     "scalora/column_share": ("scaled by column", ".0%"),
+    "scalora/matrix_share": ("scaled by matrix", ".0%"),
 }
 
 

@@ -127,6 +127,19 @@ class Settings(StrictModel):
         description="Options of the method; `scalora config --method NAME` prints them. ScaLoRA's settings are in the "
         "section scalora.",
     )
+    optimizer: Literal["pair_adamw"] | None = Field(
+        None,
+        description="pair_adamw: scalora.PairAdamW for the adapter, and AdamW for everything else that is trained; "
+        "with the method scalora, also scalora.mode: matrix. Its learning rates are those of full fine-tuning. null: "
+        "training.optim; with scalora.mode: matrix and no training.optim, pair_adamw.",
+    )
+    head_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate of the new head (classification and regression). null: training.learning_rate, "
+        "and ten times that with the optimizer pair_adamw, whose rates are those of full fine-tuning. A head that "
+        "learns too slowly can hide what a method does: give all methods of a comparison the same.",
+    )
     dtype: Dtype = Field(
         "float32",
         description="dtype of the base weights. float32 by default, because merges into half-precision weights round.",

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import prepare_model_for_kbit_training
+from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -35,6 +35,7 @@ from scalora.runs.lora_checks import check_adapted, check_names
 from scalora.runs.measure import StepClock
 from scalora.runs.messages import without_message
 from scalora.runs.models import load_base
+from scalora.runs.optimizer_checks import own_optimizer
 from scalora.runs.prepare import MakeTrainer, PreparedRun, prepare
 from scalora.runs.progress import TrainingProgress
 from scalora.runs.results import write_results
@@ -171,7 +172,9 @@ def _adapt(run: PreparedRun, base: nn.Module) -> Trainer:
         )
         check_adapted(run, model)
         trainer = run.make_trainer(
-            model, callbacks=run.method.callbacks(), optimizers=(run.method.optimizer(model, run.arguments), None)
+            model,
+            callbacks=run.method.callbacks(),
+            optimizers=(own_optimizer(run.settings, run.method, model, run.arguments), None),
         )
     for split in run.examples:
         name = str(getattr(run.settings.data, split))
@@ -212,7 +215,7 @@ def _run(run: PreparedRun, trainer: Trainer, spectra: UpdateSpectra | None, fold
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         costs = whole.summary(output.metrics, trained)
         scores = _final_scores(trainer) if "eval" in run.examples else {}
-    return costs | _losses(trainer.state.log_history) | _ranks(folder, run) | scores
+    return costs | _losses(trainer.state.log_history) | _ranks(folder, trainer.model) | scores
 
 
 def _final_scores(trainer: Trainer) -> dict[str, float]:
@@ -232,13 +235,13 @@ def _losses(history: list[dict[str, Any]]) -> dict[str, float]:
     return found | ({"first_eval_loss": evaluation[0]} if evaluation else {})
 
 
-def _ranks(folder: Path, run: PreparedRun) -> dict[str, float]:
+def _ranks(folder: Path, model: nn.Module) -> dict[str, float]:
     """The median rank of the measured layers' updates at the last measurement, and the adapter's rank."""
     updates = json_lines(folder / UPDATES_FILE)
     last = [line["numerical_rank"] for line in updates if line["step"] == updates[-1]["step"]]
     if not last:
         return {}
-    adapter = {} if run.peft_config is None else {"adapter_rank": run.peft_config.r}
+    adapter = {"adapter_rank": model.active_peft_config.r} if isinstance(model, PeftModel) else {}
     return {"update_rank": statistics.median_low(last), **adapter}
 
 

@@ -17,7 +17,7 @@ Status = Literal["finished", "failed", "missing"]
 DIVERGED = "diverged"
 """Key of the summary of a run that diverged."""
 
-_CELL = ["method", "learning_rate", "seed"]
+_CELL = ["method", "learning_rate", "seed", "share"]
 _COSTS = ["steps", "training_seconds", "seconds_per_step", "peak_memory_bytes", "trainable_parameters"]
 _RANKS = ["numerical_rank", "effective_rank"]
 CELL_COLUMNS = [
@@ -41,17 +41,18 @@ class StudyCells:
     """The results of a study's cells so far.
 
     Attributes:
-        cells: one row per cell that the study needs, finished or not. ``method``, ``learning_rate`` and ``seed``
-            identify it; ``tuning`` and ``reported`` are booleans, whether it is used for choosing a learning rate and
-            in the tables; ``status`` is ``"finished"``, ``"failed"`` or ``"missing"``, and ``error`` is the error in a
-            failed cell's log. The results follow, NaN where there is none: all final ``eval_…`` scores (a loss that
-            diverged is inf), ``train_loss`` (mean over the last quarter of the logged losses), ``best_metric`` (best
-            of the run's evaluations), costs, and ``numerical_rank`` and ``effective_rank`` of the final weight update
-            (mean over the tracked layers).
-        curves: one row per value that a finished cell logged: ``method``, ``learning_rate``, ``seed``, ``step``,
-            ``seconds`` (training time up to that step), ``name``, ``value``.
-        updates: one row per spectrum that a finished cell tracked, as in ``updates.jsonl``: ``method``,
-            ``learning_rate``, ``seed``, ``step``, ``layer``, ranks, Frobenius ``norm``, ``singular_values``.
+        cells: one row per cell that the study needs, finished or not. ``method``, ``learning_rate``, ``seed`` and
+            ``share`` identify it; ``share`` is 1 for all but the cells of the study's `step_shares`. ``tuning`` and
+            ``reported`` are booleans, whether it is used for choosing a learning rate and in the tables of full runs,
+            both false for the cells of a share; ``status`` is ``"finished"``, ``"failed"`` or ``"missing"``, and
+            ``error`` is the error in a failed cell's log. The results follow, NaN where there is none: all final
+            ``eval_…`` scores (a loss that diverged is inf), ``train_loss`` (mean over the last quarter of the logged
+            losses), ``best_metric`` (best of the run's evaluations), costs, and ``numerical_rank`` and
+            ``effective_rank`` of the final weight update (mean over the tracked layers).
+        curves: one row per value that a finished cell logged: the four that identify the cell, ``step``, ``seconds``
+            (training time up to that step), ``name``, ``value``.
+        updates: one row per spectrum that a finished cell tracked, as in ``updates.jsonl``: the four that identify the
+            cell, ``step``, ``layer``, ranks, Frobenius ``norm``, ``singular_values``.
         best: best learning rate by method; a method is absent until all tuning seeds of one of its rates are finished.
     """
 
@@ -71,8 +72,8 @@ def read_cells(study: Study) -> StudyCells:
     rows = {folder: _row(cell, study) for folder, cell in tuning.items()}
     best = _best_learning_rates(study, _frame(list(rows.values()), study))
     reported = {cell.folder: cell for cell in study.reported_cells(best)}
-    cells = tuning | reported
-    rows |= {folder: _row(cell, study) for folder, cell in reported.items() if folder not in rows}
+    cells = tuning | reported | {cell.folder: cell for cell in study.share_cells(best)}
+    rows |= {folder: _row(cell, study) for folder, cell in cells.items() if folder not in rows}
     frame = _frame([rows[f] | {"tuning": f in tuning, "reported": f in reported} for f in cells], study)
     finished = [cell for folder, cell in cells.items() if rows[folder]["status"] == "finished"]
     curves = [{**_names(cell), **point} for cell in finished for point in _curve(cell)]
@@ -199,7 +200,7 @@ def _curve(cell: Cell) -> list[dict[str, Any]]:
 
 
 def _names(cell: Cell) -> dict[str, Any]:
-    return {"method": cell.method, "learning_rate": cell.learning_rate, "seed": cell.seed}
+    return {"method": cell.method, "learning_rate": cell.learning_rate, "seed": cell.seed, "share": cell.share}
 
 
 def _is_number(value: Any) -> bool:

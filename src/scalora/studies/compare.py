@@ -94,7 +94,9 @@ def compare(study: Study, *, cores: int | None = None, threads: int = 1) -> Comp
         try:
             with runner.progress:
                 runner.run(study.tuning_cells())
-                runner.run(study.reported_cells(read_cells(study).best))
+                best = read_cells(study).best
+                runner.run(study.reported_cells(best))
+                runner.run(study.share_cells(best))
             result = write_tables(study.folder)
         except _Stopped:
             pass
@@ -123,7 +125,8 @@ class _Runner:
         self.failed: list[Cell] = []
         tuning = study.tuning_cells()
         later = set(study.seeds) - {cell.seed for cell in tuning}
-        self.total = len(tuning) + len(study.methods) * len(later)
+        shares = len(study.shares()) * len(study.seeds) * (len(study.methods) - 1)
+        self.total = len(tuning) + len(study.methods) * len(later) + shares
         console = Console(stderr=True)  # standard output is for the tables alone
         self.progress = Progress(
             BarColumn(),
@@ -260,6 +263,8 @@ def _check_finished_cells(study: Study) -> None:
     """Raise `InputError` if a finished cell was run with other settings than it would be run with now."""
     seeds = {*study.seeds, *(study.tuning_seeds or [])}
     cells = [study.cell(m, rate, seed) for m in study.methods for rate in study.rates(m) for seed in seeds]
+    for rates in zip(*map(study.rates, study.methods), strict=True):
+        cells += study.share_cells(dict(zip(study.methods, rates, strict=True)))
     for cell in cells:
         if summary_of(cell) is None:
             continue

@@ -1,5 +1,7 @@
 """The schema of a study file, and the cells it expands to: one run for each method, learning rate and seed.
 
+A study may also run the methods for fewer steps at their best learning rate, to find out how many they need.
+
 A comparison is fair when every method sees the same data in the same order and is tuned over the same number of
 learning rates ("Learning Rate Matters: Vanilla LoRA May Suffice", arXiv:2602.04998). Studies that are not fair in this
 sense are rejected when they are loaded.
@@ -10,8 +12,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ class Cell:
         seed: seed for both the model's random initialisation and the order of the data.
         folder: the run folder.
         config: the run's config as nested keys and values, not validated yet.
+        share: share of the study's steps that the run takes; 1 for ordinary cells.
     """
 
     method: str
@@ -49,6 +52,7 @@ class Cell:
     seed: int
     folder: Path
     config: dict[str, Any]
+    share: float = 1.0
 
     @property
     def settings(self) -> Settings:
@@ -94,6 +98,13 @@ class Study(StrictModel):
         min_length=1,
         description="Learning rates of the methods without a list of their own. All methods need the same number.",
     )
+    step_shares: list[float] | None = Field(
+        None,
+        min_length=1,
+        description="Shares of `run.training.max_steps`, between 0 and 1. At its best learning rate, every method but "
+        "the baseline is also run on `seeds` over each of them, with a schedule that ends there, to find out how many "
+        "steps it needs to be level with the baseline's full run. null: no such runs.",
+    )
     run: dict[str, Any] = Field(
         description="Config for `scalora train`, without method, output_dir, learning rate and seeds."
     )
@@ -120,6 +131,14 @@ class Study(StrictModel):
                 raise PydanticCustomError("value", "{words}", {"words": f"{value!r} {error}"}) from None
         return values
 
+    @field_validator("step_shares")
+    @classmethod
+    def _shares_of_a_run(cls, values: list[float] | None) -> list[float] | None:
+        for value in values or ():
+            if not 0 < value < 1:
+                raise PydanticCustomError("value", "{words}", {"words": f"{value!r} must be above 0 and below 1"})
+        return values
+
     @property
     def folder(self) -> Path:
         """The study folder."""
@@ -130,6 +149,10 @@ class Study(StrictModel):
         if self.greater_is_better is None:
             return not self.metric.endswith(_SMALLER_IS_BETTER)
         return self.greater_is_better
+
+    def shares(self) -> list[float]:
+        """The `step_shares`, in ascending order; none if there are none."""
+        return sorted(self.step_shares or ())
 
     def rates(self, method: str) -> list[float]:
         """The learning rates of a method, in ascending order.
@@ -175,21 +198,46 @@ class Study(StrictModel):
             self.cell(method, best[method], seed) for seed in self.seeds for method in self.methods if method in best
         ]
 
-    def cell(self, method: str, learning_rate: float, seed: int) -> Cell:
+    def share_cells(self, best: dict[str, float]) -> list[Cell]:
+        """The cells of `step_shares`: every method but the baseline at its best learning rate, on each of `seeds`.
+
+        Args:
+            best: best learning rate by method; a method that is absent has no cells.
+
+        Raises:
+            InputError: a run's config is invalid.
+        """
+        return [
+            self.cell(method, best[method], seed, share)
+            for seed in self.seeds
+            for share in self.shares()
+            for method in self.methods
+            if method in best and method != self.baseline
+        ]
+
+    def cell(self, method: str, learning_rate: float, seed: int, share: float = 1.0) -> Cell:
         """One cell, with the config of its run.
 
         Args:
             method: a key of `methods`.
             learning_rate: peak learning rate of the run.
             seed: seed for initialisation and data order.
+            share: share of the study's steps that the run takes. 1, for ordinary cells, needs no ``max_steps``.
+
+        Raises:
+            InputError: the config is invalid; found only for a `share` below 1.
         """
         overrides = {key: value for key, value in (self.methods[method] or {}).items() if key != "learning_rates"}
         # A model takes hundreds of megabytes per cell, and the comparison only reads logs.
         content = merged({"save_model": False, "method": method}, merged(self.run, overrides))
-        folder = self.folder / "cells" / _slug(method) / f"lr{learning_rate}-seed{seed}"
-        training = {"learning_rate": learning_rate, "seed": seed, "data_seed": seed}
+        name = f"lr{learning_rate}-seed{seed}" + ("" if share == 1 else f"-share{share}")
+        folder = self.folder / "cells" / _slug(method) / name
+        training: dict[str, Any] = {"learning_rate": learning_rate, "seed": seed, "data_seed": seed}
         config = merged(content, {"output_dir": str(folder), "training": training})
-        return Cell(method, learning_rate, seed, folder, config)
+        cell = Cell(method, learning_rate, seed, folder, config, share)
+        if share == 1:
+            return cell
+        return replace(cell, config=merged(config, {"training": _shortened(cell.settings.training, share)}))
 
 
 def load_study_file(path: Path, overrides: Sequence[str] = (), options: Sequence[str] = ()) -> Study:
@@ -263,8 +311,8 @@ def _run_settings(content: dict[str, Any], where: str) -> Settings:
 def _check_fairness(study: Study) -> None:
     if study.baseline not in study.methods:
         raise InputError(f"baseline={study.baseline!r} is none of the methods {', '.join(study.methods)}")
-    for name, seeds in (("seeds", study.seeds), ("tuning_seeds", study.tuning_seeds or [])):
-        if twice := _first_duplicate(seeds):
+    for name in ("seeds", "tuning_seeds", "step_shares"):
+        if twice := _first_duplicate(getattr(study, name) or []):
             raise InputError(f"{name}: {twice[0]} is listed twice")
     for method in study.methods:
         if twice := _first_duplicate(study.rates(method)):
@@ -297,10 +345,46 @@ def _check_cells(study: Study) -> None:
             if name is None:
                 raise InputError(f"methods.{method}: data.{split} is missing; a study needs data.train and data.eval")
             data[name] = "train" if split == "train" else "eval"
+    _check_step_shares(study)
     from scalora.runs.data import load_examples  # loads torch, so after all else has been checked
 
     for name, split in data.items():
         load_examples(name, split)
+
+
+def _check_step_shares(study: Study) -> None:
+    """Raise `InputError` unless all methods take the same number of steps, of which each share is another number."""
+    if study.step_shares is None:
+        return
+    steps = {
+        method: study.cell(method, study.rates(method)[0], study.seeds[0]).settings.training.get("max_steps", 0)
+        for method in study.methods
+    }
+    whole = steps[study.baseline]
+    if whole < 1:
+        raise InputError("step_shares: they are shares of run.training.max_steps, which is missing: set it")
+    for method, own in steps.items():
+        if own != whole:
+            raise InputError(
+                f"methods.{method}.training.max_steps={own}: step_shares need the same for all methods, and "
+                f"{study.baseline} has {whole}"
+            )
+    taken = {share: round(share * whole) for share in (*study.shares(), 1.0)}
+    numbers = Counter(taken.values())
+    for share in study.shares():
+        if taken[share] < 1 or numbers[taken[share]] > 1:
+            raise InputError(
+                f"step_shares: {share} of {whole} steps is {taken[share]}, but each share must be another number of "
+                f"steps, from 1 to {whole - 1}: leave it out or change it"
+            )
+
+
+def _shortened(training: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """The training arguments that make a run take a share of its steps."""
+    changed = {"max_steps": round(share * training["max_steps"])}
+    warmup = training.get("warmup_steps", 0)
+    # Below 1 it is a share of the steps already.
+    return changed | ({"warmup_steps": round(share * warmup)} if warmup >= 1 else {})
 
 
 def _refuse_what_the_study_sets(where: str, content: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from scipy.stats import ttest_rel
 
 from scalora.studies.cells import read_cells
+from scalora.studies.over_seeds import gap_closed, mean_and_error, paired_difference
+from scalora.studies.shares import share_table
 from scalora.studies.study import Study, study_of
 
 
@@ -25,10 +25,11 @@ class StudyResult:
         folder: the study folder.
         study: the study's settings.
         cells: one row per cell, with the columns described in `scalora.studies.cells.StudyCells`.
-        curves: one row per logged value: ``method``, ``learning_rate``, ``seed``, ``step``, ``seconds``, ``name``,
-            ``value``.
+        curves: one row per logged value, with the columns described there.
         updates: one row per tracked spectrum of a layer's weight update, as in ``updates.jsonl``.
         table: one row per method, with the columns described in `comparison_table`.
+        shares: one row per method and share of the steps, with the columns described in
+            `scalora.studies.shares.share_table`.
         sensitivity: one row per method and learning rate: mean final ``eval_loss`` and ``metric`` over the finished
             tuning seeds, the numbers of ``finished`` and of all tuning ``seeds``, and whether it is the ``best`` rate.
     """
@@ -39,6 +40,7 @@ class StudyResult:
     curves: pd.DataFrame
     updates: pd.DataFrame
     table: pd.DataFrame
+    shares: pd.DataFrame
     sensitivity: pd.DataFrame
 
 
@@ -54,8 +56,16 @@ def load_study(folder: Path) -> StudyResult:
     study = study_of(folder)
     read = read_cells(study)
     table = comparison_table(study, read.cells, read.curves, read.best)
-    sensitivity = _sensitivity(study, read.cells, read.best)
-    return StudyResult(folder, study, read.cells, read.curves, read.updates, table, sensitivity)
+    return StudyResult(
+        folder=folder,
+        study=study,
+        cells=read.cells,
+        curves=read.curves,
+        updates=read.updates,
+        table=table,
+        shares=share_table(study, read.cells),
+        sensitivity=_sensitivity(study, read.cells, read.best),
+    )
 
 
 def comparison_table(study: Study, cells: pd.DataFrame, curves: pd.DataFrame, best: dict[str, float]) -> pd.DataFrame:
@@ -138,62 +148,12 @@ def _against_baseline(study: Study, method: str, final: dict[str, pd.DataFrame])
     return differences | shares
 
 
-def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
-    """Mean of some values and its standard error.
-
-    Args:
-        values: one value per seed.
-
-    Returns:
-        The mean, NaN without values, and its standard error, NaN for fewer than two values or if any is not finite.
-    """
-    array = np.asarray(list(values), dtype=float)
-    if not len(array):
-        return math.nan, math.nan
-    certain = len(array) > 1 and bool(np.isfinite(array).all())
-    return float(array.mean()), float(array.std(ddof=1) / math.sqrt(len(array))) if certain else math.nan
-
-
-def paired_difference(values: pd.Series, baseline: pd.Series) -> tuple[float, float, float]:
-    """Mean difference from the baseline over the seeds that both have, with its standard error and significance.
-
-    Args:
-        values: a method's values, indexed by seed.
-        baseline: the baseline's values, indexed by seed.
-
-    Returns:
-        The mean difference, its standard error, and the p value of the two-sided paired t test. p is NaN if all
-        differences are equal, as may happen for the accuracy on few examples: the test would report certainty.
-    """
-    both = pd.concat([values, baseline], axis=1, join="inner").to_numpy(dtype=float)
-    differences = both[:, 0] - both[:, 1] if np.isfinite(both).all() else np.full(len(both), math.nan)
-    mean, error = mean_and_error(differences)
-    vary = len(both) > 1 and bool(np.ptp(differences) > 1e-12 * np.abs(both).max())
-    return mean, error, float(ttest_rel(both[:, 0], both[:, 1]).pvalue) if vary else math.nan
-
-
-def gap_closed(values: pd.Series, baseline: pd.Series, ceiling: pd.Series, *, larger: bool) -> float:
-    """Share of the gap between the baseline's and the ceiling's means that a method closes.
-
-    Args:
-        values: the method's values, indexed by seed. Only seeds that all three have count.
-        baseline: the baseline's values, indexed by seed.
-        ceiling: the ceiling's values, indexed by seed.
-        larger: whether larger values are better.
-
-    Returns:
-        0 at the baseline's mean, 1 at the ceiling's; NaN if the ceiling is not better than the baseline.
-    """
-    method, low, high = pd.concat([values, baseline, ceiling], axis=1, join="inner").mean().to_numpy()
-    way, gap = (method - low, high - low) if larger else (low - method, low - high)
-    return float(way / gap) if gap > 0 and math.isfinite(way) and math.isfinite(gap) else math.nan
-
-
 def _loss_curves(curves: pd.DataFrame, method: str, learning_rate: float | None, seeds: list[int]) -> pd.DataFrame:
     """Evaluation losses and training times, indexed by step, with columns (``value`` or ``seconds``, seed)."""
     chosen = curves[
         (curves["method"] == method)
         & (curves["learning_rate"] == learning_rate)
+        & (curves["share"] == 1)
         & curves["seed"].isin(seeds)
         & (curves["name"] == "eval_loss")
     ]

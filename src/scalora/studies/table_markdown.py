@@ -8,7 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd  # type: ignore[import-untyped]
+
 from scalora.saving.files import atomic_write
+from scalora.studies.shares import level_share
 from scalora.studies.study import Study
 from scalora.studies.table import StudyResult, load_study
 
@@ -18,7 +21,7 @@ _NONE = "—"
 
 
 def write_tables(folder: Path) -> StudyResult:
-    """Write ``cells.parquet``, ``curves.parquet``, ``table.parquet`` and ``table.md`` into a study folder.
+    """Write ``cells``, ``curves``, ``table`` and ``shares.parquet``, and ``table.md``, into a study folder.
 
     Args:
         folder: the study folder; unfinished cells are left out of the tables.
@@ -31,7 +34,7 @@ def write_tables(folder: Path) -> StudyResult:
         OSError: a file can't be written.
     """
     result = load_study(folder)
-    for name in ("cells", "curves", "table"):
+    for name in ("cells", "curves", "table", "shares"):
         with atomic_write(folder / f"{name}.parquet") as temporary:
             getattr(result, name).to_parquet(temporary, index=False)
     with atomic_write(folder / "table.md") as temporary:
@@ -42,6 +45,8 @@ def write_tables(folder: Path) -> StudyResult:
 def markdown(result: StudyResult) -> str:
     """The report of a study in Markdown: provenance, scores, comparison with the baseline, costs, learning rates.
 
+    With `step_shares`, the comparison with the baseline over fewer steps too.
+
     Args:
         result: the results of a study, finished or not.
     """
@@ -50,6 +55,7 @@ def markdown(result: StudyResult) -> str:
         _header(result),
         *_reached(study, result.table.to_dict("records")),
         *_against_baseline(study, result.table.to_dict("records")),
+        *(_fewer_steps(study, result.shares) if study.step_shares else []),
         *_costs(result.table.to_dict("records")),
         *_learning_rates(study, result.sensitivity.to_dict("records")),
     ]
@@ -67,8 +73,7 @@ def _reached(study: Study, rows: list[dict[str, Any]]) -> list[str]:
 
     def line(row: dict[str, Any]) -> list[str]:
         rate = _number(row["learning_rate"], "g") + "*" * row["at_edge"]
-        unfinished = f" ({row['unfinished']} not finished)" if row["unfinished"] else ""
-        return [row["method"], rate, f"{row['seeds']}{unfinished}", *(_with_error(row, name) for name in names)]
+        return [row["method"], rate, _seeds(row), *(_with_error(row, name) for name in names)]
 
     note = (
         f"Mean ± standard error over seeds. For {metric}, {'larger' if study.larger_is_better() else 'smaller'} is "
@@ -115,6 +120,39 @@ def _against_baseline(study: Study, rows: list[dict[str, Any]]) -> list[str]:
         f"## Against {baseline}",
         grid(["method", *columns, f"steps to {baseline}'s best loss", "seconds"], map(line, rows)),
         note,
+    ]
+
+
+def _fewer_steps(study: Study, shares: pd.DataFrame) -> list[str]:
+    baseline = study.baseline
+    names = {"metric": study.metric} | ({} if study.metric == "eval_loss" else {"eval_loss": "eval_loss"})
+
+    def line(row: dict[str, Any]) -> list[str]:
+        scores = (_with_error(row, name) for name in names)
+        return [row["method"], _percent(row["share"]), _number(row["steps"], ".0f"), _seeds(row), *scores]
+
+    def level(method: str, name: str) -> str:
+        own = shares[shares["method"] == method]
+        if own[f"{name}_level"].isna().all():
+            return _NONE
+        share = level_share(shares, method, name)
+        words = "not level" if share is None else f"level with {baseline} at {_percent(share)} of its steps"
+        return words + " so far" * bool(own["unfinished"].any())
+
+    others = [method for method in study.methods if method != baseline]
+    return [
+        "## Fewer steps, with a schedule of their own",
+        grid(
+            ["method", "share of the steps", "steps", "seeds", *(f"{shown}, final" for shown in names.values())],
+            map(line, shares.to_dict("records")),
+        ),
+        grid(
+            ["method", *(f"by {shown}" for shown in names.values())],
+            [[method, *(level(method, name) for name in names)] for method in others],
+        ),
+        f"Each share is a run of its own at the method's best learning rate, whose schedule ends with it. Level: the "
+        f"mean over the seeds that both have is at least as good as that of {baseline}'s full runs; the smallest share "
+        "at which it is. Mean ± standard error over seeds.",
     ]
 
 
@@ -187,6 +225,14 @@ def grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _number(value: float, form: str) -> str:
     return _NONE if math.isnan(value) else format(value, form)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
+
+
+def _seeds(row: dict[str, Any]) -> str:
+    return f"{row['seeds']} ({row['unfinished']} not finished)" if row["unfinished"] else str(row["seeds"])
 
 
 def _error(value: float) -> str:

@@ -1,0 +1,96 @@
+"""Adam's moments for a LoRA factor that any r × r change of the factor carries over exactly: tensors only.
+
+Beyond the paper. A factor with r columns, say A (d × r), has the gradient g, which ``Ã = A·P``, ``B̃ = B·Q`` multiply by
+Q from the right (B's by P). Adam's elementwise second moment can't follow that. These can:
+
+    first moment        M ← β₁·M + (1 − β₁)·g                        (d × r)   M ← M·Q
+    second moment       V ← β₂·V + (1 − β₂)·gᵀg/d                    (r × r)   V ← Qᵀ·V·Q
+    row weights         ρ ← β₂·ρ + (1 − β₂)·[gᵢ·V̂⁻¹·gᵢᵀ/r]ᵢ          (d)       unchanged
+    direction           D = M̂·V̂^(−1/2)/√ρ̂ , row by row              (d × r)
+
+with Adam's bias corrections, marked by a hat. V is the second moment of LoRA-RITE (arXiv:2410.20625); the row weights
+say which rows of the factor have large gradients, as Adam's second moment does entry by entry. The entries of D are of
+order 1, as those of Adam's direction.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scalora.maths.roots import inverse_root
+
+# Directions in which the gradient is below 1e-5 of its root mean square are rounding errors in float32. They are not
+# scaled up further.
+_DAMPING = 1e-10
+
+
+def update_moments(
+    gradient: Float[Tensor, "layers d r"],
+    first: Float[Tensor, "layers d r"],
+    second: Float[Tensor, "layers r r"],
+    row_weights: Float[Tensor, "layers d"],
+    *,
+    step: int,
+    betas: tuple[float, float],
+) -> None:
+    """Add a step's gradients to the moments of factors of one shape, in place.
+
+    Args:
+        gradient: g of each factor, (layers, d, r).
+        first: M, (layers, d, r); modified.
+        second: V, (layers, r, r), in the solver's dtype; modified.
+        row_weights: ρ, (layers, d); modified.
+        step: number of this step, counted from 1.
+        betas: β₁ and β₂.
+    """
+    beta1, beta2 = betas
+    first.lerp_(gradient, 1 - beta1)
+    second.lerp_((gradient.mT @ gradient).to(second.dtype) / gradient.shape[1], 1 - beta2)
+    whitened = gradient @ _whitening(second / (1 - beta2**step)).to(gradient.dtype)
+    row_weights.lerp_(whitened.square().mean(-1), 1 - beta2)
+
+
+def direction(
+    first: Float[Tensor, "layers d r"],
+    second: Float[Tensor, "layers r r"],
+    row_weights: Float[Tensor, "layers d"],
+    *,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+) -> Float[Tensor, "layers d r"]:
+    """The direction ``D = M̂·V̂^(−1/2)/√ρ̂`` of factors of one shape.
+
+    Args:
+        first: M, (layers, d, r).
+        second: V, (layers, r, r), in the solver's dtype.
+        row_weights: ρ, (layers, d).
+        step: number of steps that the moments have seen.
+        betas: β₁ and β₂.
+        eps: Adam's epsilon: gradients much smaller than this, and rows whose weight is smaller than its square, are not
+            scaled up to order 1.
+
+    Returns:
+        D, (layers, d, r), to be multiplied by the learning rate.
+    """
+    beta1, beta2 = betas
+    root, _ = inverse_root(second / (1 - beta2**step), relative_damping=_DAMPING, absolute_damping=eps**2)
+    rows = (row_weights / (1 - beta2**step)).sqrt_().add_(eps)
+    return (first @ root.to(first.dtype)).div_(rows[..., None] * (1 - beta1**step))
+
+
+def _whitening(second: Float[Tensor, "layers r r"]) -> Float[Tensor, "layers r r"]:
+    """A matrix H with ``H·Hᵀ = V⁻¹``; any such matrix gives the same row weights."""
+    r = second.shape[-1]
+    diagonal = second.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal, 1).rsqrt()
+    unit = second * scale[..., :, None] * scale[..., None, :]
+    identity = torch.eye(r, dtype=second.dtype, device=second.device)
+    factor, info = torch.linalg.cholesky_ex(unit)
+    # Fewer gradients than columns so far, or columns without any.
+    damped, _ = torch.linalg.cholesky_ex(unit + r * _DAMPING * identity)
+    factor = torch.where((info == 0)[..., None, None], factor, damped)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    return scale[..., :, None] * inverse.mT

@@ -1,0 +1,255 @@
+"""`PairAdamW`: AdamW for LoRA pairs, with moments that any change of the factors carries over exactly.
+
+Beyond the paper; the equations are in `scalora.maths.pair_moments` and `scalora.maths.weight_steps`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from scalora.config import DEFAULT_WEIGHT_RATE
+from scalora.maths.pair_moments import direction, update_moments
+from scalora.maths.scaling import solver_dtype
+from scalora.maths.weight_steps import step_sizes
+from scalora.model.adapters import LoraPair, find_lora_pairs
+
+_Group = dict[str, Any]
+
+
+class _Moments(NamedTuple):
+    """What the moments of a factor depend on besides gradients."""
+
+    step: int
+    betas: tuple[float, float]
+    eps: float
+
+
+class _Alike(NamedTuple):
+    """What pairs that are stepped together have in common."""
+
+    m: int
+    n: int
+    r: int
+    dtype: torch.dtype
+    device: torch.device
+    of_A: _Moments
+    of_B: _Moments
+
+    @classmethod
+    def of(cls, pair: LoraPair, groups: tuple[_Group, _Group], steps: tuple[int, int]) -> _Alike:
+        moments = (_Moments(step, tuple(g["betas"]), g["eps"]) for g, step in zip(groups, steps, strict=True))
+        return cls(pair.m, pair.n, pair.r, pair.lora_A.dtype, pair.lora_A.device, *moments)
+
+
+class PairAdamW(Optimizer):
+    """AdamW whose second moment of a LoRA factor is an r × r matrix and a weight for each row.
+
+    Its state takes about half the memory of AdamW's, and `scalora.ScaLora` with ``mode="matrix"`` carries it through
+    every rescale exactly. Without rescales it is LoRA with another optimizer. Parameters that belong to no LoRA pair
+    (heads, norms, embeddings) are stepped by AdamW, so that one optimizer does for a whole model.
+
+    The learning rate is the same kind of number for all of them: by how much a step moves an entry of a weight. For a
+    LoRA pair that is an entry of the weight under it, ``W + s·A·Bᵀ``, in root mean square. So the rates to try are
+    those of full fine-tuning, about a tenth of LoRA's, and a good one stays good when rank, ``lora_alpha`` or width
+    change.
+
+    Weight decay is decoupled, as AdamW's, and decays the product: a step multiplies ``s·A·Bᵀ`` by
+    ``1 − lr·weight_decay`` and so pulls the weight towards the base's. With `scalora.ScaLora`, the remainder decays
+    with it.
+
+    Example:
+        >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        >>> optimizer = PairAdamW(model, lr=4e-4)
+        >>> ScaLora(model, optimizer, ScaLoraConfig(mode="matrix"))  # and train as before
+
+    With a `transformers.Trainer`, pass ``optimizer_cls_and_kwargs=(PairAdamW, {"model": model, "lr": 4e-4})``.
+
+    Args:
+        model: a model with PEFT LoRA layers and exactly one active adapter.
+        params: parameters or parameter groups, as for other optimizers. None: all trainable parameters of the model.
+        lr: learning rate: the root mean square by which a step moves the entries of a weight.
+        betas: decay rates of the first and second moments.
+        eps: term added to the denominators for numerical stability.
+        weight_decay: decoupled weight decay. 0 by default, as for LoRA in the libraries.
+
+    Raises:
+        UnsupportedLayerError: a layer is not one that ScaLoRA can train; the message names it.
+        ValueError: a setting is out of range, or only one factor of a pair is among the parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float = DEFAULT_WEIGHT_RATE,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value!r}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {betas!r}")
+        self._pairs = find_lora_pairs(model)
+        given = [p for p in model.parameters() if p.requires_grad] if params is None else params
+        super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        for pair in self._pairs:
+            if (id(pair.lora_A) in held) != (id(pair.lora_B) in held):
+                raise ValueError(
+                    f"module {pair.name!r}: params holds one of lora_A and lora_B, but they are stepped together: give "
+                    "both, or none of them"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step. Does not wait for the device.
+
+        Args:
+            closure: recomputes the loss and the gradients.
+
+        Returns:
+            The value of the closure; None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        alike: dict[_Alike, list[tuple[LoraPair, _Group, _Group]]] = defaultdict(list)
+        for pair in self._pairs:
+            if pair.has_gradients and id(pair.lora_A) in group_of:
+                groups = group_of[id(pair.lora_A)], group_of[id(pair.lora_B)]
+                counts = self._count_step(pair.lora_A, pair.lora_A.mT), self._count_step(pair.lora_B, pair.lora_B)
+                alike[_Alike.of(pair, groups, counts)].append((pair, *groups))
+        for kind, members in alike.items():
+            self._step_pairs(members, kind)
+        factors = {id(p) for pair in self._pairs for p in (pair.lora_A, pair.lora_B)}
+        for group in self.param_groups:
+            self._step_others([p for p in group["params"] if id(p) not in factors and p.grad is not None], group)
+        return loss
+
+    @property
+    def decays(self) -> bool:
+        """Whether any parameter group has a weight decay."""
+        return any(group["weight_decay"] for group in self.param_groups)
+
+    def kept_products(self) -> Iterator[tuple[LoraPair, float]]:
+        """The pairs whose product the next step decays, and the factor that it leaves of it."""
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        for pair in self._pairs:
+            if pair.has_gradients and id(pair.lora_A) in group_of:
+                kept = math.prod(_kept(group_of[id(factor)]) for factor in (pair.lora_A, pair.lora_B))
+                if kept != 1:
+                    yield pair, kept
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state from `state_dict`.
+
+        Args:
+            state_dict: the state.
+        """
+        super().load_state_dict(state_dict)
+        # torch rounds all state to the parameter's dtype.
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for parameter, number in zip(parameters, numbers, strict=True):
+            if (exact := state_dict["state"].get(number, {}).get("second_moment")) is not None:
+                dtype = solver_dtype(parameter.device)
+                self.state[parameter]["second_moment"] = exact.to(parameter.device, dtype, copy=True)
+
+    def _count_step(self, parameter: nn.Parameter, tall: Float[Tensor, "d r"]) -> int:
+        """Count a step in a factor's state, which is created before the first one."""
+        state = self.state[parameter]
+        if not state:
+            rows, r = tall.shape
+            state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, as AdamW's
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["second_moment"] = parameter.new_zeros(r, r, dtype=solver_dtype(parameter.device))
+            state["row_weights"] = parameter.new_zeros(rows)
+        state["step"] += 1
+        return int(state["step"].item())
+
+    def _step_pairs(self, members: list[tuple[LoraPair, _Group, _Group]], kind: _Alike) -> None:
+        """Step pairs that differ in nothing but their learning rates and weight decays, all at once."""
+        pairs, groups_A, groups_B = zip(*members, strict=True)
+        of_A, of_B = [pair.lora_A for pair in pairs], [pair.lora_B for pair in pairs]
+        A, B = torch.stack(of_B), torch.stack(of_A).mT
+        sizes = step_sizes(A, B, _column([pair.scaling for pair in pairs], A)[:, 0, 0])[:, None, None]
+        for parameters, factors, groups, tall, moments in (
+            (of_A, B, groups_A, False, kind.of_A),
+            (of_B, A, groups_B, True, kind.of_B),
+        ):
+            directions = self._directions(parameters, tall=tall, moments=moments)
+            kept = _column([_kept(group) for group in groups], A)
+            stepped = factors * kept - _column([group["lr"] for group in groups], A) * sizes * directions
+            torch._foreach_copy_(parameters, list((stepped if tall else stepped.mT).unbind()))
+
+    def _directions(self, parameters: list[nn.Parameter], *, tall: bool, moments: _Moments) -> Tensor:
+        """Update the moments of factors of one shape, and return their directions, (layers, d, r)."""
+
+        def stacked(tensors: list[Tensor]) -> Tensor:
+            stack = torch.stack(tensors)
+            return stack if tall else stack.mT
+
+        states = [self.state[p] for p in parameters]
+        gradient = stacked([p.grad for p in parameters if p.grad is not None])
+        first = stacked([state["exp_avg"] for state in states])
+        second = torch.stack([state["second_moment"] for state in states])
+        row_weights = torch.stack([state["row_weights"] for state in states])
+        step, betas, eps = moments
+        update_moments(gradient, first, second, row_weights, step=step, betas=betas)
+        updated = {"exp_avg": first if tall else first.mT, "second_moment": second, "row_weights": row_weights}
+        for key, values in updated.items():
+            torch._foreach_copy_([state[key] for state in states], list(values.unbind()))
+        return direction(first, second, row_weights, step=step, betas=betas, eps=eps)
+
+    def _step_others(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Step parameters of one group that belong to no pair by AdamW."""
+        if not parameters:
+            return
+        for parameter in parameters:
+            if not (state := self.state[parameter]):
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        states = [self.state[p] for p in parameters]
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,  # type: ignore[arg-type]
+            [p.grad for p in parameters if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            foreach=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _kept(group: _Group) -> float:
+    """What weight decay leaves of a factor: the root of what it leaves of a product."""
+    kept: float = (1 - group["lr"] * group["weight_decay"]) ** 0.5
+    return kept
+
+
+def _column(numbers: list[float], like: Tensor) -> Tensor:
+    """One number for each layer, to be multiplied with stacked factors."""
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device)[:, None, None]

@@ -1,0 +1,144 @@
+"""What a rescale changes: ``Ã = A·P``, ``B̃ = B·Q``, with diagonal matrices (the paper's) or any; tensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scalora.maths.matrix import MatrixScaling
+from scalora.maths.scaling import Scaling
+from scalora.rescale.kernels import Kernels
+from scalora.rescale.remainder import Remainder
+from scalora.rescale.transport import multiply_by_matrices
+
+
+class Factors(NamedTuple):
+    """The tensors of layers of one shape that a rescale changes.
+
+    Attributes:
+        lora_A: the layers' ``lora_A`` weights, the paper's Bᵀ.
+        lora_B: the layers' ``lora_B`` weights, the paper's A.
+        weights: the layers' base weights, as they are stored.
+        remainders: the layers' remainders.
+    """
+
+    lora_A: Sequence[Tensor]
+    lora_B: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    remainders: Sequence[Remainder]
+
+
+class ColumnChange(NamedTuple):
+    """``P = diag(α)``, ``Q = diag(β)``.
+
+    Attributes:
+        alpha: (layers, r), in the dtype of the factors.
+        beta: (layers, r), in the dtype of the factors.
+        merged: 1 − αβ, (layers, r), in the solver's dtype.
+    """
+
+    alpha: Float[Tensor, "layers r"]
+    beta: Float[Tensor, "layers r"]
+    merged: Float[Tensor, "layers r"]
+
+    @classmethod
+    def of(cls, scaling: Scaling, dtype: torch.dtype) -> ColumnChange:
+        """The change of a scaling.
+
+        Args:
+            scaling: the factors, in the solver's dtype.
+            dtype: dtype of the adapter.
+        """
+        alpha, beta = scaling.alpha.to(dtype), scaling.beta.to(dtype)
+        # 1 − αβ of the rounded factors, in the solver's precision, so that the function changes only by rounding.
+        return cls(alpha, beta, 1 - alpha.to(scaling.alpha.dtype) * beta.to(scaling.beta.dtype))
+
+    @property
+    def merged_matrix(self) -> Float[Tensor, "layers r r"]:
+        """``1 − P·Qᵀ``."""
+        return torch.diag_embed(self.merged)
+
+    def as_matrices(self) -> MatrixChange:
+        """The same change, for optimizers with a state that only matrices can carry over."""
+        P, Q = (torch.diag_embed(factors.to(self.merged.dtype)) for factors in (self.alpha, self.beta))
+        return MatrixChange(P, Q, self.merged_matrix)
+
+    def split(self, sizes: list[int]) -> list[ColumnChange]:
+        """The changes of consecutive groups of layers.
+
+        Args:
+            sizes: number of layers of each group.
+        """
+        return [ColumnChange(*parts) for parts in zip(*(torch.split(t, sizes) for t in self), strict=True)]
+
+    def apply(self, factors: Factors, kernels: Kernels, scaling: Float[Tensor, "layers 1"]) -> None:
+        """Move what the change takes out of the factors to the remainders, and change the factors, in place.
+
+        Args:
+            factors: layers of one shape.
+            kernels: the operations to use.
+            scaling: what each layer's remainder is added at.
+        """
+        lora_A, lora_B = list(factors.lora_A), list(factors.lora_B)
+        kernels.merge(factors.remainders, factors.weights, lora_B, lora_A, scaling * self.merged)
+        kernels.multiply(lora_B, kernels.expand_factors(self.alpha[:, None, :], lora_B))
+        kernels.multiply(lora_A, kernels.expand_factors(self.beta[:, :, None], lora_A))
+
+
+class MatrixChange(NamedTuple):
+    """Any invertible P and Q.
+
+    Attributes:
+        P: (layers, r, r), in the solver's dtype.
+        Q: (layers, r, r), in the solver's dtype.
+        merged_matrix: ``1 − P·Qᵀ``, (layers, r, r), in the solver's dtype.
+    """
+
+    P: Float[Tensor, "layers r r"]
+    Q: Float[Tensor, "layers r r"]
+    merged_matrix: Float[Tensor, "layers r r"]
+
+    @classmethod
+    def of(cls, scaling: MatrixScaling) -> MatrixChange:
+        """The change of a scaling.
+
+        Args:
+            scaling: the matrices, in the solver's dtype.
+        """
+        identity = torch.eye(scaling.P.shape[-1], dtype=scaling.P.dtype, device=scaling.P.device)
+        return cls(scaling.P, scaling.Q, identity - scaling.P @ scaling.Q.mT)
+
+    def split(self, sizes: list[int]) -> list[MatrixChange]:
+        """The changes of consecutive groups of layers.
+
+        Args:
+            sizes: number of layers of each group.
+        """
+        return [MatrixChange(*parts) for parts in zip(*(torch.split(t, sizes) for t in self), strict=True)]
+
+    def apply(self, factors: Factors, kernels: Kernels, scaling: Float[Tensor, "layers 1"]) -> None:
+        """Move what the change takes out of the factors to the remainders, and change the factors, in place.
+
+        Args:
+            factors: layers of one shape.
+            kernels: the operations to use.
+            scaling: what each layer's remainder is added at.
+        """
+        A = torch.stack(list(factors.lora_B)).to(self.P.dtype)
+        multiply_by_matrices(factors.lora_B, self.P, tall=True)
+        multiply_by_matrices(factors.lora_A, self.Q, tall=False)
+        # A·Bᵀ − Ã·B̃ᵀ as (A·Q⁻ᵀ − Ã)·B̃ᵀ, with Ã and B̃ as they have been rounded. With A·(1 − P·Qᵀ)·Bᵀ the rounding
+        # errors would grow with the condition number of B, which that of B̃ does not.
+        inverse = torch.linalg.inv_ex(self.Q).inverse
+        left = A @ inverse.mT - torch.stack(list(factors.lora_B)).to(A.dtype)
+        left = (scaling[..., None] * left).to(factors.lora_A[0].dtype)
+        moved = (self.merged_matrix != 0).any(-1).any(-1, keepdim=True).expand(-1, left.shape[-1])
+        kernels.merge(factors.remainders, factors.weights, list(left.unbind()), factors.lora_A, moved.to(self.P.dtype))
+
+
+Change = ColumnChange | MatrixChange
+"""What a rescale changes in layers of one rank or of one shape."""
