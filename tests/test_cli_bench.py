@@ -170,3 +170,20 @@ def test_what_cannot_be_measured_is_said_in_one_line(arguments, message, tmp_pat
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_matrix_scaling_with_pair_adamw_is_a_contender(tmp_path):
+    result = CliRunner().invoke(
+        app,
+        f"bench --output {tmp_path} --width 64 --layers 1 --sequence 8 --batch 1 --rounds 2 "
+        "--method scalora+pair_adamw:2 --method lora+pair_adamw --no-memory",
+    )
+    assert result.exit_code == 0, result.output
+    steps = json.loads((tmp_path / "bench.json").read_text())["steps"]
+    assert [row["method"] for row in steps] == ["lora", "scalora+pair_adamw:2", "lora+pair_adamw"]
+
+
+def test_another_optimizer_is_no_contender(tmp_path):
+    result = CliRunner().invoke(app, ["bench", "--output", str(tmp_path), "--method", "scalora+sgd"])
+    assert result.exit_code != 0
+    assert "pair_adamw" in result.output

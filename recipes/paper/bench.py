@@ -62,6 +62,7 @@ class Setting:
         interval: optimizer steps from one rescale to the next.
         warmup_steps: optimizer steps before the first rescale.
         mode: which scalings the engine tries: "auto", "column", "scalar" or "matrix".
+        optimum: which matrices the engine takes in mode "matrix": "polar" or "exact".
         start: "zero" is PEFT's start; "random" makes lora_B random too and subtracts the product from the base weight;
             "oracle" is `scalora.optimal_start`.
     """
@@ -75,6 +76,7 @@ class Setting:
     interval: int = 1
     warmup_steps: int = 10
     mode: str = "auto"
+    optimum: str = "polar"
     start: str = "zero"
 
     def config(self) -> ScaLoraConfig:
@@ -85,6 +87,7 @@ class Setting:
             interval=self.interval,
             warmup_steps=self.warmup_steps,
             mode=self.mode,
+            optimum=self.optimum,
         )
 
 

@@ -28,12 +28,13 @@ from problems import LinearProblem, TwoLayerProblem
 # Centre of each method's first grid of learning rates; grids grow if the best rate is at an end.
 _CENTRES = {
     "full": {"SGD": 0.2, "momentum": 0.02, "AdamW": 2e-3},
-    "LoRA": {"SGD": 0.8, "momentum": 0.16, "AdamW": 8e-3},
-    "engine": {"SGD": 0.8, "momentum": 0.64, "AdamW": 1.6e-2},
+    "LoRA": {"SGD": 0.8, "momentum": 0.16, "AdamW": 8e-3, "PairAdamW": 2e-3},
+    "engine": {"SGD": 0.8, "momentum": 0.64, "AdamW": 1.6e-2, "PairAdamW": 2e-3},
 }
 
 _NORMS = (0.125, 0.25, 0.5)
 _SCALINGS = (0.5, 1.0, 2.0)
+_TURNS = (0.5, 1.0, 2.0)
 
 # Ablations use the optimizer that people use. With momentum the best learning rate is the last one before divergence,
 # so differences would mostly show how close that is.
@@ -94,6 +95,8 @@ class Variant:
         """Name and values of the field that is tuned besides the learning rate; empty if there is none."""
         if self.setting.method == "full":
             return "", ()
+        if self.setting.mode == "matrix":
+            return "turn", _TURNS
         if self.setting.method in ENGINES or self.setting.start == "oracle":
             return "target_norm", _NORMS
         return "scaling", _SCALINGS
@@ -319,8 +322,25 @@ def rank(size: Size, log: list[Run], file: Path) -> str:
     return table(outcomes)
 
 
+def matrix(size: Size, log: list[Run], file: Path) -> str:
+    """Matrix scaling with PairAdamW beside column scaling with AdamW, and PairAdamW without rescales."""
+    search, outcomes = size.search(LinearProblem), []
+    for r in (2, 4, 8):
+        columns = [Variant(f"columns, r = {r}", _of("ScaLoRA", rank=r), r)]
+        outcomes += compare(search, columns, size, log, _ABLATED)
+        matrices = [
+            Variant(f"{optimum}, r = {r}", _of("matrix", rank=r, mode="matrix", optimum=optimum, warmup_steps=1), r)
+            for optimum in ("polar", "exact")
+        ]
+        matrices.append(Variant(f"no rescale, r = {r}", _of("LoRA", rank=r), r))
+        outcomes += compare(search, matrices, size, log, ("PairAdamW",))
+    figures.bars(file, outcomes)
+    return table(outcomes)
+
+
 EXPERIMENTS = {
-    f.__name__: f for f in (reach, target_norm, budget, exact, interval, start, mode, transport, rank, two_layers)
+    f.__name__: f
+    for f in (reach, target_norm, budget, exact, interval, start, mode, transport, rank, matrix, two_layers)
 }
 
 

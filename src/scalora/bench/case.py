@@ -10,8 +10,10 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerControl, TrainerState, TrainingArguments
 
-from scalora.bench.settings import method_and_interval
+from scalora.bench.settings import ContenderName, parse_contender
 from scalora.config import LORA_DEFAULTS, Dtype, Merge, ScaLoraConfig
+from scalora.maths.mode import Mode
+from scalora.pair_adamw import PairAdamW
 from scalora.rescale.remainder import FactoredRemainder
 from scalora.rivals import METHODS
 from scalora.rivals.method import Method
@@ -87,30 +89,35 @@ class Contender:
     """The model and optimizer of one method.
 
     Args:
-        name: a key of `scalora.rivals.METHODS`; ``scalora:10`` is ScaLoRA with an interval of 10.
+        name: a key of `scalora.rivals.METHODS`; ``scalora:10`` is ScaLoRA with an interval of 10,
+            ``scalora+pair_adamw`` with matrix scaling.
         base: the base model, which is modified.
         case: the setting.
 
     Attributes:
         name: the name given.
         model: the adapted model.
-        optimizer: AdamW over the model's trainable parameters, with the method's hooks attached.
+        optimizer: AdamW or PairAdamW over the model's trainable parameters, with the method's hooks attached.
 
     Raises:
-        ValueError: there is no such method, or the interval is not a positive integer.
+        ValueError: there is no such method or optimizer, or the interval is not a positive integer.
     """
 
     def __init__(self, name: str, base: nn.Module, case: Case) -> None:
         self.name = name
         self._case = case
-        method = _method(name, case)
+        parsed = parse_contender(name)
+        method = _method(parsed, case)
         settings = LORA_DEFAULTS | {"r": case.rank, "lora_alpha": case.rank, "task_type": "CAUSAL_LM"}
         self._tokens = case.tokens(base.config.vocab_size)  # type: ignore[union-attr, arg-type]
         self.model = method.adapt(
             base.to(case.device), method.peft_config(settings), lambda model: self._backward(model)
         )
         self.model.train()
-        self.optimizer: Optimizer = AdamW([p for p in self.model.parameters() if p.requires_grad], lr=_LEARNING_RATE)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer: Optimizer = (
+            PairAdamW(self.model, lr=_LEARNING_RATE) if parsed.pair_adamw else AdamW(trained, lr=_LEARNING_RATE)
+        )
         arguments = TrainingArguments(output_dir="unused", max_steps=1_000_000, report_to="none")
         for callback in method.callbacks():
             callback.on_train_begin(
@@ -152,12 +159,12 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def _method(name: str, case: Case) -> Method:
-    method, interval = method_and_interval(name)
-    kind = METHODS[method]
+def _method(name: ContenderName, case: Case) -> Method:
+    kind = METHODS[name.method]
     if not issubclass(kind, ScaLoraMethod):
         return kind()
-    config = ScaLoraConfig(interval=interval, merge=case.merge, warmup_steps=0, native=case.native)
+    mode: Mode = "matrix" if name.pair_adamw else "auto"
+    config = ScaLoraConfig(interval=name.interval, merge=case.merge, warmup_steps=0, native=case.native, mode=mode)
     return kind(config=config)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from scalora.config import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Dtype, Merge, ScaLoraConfig
 from scalora.rivals import METHODS
@@ -71,7 +71,7 @@ class BenchSettings:
     def __post_init__(self) -> None:
         for name in self.methods:
             try:
-                method_and_interval(name)
+                parse_contender(name)
             except ValueError as error:
                 raise InputError(f"--method {name!r}: {error}") from None
         if unknown := sorted(set(self.dtype) - set(get_args(Dtype))):
@@ -80,30 +80,48 @@ class BenchSettings:
             raise InputError(f"--merge {wrong[0]!r}: must be one of {', '.join(get_args(Merge))}")
 
 
-def method_and_interval(name: str) -> tuple[str, int]:
-    """Split the name of a contender: ``("scalora", 10)`` for ``scalora:10``, ``("lora", 1)`` for ``lora``.
+class ContenderName(NamedTuple):
+    """What the name of a contender says.
+
+    Attributes:
+        method: a key of `scalora.rivals.METHODS`.
+        pair_adamw: whether `scalora.PairAdamW` trains it in place of AdamW; ScaLoRA then has ``mode="matrix"``.
+        interval: the interval between rescales, in steps; 1 for methods that do not rescale.
+    """
+
+    method: str
+    pair_adamw: bool
+    interval: int
+
+
+def parse_contender(name: str) -> ContenderName:
+    """Read the name of a contender: ``lora``, ``scalora:10``, ``scalora+pair_adamw`` or ``scalora+pair_adamw:10``.
 
     Args:
-        name: a key of `scalora.rivals.METHODS`, optionally followed by a colon and the interval between rescales.
+        name: a key of `scalora.rivals.METHODS`, optionally followed by ``+pair_adamw``, and by a colon and the interval
+            between rescales.
 
     Raises:
-        ValueError: there is no such method, or the interval is not a positive integer.
+        ValueError: there is no such method or optimizer, or the interval is not a positive integer.
     """
-    method, _, interval = name.partition(":")
+    with_optimizer, _, interval = name.partition(":")
+    method, plus, optimizer = with_optimizer.partition("+")
     if method not in METHODS:
         raise ValueError(f"the methods are {', '.join(METHODS)}")
+    if plus and optimizer != "pair_adamw":
+        raise ValueError("the optimizer after the plus sign can only be pair_adamw")
     if interval and (not interval.isdigit() or int(interval) < 1):
         raise ValueError("the interval after the colon must be an integer of at least 1")
-    return method, int(interval or 1)
+    return ContenderName(method, bool(plus), int(interval or 1))
 
 
 def interval_of(name: str) -> int:
     """The interval between the rescales of a contender, in steps; 1 for methods that do not rescale.
 
     Args:
-        name: a key of `scalora.rivals.METHODS`, optionally followed by a colon and the interval between rescales.
+        name: the name of a contender.
     """
-    return method_and_interval(name)[1]
+    return parse_contender(name).interval
 
 
 @dataclass(frozen=True)

@@ -504,8 +504,8 @@ def bench(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="Method to measure against LoRA; scalora:10 rescales at every tenth step (default: "
-            f"{' and '.join(BenchSettings.methods)})."
+            help="Method to measure against LoRA; scalora:10 rescales at every tenth step, scalora+pair_adamw by "
+            f"matrices (default: {' and '.join(BenchSettings.methods)})."
         ),
     ] = None,
     width: Annotated[
