@@ -311,3 +311,17 @@ def test_a_rescale_of_an_ill_conditioned_factor_keeps_the_function_in_float32(of
         engine._rescale(None)
     assert engine.metrics()["scalora/matrix_share"] == 1
     assert float((weight() - before).norm() / before.norm()) < 3e-7
+
+
+def test_lora_alpha_changes_nothing():
+    """Rate and target norm take it into account, so that it can't make a good rate bad."""
+    outputs = []
+    for alpha in (3, 12):
+        model = with_lora(
+            TwoLayers(), dtype=torch.float64, random_B=False, r=3, lora_alpha=alpha, target_modules=["first"]
+        )
+        optimizer = PairAdamW(model, lr=1e-2)
+        ScaLora(model, optimizer, matrix())
+        train(model, optimizer, batches(20))
+        outputs.append(model(batches(1)[0][0]).detach())
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)

@@ -8,12 +8,12 @@ import pytest
 import torch
 import yaml
 from conftest import WORDS, pairs
-from models import TwoLayers, with_lora
+from models import TwoLayers, tiny_llama, with_lora
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
-from scalora import PairAdamW
+from scalora import PairAdamW, ScaLoraCallback, ScaLoraConfig
 from scalora.cli import app
 from scalora.runs.head_rate import give_rate, head_parameters
 
@@ -125,6 +125,23 @@ def test_the_head_has_the_rate_that_it_is_given(settings, given, rate, config, c
     rates = sorted(group["initial_lr"] for group in optimizers[0].param_groups)
     assert rates[-1] == (rate or usual)
     assert rates[0] == 1e-3
+
+
+def test_a_trainer_of_ones_own_takes_it_with_its_model(tmp_path):
+    model = with_lora(tiny_llama(), random_B=False, r=2, target_modules="all-linear")
+    rows = [{"input_ids": list(range(8)), "labels": list(range(8))} for _ in range(8)]
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=3, report_to="none", save_strategy="no")
+    callback = ScaLoraCallback(ScaLoraConfig(mode="matrix", warmup_steps=1))
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        callbacks=[callback],
+        optimizer_cls_and_kwargs=(PairAdamW, {"model": model, "lr": 1e-3}),
+    )
+    trainer.train()
+    assert type(callback.engine.optimizer) is PairAdamW
+    assert callback.engine.metrics()["scalora/rescales"] == 2
 
 
 def test_give_rate_moves_parameters_to_a_group_with_the_same_settings():

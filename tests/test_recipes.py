@@ -170,4 +170,7 @@ def test_cities_in_other_batches_differ_in_batches_alone():
         assert training["max_steps"] * batch == 240 * 32
         assert training["warmup_steps"] == pytest.approx(20 * 32 / batch, abs=0.5)
         assert training.keys() == usual["training"].keys()
-        assert {**run, "training": None} == {**usual, "training": None}
+        head, its_usual = float(run["head_learning_rate"]), float(usual["head_learning_rate"])
+        assert head == pytest.approx(its_usual * (batch / 32) ** 0.5, rel=0.01)
+        of_batch = {"training", "head_learning_rate"}
+        assert {key: run[key] for key in run.keys() - of_batch} == {key: usual[key] for key in usual.keys() - of_batch}

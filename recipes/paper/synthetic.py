@@ -34,7 +34,7 @@ _CENTRES = {
 
 _NORMS = (0.125, 0.25, 0.5)
 _SCALINGS = (0.5, 1.0, 2.0)
-_TURNS = (0.5, 1.0, 2.0)
+_TURNS = (2.0, 4.0, 8.0)
 
 # Ablations use the optimizer that people use. With momentum the best learning rate is the last one before divergence,
 # so differences would mostly show how close that is.
@@ -335,7 +335,16 @@ def matrix(size: Size, log: list[Run], file: Path) -> str:
         matrices.append(Variant(f"no rescale, r = {r}", _of("LoRA", rank=r), r))
         outcomes += compare(search, matrices, size, log, ("PairAdamW",))
     figures.bars(file, outcomes)
-    return table(outcomes)
+    return (
+        table(outcomes)
+        + "\nTuning seeds, best rate of each turn (norm, scaling):\n\n"
+        + "".join(map(_by_value, outcomes))
+    )
+
+
+def _by_value(outcome: Outcome) -> str:
+    risks = ", ".join(f"{value:g}: {risk:.4f}" for value, risk in outcome.tuned.by_value.items())
+    return f"- {outcome.variant.label}: {risks}\n"
 
 
 EXPERIMENTS = {

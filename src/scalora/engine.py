@@ -340,7 +340,7 @@ class ScaLora:
         self._progress.step += 1
         if rescales:
             self._rescale(getattr(optimizer, "found_inf", None))
-        if isinstance(self.optimizer, PairAdamW):
+        if isinstance(self.optimizer, PairAdamW) and self.optimizer.decays:
             self._decay_remainders(self.optimizer)
         return with_loss
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
@@ -45,7 +44,7 @@ class _Alike(NamedTuple):
     of_B: _Moments
 
     @classmethod
-    def of(cls, pair: LoraPair, groups: tuple[_Group, _Group], steps: tuple[int, int]) -> _Alike:
+    def of(cls, pair: LoraPair, groups: tuple[_Group, _Group], steps: tuple[int, ...]) -> _Alike:
         moments = (_Moments(step, tuple(g["betas"]), g["eps"]) for g, step in zip(groups, steps, strict=True))
         return cls(pair.m, pair.n, pair.r, pair.lora_A.dtype, pair.lora_A.device, *moments)
 
@@ -128,11 +127,12 @@ class PairAdamW(Optimizer):
                 loss = closure()
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         alike: dict[_Alike, list[tuple[LoraPair, _Group, _Group]]] = defaultdict(list)
-        for pair in self._pairs:
-            if pair.has_gradients and id(pair.lora_A) in group_of:
-                groups = group_of[id(pair.lora_A)], group_of[id(pair.lora_B)]
-                counts = self._count_step(pair.lora_A, pair.lora_A.mT), self._count_step(pair.lora_B, pair.lora_B)
-                alike[_Alike.of(pair, groups, counts)].append((pair, *groups))
+        stepped = [pair for pair in self._pairs if pair.has_gradients and id(pair.lora_A) in group_of]
+        self._count_steps(stepped)
+        for pair in stepped:
+            groups = group_of[id(pair.lora_A)], group_of[id(pair.lora_B)]
+            counts = tuple(int(self.state[factor]["step"].item()) for factor in (pair.lora_A, pair.lora_B))
+            alike[_Alike.of(pair, groups, counts)].append((pair, *groups))
         for kind, members in alike.items():
             self._step_pairs(members, kind)
         factors = {id(p) for pair in self._pairs for p in (pair.lora_A, pair.lora_B)}
@@ -169,17 +169,17 @@ class PairAdamW(Optimizer):
                 dtype = solver_dtype(parameter.device)
                 self.state[parameter]["second_moment"] = exact.to(parameter.device, dtype, copy=True)
 
-    def _count_step(self, parameter: nn.Parameter, tall: Float[Tensor, "d r"]) -> int:
-        """Count a step in a factor's state, which is created before the first one."""
-        state = self.state[parameter]
-        if not state:
-            rows, r = tall.shape
-            state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, as AdamW's
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["second_moment"] = parameter.new_zeros(r, r, dtype=solver_dtype(parameter.device))
-            state["row_weights"] = parameter.new_zeros(rows)
-        state["step"] += 1
-        return int(state["step"].item())
+    def _count_steps(self, pairs: list[LoraPair]) -> None:
+        """Count a step in the states of factors, which are created before their first one."""
+        for pair in pairs:
+            for parameter, (rows, r) in ((pair.lora_A, pair.lora_A.mT.shape), (pair.lora_B, pair.lora_B.shape)):
+                if not (state := self.state[parameter]):
+                    state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, as AdamW's
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["second_moment"] = parameter.new_zeros(r, r, dtype=solver_dtype(parameter.device))
+                    state["row_weights"] = parameter.new_zeros(rows)
+        if pairs:
+            torch._foreach_add_([self.state[f]["step"] for pair in pairs for f in (pair.lora_A, pair.lora_B)], 1)
 
     def _step_pairs(self, members: list[tuple[LoraPair, _Group, _Group]], kind: _Alike) -> None:
         """Step pairs that differ in nothing but their learning rates and weight decays, all at once."""
@@ -192,8 +192,10 @@ class PairAdamW(Optimizer):
             (of_B, A, groups_B, True, kind.of_B),
         ):
             directions = self._directions(parameters, tall=tall, moments=moments)
-            kept = _column([_kept(group) for group in groups], A)
-            stepped = factors * kept - _column([group["lr"] for group in groups], A) * sizes * directions
+            if any(group["weight_decay"] for group in groups):
+                factors.mul_(_column([_kept(group) for group in groups], A))
+            rates = _column([group["lr"] for group in groups], A)
+            stepped = directions.mul_(-rates * sizes).add_(factors)
             torch._foreach_copy_(parameters, list((stepped if tall else stepped.mT).unbind()))
 
     def _directions(self, parameters: list[nn.Parameter], *, tall: bool, moments: _Moments) -> Tensor:

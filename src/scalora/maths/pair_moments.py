@@ -49,7 +49,7 @@ def update_moments(
     first.lerp_(gradient, 1 - beta1)
     second.lerp_((gradient.mT @ gradient).to(second.dtype) / gradient.shape[1], 1 - beta2)
     whitened = gradient @ _whitening(second / (1 - beta2**step)).to(gradient.dtype)
-    row_weights.lerp_(whitened.square().mean(-1), 1 - beta2)
+    row_weights.lerp_(torch.linalg.vector_norm(whitened, dim=-1).square_() / gradient.shape[2], 1 - beta2)
 
 
 def direction(

@@ -32,7 +32,8 @@ def step_sizes(
     Returns:
         ``1/(s·√(‖A‖²/m + ‖B‖²/n))``, (…); zero where both factors or the scaling are zero.
     """
-    moved = scaling.abs() * (A.square().sum(-1).mean(-1) + B.square().sum(-1).mean(-1)).sqrt()
+    of_A, of_B = (torch.linalg.vector_norm(f, dim=(-2, -1)) / f.shape[-2] ** 0.5 for f in (A, B))
+    moved = scaling.abs() * torch.hypot(of_A, of_B)
     sizes: Tensor = torch.where(moved > 0, 1 / torch.where(moved > 0, moved, 1), 0)
     return sizes
 
