@@ -19,6 +19,7 @@ from scalora import (
     export_adapter,
     reference_matrix_step,
 )
+from scalora.rivals.controls import scale_gradients_only
 
 
 def batches(count: int, dtype: torch.dtype = torch.float64, features: int = 12, outputs: int = 6) -> list[tuple]:
@@ -253,6 +254,27 @@ def test_an_elementwise_state_is_refused_by_name(optimizer):
     model = with_lora(TwoLayers(), r=3, target_modules=["first"])
     with pytest.raises(UnsupportedOptimizerError, match=r"mode='matrix'.*elementwise.*PairAdamW"):
         ScaLora(model, optimizer(trainable(model), lr=1e-3), matrix(target_norm=1.0))
+
+
+def test_a_state_that_appears_later_is_refused_before_anything_is_changed():
+    """Muon with an auxiliary Adam: whether an adapter has Adam's moments is seen only in its state."""
+
+    with_aux_adam = type("SingleDeviceMuonWithAuxAdam", (torch.optim.Adam,), {"__module__": "muon"})
+    model = with_lora(TwoLayers(), r=3, target_modules=["first"])
+    optimizer = with_aux_adam([{"params": trainable(model), "use_muon": False}], lr=1e-3)
+    ScaLora(model, optimizer, matrix(target_norm=1.0, warmup_steps=1))
+    data = batches(2, torch.float32)
+    train(model, optimizer, data[:1])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedOptimizerError, match=r"mode='matrix'.*'exp_avg_sq'"):
+        train(model, optimizer, data[1:])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_transport_of_column_scalings_is_refused():
+    model = with_lora(TwoLayers(), r=3, target_modules=["first"])
+    with pytest.raises(ValueError, match="transport"):
+        ScaLora(model, PairAdamW(model), matrix(), transport=scale_gradients_only)
 
 
 def test_without_pair_adamw_the_norm_has_to_be_given():

@@ -115,8 +115,9 @@ class ScaLora:
     Raises:
         UnsupportedLayerError: a module is not supported; the message names it.
         UnsupportedOptimizerError: the optimizer's state can't be transported; the message says why.
-        ValueError: the optimizer does not hold an adapter parameter, or `smoothness` is set and a base learning rate is
-            not positive.
+        ValueError: the optimizer does not hold an adapter parameter; `smoothness` or `turn` determines the target norms
+            and a base learning rate is not positive, or the optimizer is another than `scalora.PairAdamW`; or a
+            `transport` is given for a rescale by matrices.
 
     Attributes:
         config: the settings.
@@ -139,6 +140,12 @@ class ScaLora:
         self._scaling_rule = scaling_rule or _rule_of(self.config)
         self._transport = transport
         self._kinds = state_kinds(self.optimizer, self.config.mode)
+        by_matrices = self.config.mode == "matrix" or MATRIX in self._kinds.values()
+        if by_matrices and transport is not scale_gradients_and_states:
+            raise ValueError(
+                f"transport carries column scalings, but with mode={self.config.mode!r} and "
+                f"{type(self.optimizer).__name__} a rescale is by matrices: leave it out, or use another mode and AdamW"
+            )
         if self.config.norm_from_turn and not isinstance(self.optimizer, PairAdamW):
             raise ValueError(
                 f"mode='matrix' with {type(self.optimizer).__name__} needs target_norm, the norm of the orthonormal "
@@ -151,7 +158,7 @@ class ScaLora:
             raise UnsupportedOptimizerError(_NO_DECAY)
         self._rates = BaseRates(pairs, self.optimizer)
         target_norms(pairs, self._rates.current(), self.config)
-        check_states(self.optimizer, self._kinds, [p for pair in pairs for p in (pair.lora_A, pair.lora_B)])
+        self._check_states([p for pair in pairs for p in (pair.lora_A, pair.lora_B)])
         self._kernels = self._chosen_kernels(pairs)
         # Nothing has been changed up to here.
         self.pairs, self._progress = attach(self._model, self.config.merge, self.config.remainder_rank)
@@ -361,7 +368,10 @@ class ScaLora:
         if not self._checked_states:
             parameters = [p for pair in self.pairs for p in (pair.lora_A, pair.lora_B)]
             # The optimizer has no state before its first step.
-            self._checked_states = check_states(self.optimizer, self._kinds, parameters)
+            self._checked_states = self._check_states(parameters)
+
+    def _check_states(self, parameters: Sequence[Tensor]) -> bool:
+        return check_states(self.optimizer, self._kinds, parameters, matrix=self.config.mode == "matrix")
 
     def _rescale(self, skipped: Tensor | None) -> None:
         """Rescale all layers that have gradients.
