@@ -63,7 +63,7 @@ def entries(text):
 
 def built(settings):
     """What a run makes of its settings: the method, the adapter's config, the training arguments and ScaLoRA's."""
-    method = prepare._method(settings)
+    method = prepare.method_of(settings)
     arguments = training_arguments(settings, method, evaluates=settings.data.eval is not None)
     return (
         method,
