@@ -109,7 +109,7 @@ def test_a_subclass_with_a_step_of_its_own_and_a_wrapper_that_averages_are_refus
 
     model = adapted()
     with pytest.raises(
-        UnsupportedOptimizerError, match=r"WithAnotherStep.*register_optimizer\(WithAnotherStep, {'exp_avg': 1"
+        UnsupportedOptimizerError, match=r"WithAnotherStep.*register_optimizer\(WithAnotherStep, {'exp_avg': 'linear'"
     ):
         engine(model, WithAnotherStep(trainable(model)))
     with pytest.raises(UnsupportedOptimizerError, match=r"Lookahead around AdamW.*averages the parameters"):

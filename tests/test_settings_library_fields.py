@@ -99,7 +99,12 @@ def test_the_values_of_enumerations_and_aliases():
     assert named_values(training["learning_rate"]) == ()
     assert named_values(training["report_to"]) == ()
     assert named_values(dataclass_fields("scalora.config", "ScaLoraConfig")["merge"]) == ("auto", "dense", "factored")
-    assert named_values(dataclass_fields("scalora.config", "ScaLoraConfig")["mode"]) == ("auto", "column", "scalar")
+    assert named_values(dataclass_fields("scalora.config", "ScaLoraConfig")["mode"]) == (
+        "auto",
+        "column",
+        "scalar",
+        "matrix",
+    )
 
 
 @pytest.fixture

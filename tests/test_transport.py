@@ -206,6 +206,6 @@ def test_a_user_can_teach_it_an_optimizer():
     register_optimizer(Signum, {"other": 1})
     with pytest.raises(UnsupportedOptimizerError, match="'momentum'"):
         scale_gradients_and_states(optimizer, state_kinds(optimizer), [p], [factor])
-    for kind in (-1, "quadratic", 1.5):
+    for kind in (-1, True):
         with pytest.raises(ValueError, match="degree"):
             register_optimizer(Signum, {"momentum": kind})
