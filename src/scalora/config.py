@@ -191,6 +191,11 @@ class ScaLoraConfig:
         """Whether the target norms are those for `turn`."""
         return self.mode == "matrix" and self.smoothness is None and self.target_norm is None
 
+    @property
+    def norm_from_rates(self) -> bool:
+        """Whether the target norms depend on the base learning rates."""
+        return self.smoothness is not None or self.norm_from_turn
+
     def column_norm(self, scaling: float, learning_rate: float) -> float:
         """The target norm of the adapter's columns: ``1/(s·√(Lη))`` if `smoothness` is set, else `target_norm` or 1.
 

@@ -30,7 +30,7 @@ from scalora.pair_adamw import PairAdamW
 from scalora.parallel.data_parallel import keep_out_of_broadcasts, unwrapped
 from scalora.parallel.processes import process_rank
 from scalora.rescale import native
-from scalora.rescale.changes import Change, ColumnChange, Factors, MatrixChange
+from scalora.rescale.changes import Change, ColumnChange, Factors, MatrixChange, split
 from scalora.rescale.kernels import PYTORCH, Kernels
 from scalora.rescale.metrics import (
     LEFT_ALONE_BECAUSE,
@@ -362,7 +362,7 @@ class ScaLora:
         """Raise what a rescale could raise, before it changes anything."""
         for pair in self.pairs:
             pair.check_ready()
-        if self.config.smoothness is not None or self.config.norm_from_turn:
+        if self.config.norm_from_rates:
             self._rates.observe()
             self._progress.base_rates = self._rates.current()
         if not self._checked_states:
@@ -406,8 +406,7 @@ class ScaLora:
                 scaling = scaling.unless(skipped.to(grams.left.device) > 0)
             change = self._change_of(scaling, shapes[0][0].lora_A.dtype)
         scalings = torch.split(constants.merge_scaling, sizes)
-        parts_of_change: Sequence[Change] = change.split(sizes)
-        for pairs, of_shape, merge_scaling in zip(shapes, parts_of_change, scalings, strict=True):
+        for pairs, of_shape, merge_scaling in zip(shapes, split(change, sizes), scalings, strict=True):
             self._apply(pairs, of_shape, merge_scaling)
         return Rescaled(scaling, remainder_energy(grams, constants.scaling[..., None] * change.merged_matrix))
 

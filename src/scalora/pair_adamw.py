@@ -5,12 +5,12 @@ Beyond the paper; the equations are in `scalora.maths.pair_moments` and `scalora
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
@@ -20,8 +20,12 @@ from scalora.maths.pair_moments import direction, update_moments
 from scalora.maths.scaling import solver_dtype
 from scalora.maths.weight_steps import step_sizes
 from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.rescale.optimizers import loss_of
 
 _Group = dict[str, Any]
+
+# A pair, and the parameter groups of its lora_A and lora_B.
+_Member = tuple[LoraPair, _Group, _Group]
 
 
 class _Moments(NamedTuple):
@@ -44,7 +48,7 @@ class _Alike(NamedTuple):
     of_B: _Moments
 
     @classmethod
-    def of(cls, pair: LoraPair, groups: tuple[_Group, _Group], steps: tuple[int, ...]) -> _Alike:
+    def of(cls, pair: LoraPair, groups: Sequence[_Group], steps: Sequence[int]) -> _Alike:
         moments = (_Moments(step, tuple(g["betas"]), g["eps"]) for g, step in zip(groups, steps, strict=True))
         return cls(pair.m, pair.n, pair.r, pair.lora_A.dtype, pair.lora_A.device, *moments)
 
@@ -121,20 +125,15 @@ class PairAdamW(Optimizer):
         Returns:
             The value of the closure; None without one.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        alike: dict[_Alike, list[tuple[LoraPair, _Group, _Group]]] = defaultdict(list)
-        stepped = [pair for pair in self._pairs if pair.has_gradients and id(pair.lora_A) in group_of]
-        self._count_steps(stepped)
-        for pair in stepped:
-            groups = group_of[id(pair.lora_A)], group_of[id(pair.lora_B)]
-            counts = tuple(int(self.state[factor]["step"].item()) for factor in (pair.lora_A, pair.lora_B))
-            alike[_Alike.of(pair, groups, counts)].append((pair, *groups))
-        for kind, members in alike.items():
-            self._step_pairs(members, kind)
+        loss = loss_of(closure)
+        alike: dict[_Alike, list[_Member]] = defaultdict(list)
+        members = self._members()
+        self._count_steps([pair for pair, *_ in members])
+        for pair, group_A, group_B in members:
+            counts = [int(self.state[factor]["step"].item()) for factor in (pair.lora_A, pair.lora_B)]
+            alike[_Alike.of(pair, (group_A, group_B), counts)].append((pair, group_A, group_B))
+        for kind, alike_members in alike.items():
+            self._step_pairs(alike_members, kind)
         factors = {id(p) for pair in self._pairs for p in (pair.lora_A, pair.lora_B)}
         for group in self.param_groups:
             self._step_others([p for p in group["params"] if id(p) not in factors and p.grad is not None], group)
@@ -147,12 +146,9 @@ class PairAdamW(Optimizer):
 
     def kept_products(self) -> Iterator[tuple[LoraPair, float]]:
         """The pairs whose product the next step decays, and the factor that it leaves of it."""
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        for pair in self._pairs:
-            if pair.has_gradients and id(pair.lora_A) in group_of:
-                kept = math.prod(_kept(group_of[id(factor)]) for factor in (pair.lora_A, pair.lora_B))
-                if kept != 1:
-                    yield pair, kept
+        for pair, group_A, group_B in self._members():
+            if (kept := _kept(group_A) * _kept(group_B)) != 1:
+                yield pair, kept
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state from `state_dict`.
@@ -169,6 +165,15 @@ class PairAdamW(Optimizer):
                 dtype = solver_dtype(parameter.device)
                 self.state[parameter]["second_moment"] = exact.to(parameter.device, dtype, copy=True)
 
+    def _members(self) -> list[_Member]:
+        """The pairs that have gradients and are among the parameters, with the groups of lora_A and lora_B."""
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        return [
+            (pair, group_of[id(pair.lora_A)], group_of[id(pair.lora_B)])
+            for pair in self._pairs
+            if pair.has_gradients and id(pair.lora_A) in group_of
+        ]
+
     def _count_steps(self, pairs: list[LoraPair]) -> None:
         """Count a step in the states of factors, which are created before their first one."""
         for pair in pairs:
@@ -181,21 +186,21 @@ class PairAdamW(Optimizer):
         if pairs:
             torch._foreach_add_([self.state[f]["step"] for pair in pairs for f in (pair.lora_A, pair.lora_B)], 1)
 
-    def _step_pairs(self, members: list[tuple[LoraPair, _Group, _Group]], kind: _Alike) -> None:
+    def _step_pairs(self, members: list[_Member], kind: _Alike) -> None:
         """Step pairs that differ in nothing but their learning rates and weight decays, all at once."""
         pairs, groups_A, groups_B = zip(*members, strict=True)
         of_A, of_B = [pair.lora_A for pair in pairs], [pair.lora_B for pair in pairs]
         A, B = torch.stack(of_B), torch.stack(of_A).mT
-        sizes = step_sizes(A, B, _column([pair.scaling for pair in pairs], A)[:, 0, 0])[:, None, None]
+        sizes = step_sizes(A, B, _of_layers([pair.scaling for pair in pairs], A))
         for parameters, factors, groups, tall, moments in (
             (of_A, B, groups_A, False, kind.of_A),
             (of_B, A, groups_B, True, kind.of_B),
         ):
             directions = self._directions(parameters, tall=tall, moments=moments)
             if any(group["weight_decay"] for group in groups):
-                factors.mul_(_column([_kept(group) for group in groups], A))
-            rates = _column([group["lr"] for group in groups], A)
-            stepped = directions.mul_(-rates * sizes).add_(factors)
+                factors.mul_(_of_layers([_kept(group) for group in groups], A)[:, None, None])
+            lengths = _of_layers([group["lr"] for group in groups], A) * sizes
+            stepped = directions.mul_(-lengths[:, None, None]).add_(factors)
             torch._foreach_copy_(parameters, list((stepped if tall else stepped.mT).unbind()))
 
     def _directions(self, parameters: list[nn.Parameter], *, tall: bool, moments: _Moments) -> Tensor:
@@ -252,6 +257,6 @@ def _kept(group: _Group) -> float:
     return kept
 
 
-def _column(numbers: list[float], like: Tensor) -> Tensor:
-    """One number for each layer, to be multiplied with stacked factors."""
-    return torch.tensor(numbers, dtype=like.dtype).to(like.device)[:, None, None]
+def _of_layers(numbers: list[float], like: Tensor) -> Float[Tensor, " layers"]:
+    """One number for each layer, on the device of their factors."""
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device)

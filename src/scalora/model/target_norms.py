@@ -114,7 +114,7 @@ def target_norms(pairs: list[LoraPair], rates: Mapping[str, Rates], config: ScaL
 def _target_norms(pair: LoraPair, rates: Rates, config: ScaLoraConfig) -> tuple[float, float]:
     # α's term of the loss bound, aᵢ(Gᵀaᵢ)ᵀ, comes from the step on B, so it belongs to the learning rate of lora_A.
     for rate in rates:
-        if (config.smoothness is not None or config.norm_from_turn) and not rate > 0:
+        if config.norm_from_rates and not rate > 0:
             key = f"turn={config.turn}" if config.norm_from_turn else f"smoothness={config.smoothness}"
             raise ValueError(
                 f"{key} needs a positive base learning rate, but it is {rate} for module {pair.name!r}: set it before "

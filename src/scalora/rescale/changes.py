@@ -67,14 +67,6 @@ class ColumnChange(NamedTuple):
         P, Q = (torch.diag_embed(factors.to(self.merged.dtype)) for factors in (self.alpha, self.beta))
         return MatrixChange(P, Q, self.merged_matrix)
 
-    def split(self, sizes: list[int]) -> list[ColumnChange]:
-        """The changes of consecutive groups of layers.
-
-        Args:
-            sizes: number of layers of each group.
-        """
-        return [ColumnChange(*parts) for parts in zip(*(torch.split(t, sizes) for t in self), strict=True)]
-
     def apply(self, factors: Factors, kernels: Kernels, scaling: Float[Tensor, "layers 1"]) -> None:
         """Move what the change takes out of the factors to the remainders, and change the factors, in place.
 
@@ -112,14 +104,6 @@ class MatrixChange(NamedTuple):
         identity = torch.eye(scaling.P.shape[-1], dtype=scaling.P.dtype, device=scaling.P.device)
         return cls(scaling.P, scaling.Q, identity - scaling.P @ scaling.Q.mT)
 
-    def split(self, sizes: list[int]) -> list[MatrixChange]:
-        """The changes of consecutive groups of layers.
-
-        Args:
-            sizes: number of layers of each group.
-        """
-        return [MatrixChange(*parts) for parts in zip(*(torch.split(t, sizes) for t in self), strict=True)]
-
     def apply(self, factors: Factors, kernels: Kernels, scaling: Float[Tensor, "layers 1"]) -> None:
         """Move what the change takes out of the factors to the remainders, and change the factors, in place.
 
@@ -129,12 +113,12 @@ class MatrixChange(NamedTuple):
             scaling: what each layer's remainder is added at.
         """
         A = torch.stack(list(factors.lora_B)).to(self.P.dtype)
-        multiply_by_matrices(factors.lora_B, self.P, tall=True)
+        new_A = multiply_by_matrices(factors.lora_B, self.P, tall=True)
         multiply_by_matrices(factors.lora_A, self.Q, tall=False)
         # A·Bᵀ − Ã·B̃ᵀ as (A·Q⁻ᵀ − Ã)·B̃ᵀ, with Ã and B̃ as they have been rounded. With A·(1 − P·Qᵀ)·Bᵀ the rounding
         # errors would grow with the condition number of B, which that of B̃ does not.
         inverse = torch.linalg.inv_ex(self.Q).inverse
-        left = A @ inverse.mT - torch.stack(list(factors.lora_B)).to(A.dtype)
+        left = A @ inverse.mT - new_A.to(A.dtype)
         left = (scaling[..., None] * left).to(factors.lora_A[0].dtype)
         moved = (self.merged_matrix != 0).any(-1).any(-1, keepdim=True).expand(-1, left.shape[-1])
         kernels.merge(factors.remainders, factors.weights, list(left.unbind()), factors.lora_A, moved.to(self.P.dtype))
@@ -142,3 +126,13 @@ class MatrixChange(NamedTuple):
 
 Change = ColumnChange | MatrixChange
 """What a rescale changes in layers of one rank or of one shape."""
+
+
+def split(change: Change, sizes: list[int]) -> list[Change]:
+    """The changes of consecutive groups of layers.
+
+    Args:
+        change: the change of all layers.
+        sizes: number of layers of each group.
+    """
+    return [type(change)(*parts) for parts in zip(*(torch.split(t, sizes) for t in change), strict=True)]

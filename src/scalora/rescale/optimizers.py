@@ -203,6 +203,21 @@ def unwrapped_optimizer(optimizer: Any) -> Optimizer:
     return found
 
 
+def loss_of(closure: Callable[[], float] | None) -> float | None:
+    """Evaluate the closure of an optimizer's step.
+
+    Args:
+        closure: recomputes the loss and the gradients; may be None.
+
+    Returns:
+        The loss; None without a closure.
+    """
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 def evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """In a step pre-hook, evaluate the closure of ``optimizer.step(closure)``, so that the gradients are there.
 
@@ -216,9 +231,7 @@ def evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tup
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
         return None
-    with torch.enable_grad():
-        loss = closure()
-    evaluated = _EvaluatedClosure(loss)
+    evaluated = _EvaluatedClosure(loss_of(closure))
     if "closure" in kwargs:
         return args, {**kwargs, "closure": evaluated}
     return (args[0], evaluated, *args[2:]), kwargs

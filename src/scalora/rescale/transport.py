@@ -125,13 +125,18 @@ def transform_gradients_and_states(
         torch._foreach_copy_(values, list(transformed.unbind()))
 
 
-def multiply_by_matrices(tensors: Sequence[Tensor], matrices: Float[Tensor, "layers r r"], *, tall: bool) -> None:
+def multiply_by_matrices(
+    tensors: Sequence[Tensor], matrices: Float[Tensor, "layers r r"], *, tall: bool
+) -> Float[Tensor, "layers rows columns"]:
     """Multiply factors, or what has their shape, by r × r matrices, in place.
 
     Args:
         tensors: matrices of one shape.
         matrices: what each, with r columns, is multiplied by from the right. The products are computed in their dtype.
         tall: whether the tensors have r columns, as ``lora_B``, and not r rows, as ``lora_A``.
+
+    Returns:
+        The tensors as they are then, stacked.
     """
     stack = torch.stack(list(tensors))
     wide = stack.to(matrices.dtype)
@@ -139,7 +144,9 @@ def multiply_by_matrices(tensors: Sequence[Tensor], matrices: Float[Tensor, "lay
     # A layer that is left alone stays as it is, even if it has NaN or infinite entries.
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     changed = (matrices != identity).any(-1, keepdim=True).any(-2, keepdim=True)
-    torch._foreach_copy_(list(tensors), list(torch.where(changed, product, stack).unbind()))
+    multiplied = torch.where(changed, product, stack)
+    torch._foreach_copy_(list(tensors), list(multiplied.unbind()))
+    return multiplied
 
 
 def _degree(kind: Kind) -> int:

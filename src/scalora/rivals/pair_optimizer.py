@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scalora.model.adapters import LoraPair
+from scalora.rescale.optimizers import loss_of
 
 
 class PairOptimizer(Optimizer):
@@ -80,21 +81,6 @@ def not_in_pairs(model: nn.Module, pairs: Iterable[LoraPair]) -> list[nn.Paramet
     """
     paired = {id(factor) for pair in pairs for factor in (pair.lora_A, pair.lora_B)}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
-
-
-def loss_of(closure: Callable[[], float] | None) -> float | None:
-    """Evaluate the closure of an optimizer's step.
-
-    Args:
-        closure: recomputes the loss and the gradients; may be None.
-
-    Returns:
-        The loss; None without a closure.
-    """
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
 
 
 def step_with_decay(parameter: Tensor, direction: Tensor, group: dict[str, Any]) -> None:
