@@ -7,10 +7,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from scalora import PairAdamW, UnsupportedLayerError
+from scalora.maths.pair_moments import direction, update_moments
 from scalora.rescale.optimizers import state_kinds
 from scalora.rescale.transport import transform_gradients_and_states
 
@@ -221,6 +224,29 @@ def test_from_lora_b_zero_all_factors_soon_move_and_stay_finite():
         optimizer.step()
     assert all(factor.isfinite().all() for factor in (lora_A, lora_B))
     assert not torch.equal(lora_A, before)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    r=st.sampled_from([2, 8, 32, 48]),
+    share=st.floats(0, 1),
+    decades=st.floats(0, 3),
+    scale=st.floats(-6, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_gradients_of_fewer_directions_than_columns_move_all_rows_alike(r, share, decades, scale, seed):
+    """As in the first steps of a run with few tokens, in float32, whose rounding must not count as a direction."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = max(1, round(share * r))
+    columns = torch.randn(rank, r, generator=generator) * torch.logspace(0, -decades, r)
+    gradient = 10**scale * torch.randn(3, 256, rank, generator=generator) @ columns
+    first, row_weights = torch.zeros_like(gradient), torch.zeros(3, 256)
+    second = torch.zeros(3, r, r, dtype=torch.float64)
+    update_moments(gradient, first, second, row_weights, step=1, betas=(0.9, 0.999))
+    step = direction(first, second, row_weights, step=1, betas=(0.9, 0.999), eps=1e-12)
+    # The mean of g·V⁻¹·gᵀ over rows is the rank of V.
+    torch.testing.assert_close(row_weights.mean(-1) / (1 - 0.999), torch.full((3,), rank / r), rtol=0.01, atol=0)
+    torch.testing.assert_close(step.square().mean(-1).sqrt(), torch.ones(3, 256), rtol=0.05, atol=0)
 
 
 def test_a_gradient_of_rank_one_moves_the_weight_by_a_finite_step():

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scalora.maths.roots import inverse_root
+from scalora.maths.roots import inverse_root, least_damping
 
 # Directions in which the gradient is below 1e-5 of its root mean square are rounding errors in float32. They are not
 # scaled up further.
@@ -47,7 +47,10 @@ def update_moments(
     """
     beta1, beta2 = betas
     first.lerp_(gradient, 1 - beta1)
-    second.lerp_((gradient.mT @ gradient).to(second.dtype) / gradient.shape[1], 1 - beta2)
+    # In the solver's precision: fewer gradients than columns leave V singular, and a Gram matrix that is rounded to
+    # float32 then has negative eigenvalues far beyond the damping.
+    wide = gradient.to(second.dtype)
+    second.lerp_(wide.mT @ wide / gradient.shape[1], 1 - beta2)
     whitened = gradient @ _whitening(second / (1 - beta2**step)).to(gradient.dtype)
     row_weights.lerp_(torch.linalg.vector_norm(whitened, dim=-1).square_() / gradient.shape[2], 1 - beta2)
 
@@ -88,9 +91,12 @@ def _whitening(second: Float[Tensor, "layers r r"]) -> Float[Tensor, "layers r r
     scale = torch.where(diagonal > 0, diagonal, 1).rsqrt()
     unit = second * scale[..., :, None] * scale[..., None, :]
     identity = torch.eye(r, dtype=second.dtype, device=second.device)
+    # Fewer gradients than columns so far, or columns without any: what rounding left of the other directions must not
+    # count as much as they.
+    damping = max(r * _DAMPING, least_damping(unit))
+    damped, _ = torch.linalg.cholesky_ex(unit + damping * identity)
     factor, info = torch.linalg.cholesky_ex(unit)
-    # Fewer gradients than columns so far, or columns without any.
-    damped, _ = torch.linalg.cholesky_ex(unit + r * _DAMPING * identity)
-    factor = torch.where((info == 0)[..., None, None], factor, damped)
+    singular = (info != 0) | ~(factor.diagonal(dim1=-2, dim2=-1).amin(-1).square() > damping)
+    factor = torch.where(singular[..., None, None], damped, factor)
     inverse: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
     return scale[..., :, None] * inverse.mT

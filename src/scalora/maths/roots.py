@@ -51,12 +51,20 @@ def inverse_root(
     # To a mean eigenvalue of 1, so that neither squares nor roots leave the range of the dtype.
     mean = torch.where(usable, mean, 1.0)[..., None, None]
     damped = torch.where(usable[..., None, None], matrix / mean, identity)
-    least = _LEAST_ROUNDINGS * r * torch.finfo(matrix.dtype).eps
-    damped = damped + (max(relative_damping, least) + absolute_damping / mean) * identity
+    damped = damped + (max(relative_damping, least_damping(matrix)) + absolute_damping / mean) * identity
     # `eigh` on a GPU makes the host wait for the device; on a CPU it is several times faster.
     root = (_by_eigenvalues(damped) if matrix.is_cpu else by_newton(damped)) * mean.rsqrt()
     usable = usable & root.isfinite().all(-1).all(-1)
     return InverseRoot(torch.where(usable[..., None, None], root, 0), usable)
+
+
+def least_damping(matrix: Float[Tensor, "*layers r r"]) -> float:
+    """The damping, in units of the mean eigenvalue, with which a Gram matrix has a Cholesky factor despite rounding.
+
+    Args:
+        matrix: (…, r, r), computed in its dtype.
+    """
+    return _LEAST_ROUNDINGS * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
 
 
 def _by_eigenvalues(matrix: Float[Tensor, "*layers r r"]) -> Float[Tensor, "*layers r r"]:
