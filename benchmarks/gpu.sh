@@ -49,7 +49,7 @@ if [ -z "$output" ]; then
 fi
 mkdir -p "$output"
 
-export PYTHONPATH=$root/src:$root/benchmarks PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+export PYTHONPATH=$root/src:$root/benchmarks${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 python=${PYTHON:-python3}
 if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then

@@ -21,12 +21,11 @@ from typing import Any
 import torch
 
 from gpu.pool import answers
-from gpu.studies import Cell, Studies
+from gpu.studies import FILE, Cell, Studies
 from gpu.tables import tables
 from scalora.saving.files import atomic_write
 
 HERE = Path(__file__).parent
-FILE = "cities.jsonl"
 
 # A process holds a CUDA context and a model with its activations.
 _BYTES_PER_WORKER = 2 << 30
@@ -110,8 +109,12 @@ def read_results(file: Path) -> dict[Cell, dict[str, Any] | None]:
 
 
 def _worker(model: str, data: Path, device: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    from transformers.utils import logging
+
     from gpu.classify import Corpora, train
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.set_num_threads(1)
     corpora = Corpora(model, data, device)
     return partial(_do, partial(train, corpora=corpora, device=device))

@@ -16,7 +16,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +26,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    get_linear_schedule_with_warmup,
+)
 
 from scalora import PairAdamW, ScaLora, ScaLoraConfig
 from scalora.rivals.full_weights import Full
@@ -47,30 +54,47 @@ class Examples(NamedTuple):
     """Tokenised texts and their classes.
 
     Attributes:
-        tokens: (examples, tokens), padded at the end.
-        lengths: tokens of each text. In host memory, where the loop cuts its batches.
-        labels: (examples,).
+        tokens: (examples, tokens), padded at the end, on the device.
+        mask: which of them are not padding, on the device.
+        labels: (examples,), on the device.
+        lengths: tokens of each text, in host memory: a batch is as long as its longest text, which must not take a
+            wait for the device.
     """
 
     tokens: Tensor
-    lengths: Tensor
+    mask: Tensor
     labels: Tensor
+    lengths: Tensor
 
-    def batch(self, rows: Tensor) -> dict[str, Tensor]:
-        """The model's arguments for some examples, padded to the longest of them.
+    @classmethod
+    def of(cls, texts: list[list[int]], labels: list[int], padding: int, device: str) -> Examples:
+        """Pad texts and move them to a device.
 
         Args:
-            rows: numbers of the examples, in host memory.
+            texts: the tokens of each text.
+            labels: the class of each text.
+            padding: token to pad with.
+            device: the device.
         """
-        lengths = self.lengths[rows]
-        longest, device = int(lengths.max()), self.tokens.device
-        mask = torch.arange(longest) < lengths[:, None]
-        chosen = rows.to(device)
-        return {
-            "input_ids": self.tokens[chosen, :longest],
-            "attention_mask": mask.to(device, torch.long),
-            "labels": self.labels[chosen],
-        }
+        tokens = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], True, padding)
+        lengths = torch.tensor([len(text) for text in texts])
+        mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+        return cls(tokens.to(device), mask.to(device), torch.tensor(labels).to(device), lengths)
+
+    def batches(self, order: Tensor, size: int) -> Iterator[dict[str, Tensor]]:
+        """The model's arguments for examples in batches, each padded to its longest text.
+
+        Args:
+            order: numbers of the examples, in host memory.
+            size: examples in a batch.
+        """
+        for rows, chosen in zip(order.split(size), order.to(self.tokens.device).split(size), strict=True):
+            longest = int(self.lengths[rows].max())
+            yield {
+                "input_ids": self.tokens[chosen, :longest],
+                "attention_mask": self.mask[chosen, :longest],
+                "labels": self.labels[chosen],
+            }
 
 
 class Corpora:
@@ -122,17 +146,16 @@ class Corpora:
             lines = (self._data / task / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
             rows[part] = [json.loads(line) for line in lines]
         numbers = {label: number for number, label in enumerate(sorted({row["label"] for row in rows["train"]}))}
-        train, evaluation = (_tokenised(rows[part], tokenizer, numbers, self._device) for part in ("train", "eval"))
+        train, evaluation = (
+            Examples.of(
+                tokenizer([row["text"] for row in rows[part]])["input_ids"],
+                [numbers[row["label"]] for row in rows[part]],
+                tokenizer.pad_token_id,
+                self._device,
+            )
+            for part in ("train", "eval")
+        )
         return train, evaluation, len(numbers)
-
-
-def _tokenised(rows: list[dict[str, Any]], tokenizer: Any, numbers: dict[Any, int], device: str) -> Examples:
-    tokens = [torch.tensor(ids) for ids in tokenizer([row["text"] for row in rows])["input_ids"]]
-    return Examples(
-        nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_token_id).to(device),
-        torch.tensor([len(ids) for ids in tokens]),
-        torch.tensor([numbers[row["label"]] for row in rows], device=device),
-    )
 
 
 def _toy_base(classes: int) -> nn.Module:
@@ -152,14 +175,12 @@ def _toy_base(classes: int) -> nn.Module:
 
 def _toy_examples(device: str) -> tuple[Examples, Examples, int]:
     """Texts whose second token says which class they are of."""
-    generator = torch.Generator().manual_seed(0)
+    draw = random.Random(0)
 
     def drawn(count: int) -> Examples:
-        labels = torch.randint(_TOY_CLASSES, (count,), generator=generator)
-        tokens = torch.randint(8, 64, (count, _TOY_LENGTH), generator=generator)
-        tokens[:, 1] = labels + 1
-        lengths = torch.randint(5, _TOY_LENGTH + 1, (count,), generator=generator)
-        return Examples(tokens.to(device), lengths, labels.to(device))
+        labels = [draw.randrange(_TOY_CLASSES) for _ in range(count)]
+        texts = [[1, 4 + label, *draw.choices(range(8, 64), k=draw.randrange(3, _TOY_LENGTH - 1))] for label in labels]
+        return Examples.of(texts, labels, 0, device)
 
     return drawn(512), drawn(64), _TOY_CLASSES
 
@@ -182,13 +203,13 @@ def train(run: Run, corpora: Corpora, device: str) -> dict[str, Any]:
     model = _adapted(corpora.base(classes), run).to(device).train()
     optimizer = _optimizer(model, run, device)
     engine = ScaLora(model, optimizer, _config(run)) if run["method"] == "scalora" else None
-    scheduler = LambdaLR(optimizer, lambda step: _schedule(step, run["warmup"], run["steps"]))
+    scheduler = get_linear_schedule_with_warmup(optimizer, run["warmup"], run["steps"])
     trained = [p for p in model.parameters() if p.requires_grad]
     order = _order(len(training.lengths), run["steps"] * run["batch"], run["seed"])
     losses = []
     start = time.perf_counter()
-    for rows in order.split(run["batch"]):
-        loss = model(**training.batch(rows)).loss
+    for batch in training.batches(order, run["batch"]):
+        loss = model(**batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, run["clip"])
         optimizer.step()
@@ -230,11 +251,6 @@ def _config(run: Run) -> ScaLoraConfig:
     return ScaLoraConfig.from_dict(mode | run["scalora"])
 
 
-def _schedule(step: int, warmup: int, steps: int) -> float:
-    """The share of the learning rate at a step, counted from 0: as Transformers' linear schedule."""
-    return step / max(1, warmup) if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
-
-
 def _order(examples: int, count: int, seed: int) -> Tensor:
     """The examples of a run in order: the same for all methods and batch sizes."""
     generator = torch.Generator().manual_seed(seed)
@@ -246,8 +262,7 @@ def _order(examples: int, count: int, seed: int) -> Tensor:
 def _evaluate(model: nn.Module, examples: Examples) -> dict[str, float]:
     model.eval()
     right, loss, count = 0.0, 0.0, len(examples.lengths)
-    for rows in torch.arange(count).split(_EVAL_BATCH):
-        batch = examples.batch(rows)
+    for batch in examples.batches(torch.arange(count), _EVAL_BATCH):
         logits = model(**batch).logits
         loss += nn.functional.cross_entropy(logits, batch["labels"], reduction="sum").item()
         right += (logits.argmax(-1) == batch["labels"]).sum().item()

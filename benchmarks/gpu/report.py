@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gpu.cities import FILE as CITIES
+from gpu.studies import FILE
 from scalora.saving.files import atomic_write
 
 _SUMMARY = re.compile(r"^(=+ )?(?P<summary>(\d+ \w+,? ?)+in [\d.]+s)", re.MULTILINE)
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     if (steps := folder / "steps.json").is_file():
         content["steps"] = json.loads(steps.read_text(encoding="utf-8"))
         sections += ["## Steps", (folder / "steps.md").read_text(encoding="utf-8").strip()]
-    if (cities := folder / CITIES).is_file():
+    if (cities := folder / FILE).is_file():
         content["cities"] = [json.loads(line) for line in cities.read_text(encoding="utf-8").splitlines()]
         sections += ["## Training"]
         if (tables := folder / "cities.md").is_file():

@@ -29,6 +29,7 @@ def rescale(contender: Contender, machine: Machine) -> dict[str, Any]:
         contender: ScaLoRA with an interval of 1.
         machine: the rates of the device.
     """
+    contender.checkpoint_activations(True)  # they are of no interest here
     for _ in range(_FIRST_STEPS):
         contender.step()
     pairs = find_lora_pairs(contender.model)

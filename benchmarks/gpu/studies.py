@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 
 Run = dict[str, Any]
 
+FILE = "cities.jsonl"
+"""The file of results: a line for each run."""
+
 _OF_STUDY = ("methods", "rates", "tuning_seeds", "seeds", "shares")
 
 
