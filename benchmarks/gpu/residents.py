@@ -164,8 +164,8 @@ def rounds(
 
 def free() -> None:
     """Give memory that nothing uses back to the device."""
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from statistics import median, quantiles
 from typing import Any
 
-from gpu.tables import grid
 from scalora.engine import PARTS
+from scalora.studies.grid import grid
 
 _NONE = "—"
 _MIB = 2**20
@@ -60,7 +60,7 @@ def tables(results: dict[str, Any]) -> str:
             grid(["method", "layers", "step", *names], [_launches_row(row) for row in results["launches"]]),
         ]
     if results["left_out"]:
-        left_out = [[row["method"], row["what"], row["why"].replace("|", "\\|")] for row in results["left_out"]]
+        left_out = [[row["method"], row["what"], row["why"]] for row in results["left_out"]]
         sections += ["Not measured:", grid(["method", "what", "why"], left_out)]
     return "\n\n".join(sections) + "\n"
 

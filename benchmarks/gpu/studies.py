@@ -58,7 +58,7 @@ class Studies:
         self.results = dict(results)
         self._given_out: set[Cell] = set()
         for name, study in studies.items():
-            for key in ("task", "methods", "rates", "seeds", "steps", "warmup", "head_rate"):
+            for key in ("task", "methods", "rates", "seeds", "steps", "batch", "warmup", "head_rate"):
                 if key not in study:
                     raise ValueError(f"study {name!r} lacks {key!r}")
 

@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from gpu.studies import Cell, Studies
+from scalora.studies.grid import grid
 
 _NONE = "—"
 
@@ -19,17 +20,6 @@ def tables(studies: Studies) -> str:
         studies: the studies with their results.
     """
     return "\n\n".join(section for name in studies.names() for section in _study(studies, name)) + "\n"
-
-
-def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table.
-
-    Args:
-        columns: the headings.
-        rows: the cells of each row.
-    """
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def paired_p(differences: Sequence[float]) -> float:
