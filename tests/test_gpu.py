@@ -236,7 +236,9 @@ def test_a_step_with_a_rescale_is_captured_in_a_graph(mode, optimizer):
         config = ScaLoraConfig(warmup_steps=0, mode=mode, target_norm=0.5, merge="dense")
         engine = ScaLora(model, optimizer(model), config)
         data = batch(DEVICE, torch.float32)
-        with torch.cuda.stream(stream := torch.cuda.Stream()):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             take_steps(model, engine, data, 5)
         torch.cuda.current_stream().wait_stream(stream)
         if captured:

@@ -27,7 +27,7 @@ NOT_NEEDED = ("pydantic", "trl", "datasets", "typer", "rich", "beartype", "panda
 def test_the_script_runs_at_toy_size_with_torch_and_peft_alone(tmp_path):
     # Python imports this at its start, in every process.
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({NOT_NEEDED}))\n")
-    command = ["bash", SCRIPT, "--toy", "--output", tmp_path / "out", "--minutes", "5", "--parts", "steps,cities"]
+    command = ["bash", SCRIPT, "--toy", "--output", tmp_path / "out", "--minutes", "10", "--parts", "steps,cities"]
     done = subprocess.run(
         [*command, "--workers", "1"],
         env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)},

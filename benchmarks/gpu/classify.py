@@ -14,6 +14,7 @@ A run is a dict, so that a study can be written as JSON. Its keys:
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import random
@@ -199,6 +200,7 @@ def train(run: Run, corpora: Corpora, device: str) -> dict[str, Any]:
     """
     run = DEFAULTS | run
     training, evaluation, classes = corpora.of(run["task"])
+    gc.collect()  # the models of earlier runs are in cycles
     torch.manual_seed(run["seed"])
     model = _adapted(corpora.base(classes), run).to(device).train()
     optimizer = _optimizer(model, run, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ from gpu.contenders import Contender, Size, Spec
 # A block is as long as an interval, and at least so long that the host runs ahead of the device, as in training.
 _SHORTEST_BLOCK = 4
 _FIRST_STEPS = 2
+
+# DoRA's activations take a quarter more than LoRA's, and some memory is lost between tensors.
+_MARGIN = 1.4
 
 
 class Clock:
@@ -67,6 +71,17 @@ class Resident:
         for _ in range(_FIRST_STEPS):
             self.contender.step()
         self._own = self._allocated() - before
+
+    def activations(self) -> float:
+        """Bytes to keep free for a step of any contender: what this one's takes, and a margin for those that take more.
+
+        Without gradient checkpointing if that fits, else with it.
+        """
+        for checkpointing in (False, True):
+            if (block := self.block(checkpointing)) is not None:
+                free()
+                return _MARGIN * (block.peak - self._own)
+        return 0.0
 
     @property
     def block_length(self) -> int:
@@ -160,6 +175,17 @@ def rounds(
                 "peak": max(own.peak for own, _ in both),
                 "baseline_peak": max(other.peak for _, other in both),
             }
+
+
+def room(device: str) -> float:
+    """Bytes that could still be allocated; without a GPU, any number.
+
+    Args:
+        device: name of a torch device.
+    """
+    if not device.startswith("cuda"):
+        return math.inf
+    return torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_allocated()
 
 
 def free() -> None:

@@ -23,16 +23,16 @@ import torch
 from gpu.contenders import TOY, TOY_METHODS, Contender, Size, Spec, specs
 from gpu.environment import environment
 from gpu.rescales import launches, rescale
-from gpu.residents import Clock, Resident, first_line, free, rounds
+from gpu.residents import Clock, Resident, first_line, free, room, rounds
 from gpu.step_tables import tables
 from scalora.bench.measure import measure_machine
 from scalora.saving.files import atomic_write
 
 # Shares of the time at which each measurement ends, so that the later ones get theirs.
-_LOADED_UNTIL, _STEPS_UNTIL, _PARTS_UNTIL = 0.3, 0.72, 0.88
+_STEPS_UNTIL, _PARTS_UNTIL = 0.74, 0.88
 
-# Of the time for steps, that of those without gradient checkpointing.
-_PLAIN = 0.65
+# Of the time for steps, what may go into loading models; of the rest, that of steps without gradient checkpointing.
+_LOADING, _PLAIN = 0.4, 0.65
 
 # Launches are counted on models so deep, which shows whether they grow with the layers.
 _DEPTHS = (2, 4)
@@ -129,6 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     methods = [spec for spec in others if only is None or spec.name in only]
     results = Results(options.output, size)
     measure_steps(baseline, methods, size, results, clock, options.rounds)
+    free()
     machine = measure_machine(size.device)
     results.content["environment"] |= machine._asdict()
     rescaling = [spec for spec in methods if spec.scalora is not None and spec.interval == 1]
@@ -157,10 +158,12 @@ def measure_steps(
         most_rounds: rounds after which to stop even if there is time for more.
     """
     first = Resident(baseline, size)
+    activations = first.activations()
     waiting = list(methods)
-    while waiting and clock.spent() < _STEPS_UNTIL:
+    while waiting and (now := clock.spent()) < _STEPS_UNTIL:
+        loaded_until = now + _LOADING * (_STEPS_UNTIL - now)
         group = [first]
-        while waiting and (clock.spent() < _LOADED_UNTIL or len(group) == 1):
+        while waiting and (clock.spent() < loaded_until or len(group) == 1):
             print(f"{clock.spent():.0%}: {waiting[0].name}", flush=True)
             why = ""
             try:
@@ -170,6 +173,10 @@ def measure_steps(
             except Exception as error:  # the other methods go on
                 why = first_line(error)
             free()  # not before the exception is gone, whose frames hold tensors
+            if not why and len(group) > 2 and room(size.device) < activations:
+                group.pop()
+                free()
+                why = "out of memory"
             if why == "out of memory" and len(group) > 1:
                 break  # the next group has room
             spec = waiting.pop(0)
