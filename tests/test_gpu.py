@@ -1,65 +1,154 @@
-"""What only a GPU shows: ``pytest -m gpu``. Skipped where there is none."""
+"""What only a GPU shows: ``pytest -m gpu``. Skipped where there is none.
+
+``GPU_TESTS_ON=cpu`` runs on the CPU what does not need CUDA itself: to debug the tests, which then compare it with
+itself. They import neither the command's libraries nor beartype, so that they run wherever torch and PEFT are:
+``pytest -o addopts= -m gpu tests/test_gpu.py``.
+"""
+
+import copy
+import os
+from typing import get_args
 
 import pytest
 import torch
 from models import TwoLayers, trainable, with_lora
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from scalora import ScaLora, ScaLoraConfig
+from scalora import PairAdamW, ScaLora, ScaLoraConfig
+from scalora.config import Merge
 from scalora.model.adapters import find_lora_pairs
-from scalora.rescale.remainder import DenseRemainder
+from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
+
+DEVICE = os.environ.get("GPU_TESTS_ON", "cuda")
+ON_CUDA = DEVICE == "cuda"
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(ON_CUDA and not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+needs_cuda = pytest.mark.skipif(not ON_CUDA, reason="needs CUDA itself")
+
+MERGES = [merge for merge in get_args(Merge) if merge != "auto"]
+
+# Those whose result does not depend on chance in half precision.
+EXACT_IN_HALF = ["dense", "factored"]
+
+
+def sgd(model, **settings):
+    return torch.optim.SGD(trainable(model), lr=1e-2, momentum=0.9, **settings)
+
+
+def adamw(model, **settings):
+    return torch.optim.AdamW(trainable(model), lr=1e-2, **settings)
+
 
 OPTIMIZERS = {
-    "AdamW": (torch.optim.AdamW, {}),
-    "fused AdamW": (torch.optim.AdamW, {"fused": True}),
-    "SGD with momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "AdamW": adamw,
+    "fused AdamW": lambda model: adamw(model, fused=True),
+    "SGD with momentum": sgd,
+    "PairAdamW": lambda model: PairAdamW(model, lr=1e-2),
 }
+COLUMNS = [("auto", "AdamW"), ("auto", "fused AdamW"), ("auto", "SGD with momentum"), ("auto", "PairAdamW")]
+MODES = [*COLUMNS, ("column", "fused AdamW"), ("scalar", "fused AdamW")]
+MATRICES = [("matrix", "PairAdamW"), ("matrix", "SGD with momentum")]
 
 
-def train(device, dtype, merge, optimizer="fused AdamW", steps=30):
-    torch.manual_seed(0)
-    model = with_lora(TwoLayers(), dtype=dtype, r=3, target_modules=["first", "second"]).to(device)
-    cls, settings = OPTIMIZERS[optimizer]
-    engine = ScaLora(model, cls(trainable(model), lr=1e-2, **settings), ScaLoraConfig(warmup_steps=2, merge=merge))
+def adapted(dtype=torch.float32):
+    return with_lora(TwoLayers(), dtype=dtype, r=3, target_modules=["first", "second"])
+
+
+def attach(model, optimizer, **settings):
+    norm = {"target_norm": 0.5} if settings.get("mode") == "matrix" and optimizer != "PairAdamW" else {}
+    return ScaLora(model, OPTIMIZERS[optimizer](model), ScaLoraConfig(**{"warmup_steps": 2} | norm | settings))
+
+
+def batch(device, dtype):
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(32, 12, generator=generator, dtype=dtype).to(device)
-    y = torch.randn(32, 6, generator=generator, dtype=dtype).to(device)
+    return tuple(torch.randn(32, n, generator=generator, dtype=dtype).to(device) for n in (12, 6))
+
+
+def take_steps(model, engine, data, steps):
+    x, y = data
     for _ in range(steps):
         nn.functional.mse_loss(model(x), y).backward()
         engine.optimizer.step()
         engine.optimizer.zero_grad()
-    return model, engine, (x, y)
+
+
+def train(device, dtype, optimizer="fused AdamW", steps=30, **settings):
+    model = adapted(dtype).to(device)
+    engine = attach(model, optimizer, **settings)
+    data = batch(device, dtype)
+    take_steps(model, engine, data, steps)
+    return model, engine, data
 
 
 def effective_weights(model):
     for pair in find_lora_pairs(model):
-        dense = isinstance(pair.remainder, DenseRemainder)
-        merged = pair.oriented(pair.weight) if dense else pair.oriented(pair.weight) + pair.remainder.dense()
-        yield (merged.double() + pair.scaling * pair.lora_B.double() @ pair.lora_A.double()).detach().cpu()
+        if isinstance(pair.remainder, FactoredRemainder):
+            merged = pair.oriented(pair.weight).double() + pair.remainder.dense().double()
+        else:
+            merged = pair.oriented(pair.remainder.exact(pair.weight)).double()
+        yield (merged + pair.scaling * pair.lora_B.double() @ pair.lora_A.double()).detach().cpu()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("merge", ["dense", "factored"])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
-def test_training_is_that_of_the_cpu(dtype, bound, merge, optimizer):
-    of_cpu, *_ = train("cpu", dtype, merge, optimizer)
-    of_gpu, engine, _ = train("cuda", dtype, merge, optimizer)
-    assert engine.metrics()["scalora/rescales"] == 28
-    assert engine.metrics()["scalora/column_share"] > 0
-    for expected, found in zip(effective_weights(of_cpu), effective_weights(of_gpu), strict=True):
+def assert_near(one, other, bound):
+    for expected, found in zip(effective_weights(one), effective_weights(other), strict=True):
         assert (found - expected).norm() < bound * expected.norm()
+
+
+@pytest.mark.parametrize(("mode", "optimizer"), [*MODES, *MATRICES])
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_training_is_that_of_the_cpu(dtype, bound, merge, mode, optimizer):
+    of_cpu, *_ = train("cpu", dtype, optimizer, merge=merge, mode=mode)
+    of_gpu, engine, _ = train(DEVICE, dtype, optimizer, merge=merge, mode=mode)
+    assert engine.metrics()["scalora/rescales"] == 28
+    assert engine.metrics()["scalora/left_alone_share"] < 1
+    assert_near(of_cpu, of_gpu, bound)
+
+
+def test_the_exact_optimum_over_matrices_is_that_of_the_cpu():
+    of_cpu, *_ = train("cpu", torch.float64, "PairAdamW", mode="matrix", optimum="exact", merge="dense", steps=10)
+    of_gpu, *_ = train(DEVICE, torch.float64, "PairAdamW", mode="matrix", optimum="exact", merge="dense", steps=10)
+    assert_near(of_cpu, of_gpu, 1e-9)
+
+
+def test_compressions_of_a_factored_remainder_are_those_of_the_cpu():
+    of_cpu, of_gpu = (train(device, torch.float64, merge="factored", remainder_rank=8)[0] for device in ("cpu", DEVICE))
+    for pair in find_lora_pairs(of_gpu):
+        assert pair.remainder.columns < 28 * 3
+    assert_near(of_cpu, of_gpu, 1e-7)
+
+
+def rescaled(device, dtype, merge, mode, optimizer):
+    """A half-precision base after rescales with gradients that are the same on all devices."""
+    torch.manual_seed(0)
+    model = get_peft_model(TwoLayers().to(dtype), LoraConfig(r=3, target_modules=["first", "second"])).to(device)
+    engine = attach(model, optimizer, merge=merge, mode=mode)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(8):
+        for parameter in trainable(model):
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+        engine.optimizer.step()
+    assert engine.metrics()["scalora/rescales"] == 6
+    return model
+
+
+@pytest.mark.parametrize(("mode", "optimizer"), [*MODES[1:], *MATRICES])
+@pytest.mark.parametrize("merge", EXACT_IN_HALF)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rescales_of_a_half_precision_base_are_those_of_the_cpu(dtype, merge, mode, optimizer):
+    of_cpu, of_gpu = (rescaled(device, dtype, merge, mode, optimizer) for device in ("cpu", DEVICE))
+    assert_near(of_cpu, of_gpu, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_merges_do_not_drift(dtype):
     torch.manual_seed(0)
-    weight = torch.randn(512, 768).to(dtype).cuda()
-    left, right = 1e-3 * torch.randn(512, 8).cuda(), torch.randn(768, 8).cuda()
+    weight = torch.randn(512, 768).to(dtype).to(DEVICE)
+    left, right = 1e-3 * torch.randn(512, 8).to(DEVICE), torch.randn(768, 8).to(DEVICE)
     remainder, exact = DenseRemainder(weight, transposed=False), weight.double()
     for _ in range(50):
         remainder.add(weight, left, right)
@@ -69,9 +158,27 @@ def test_half_precision_merges_do_not_drift(dtype):
     assert (rounded_off <= torch.finfo(dtype).eps * weight.float().abs() + torch.finfo(dtype).smallest_normal).all()
 
 
-@pytest.mark.parametrize("merge", ["dense", "factored"])
-def test_a_step_with_a_rescale_waits_for_nothing(merge):
-    model, engine, (x, y) = train("cuda", torch.float32, merge, steps=5)
+@pytest.mark.parametrize(("mode", "optimizer"), [("auto", "fused AdamW"), *MATRICES])
+@pytest.mark.parametrize("merge", MERGES)
+def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(merge, mode, optimizer):
+    whole, engine, data = train(DEVICE, torch.float32, optimizer, steps=8, merge=merge, mode=mode)
+    state = copy.deepcopy(engine.state_dict())
+    take_steps(whole, engine, data, 8)
+    resumed = adapted().to(DEVICE)
+    engine = attach(resumed, optimizer, merge=merge, mode=mode)
+    engine.load_state_dict(state)
+    take_steps(resumed, engine, data, 8)
+    assert engine.step == 16
+    expected = whole.state_dict()
+    for key, value in resumed.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+@needs_cuda
+@pytest.mark.parametrize(("mode", "optimizer"), [*MODES, *MATRICES])
+@pytest.mark.parametrize("merge", MERGES)
+def test_a_step_with_a_rescale_waits_for_nothing(merge, mode, optimizer):
+    model, engine, (x, y) = train(DEVICE, torch.float32, optimizer, steps=5, merge=merge, mode=mode)
     nn.functional.mse_loss(model(x), y).backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -82,8 +189,9 @@ def test_a_step_with_a_rescale_waits_for_nothing(merge):
     assert engine.metrics()["scalora/rescales"] == 4
 
 
+@needs_cuda
 def test_a_step_that_the_grad_scaler_skips_does_not_count():
-    model, engine, (x, y) = train("cuda", torch.float32, "dense", steps=3)
+    model, engine, (x, y) = train(DEVICE, torch.float32, merge="dense", steps=3)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
     counts = []
     for spoilt in (False, True, False):
@@ -97,3 +205,49 @@ def test_a_step_that_the_grad_scaler_skips_does_not_count():
         engine.optimizer.zero_grad()
         counts.append(engine.metrics()["scalora/rescales"])
     assert counts == [2, 2, 3]
+
+
+@pytest.mark.usefixtures("without_shape_checks")  # torch.compile can't trace them
+@pytest.mark.parametrize("merge", MERGES)
+def test_a_compiled_model_trains_as_an_eager_one(merge):
+    eager, *_ = train(DEVICE, torch.float32, steps=12, merge=merge)
+    model = adapted().to(DEVICE)
+    engine = attach(model, "fused AdamW", merge=merge)
+    compiled = torch.compile(model, backend="inductor" if ON_CUDA else "eager")
+    take_steps(compiled, engine, batch(DEVICE, torch.float32), 12)
+    assert engine.metrics()["scalora/rescales"] == 10
+    assert_near(eager, model, 1e-4)
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("mode", "optimizer"),
+    [("auto", lambda model: adamw(model, fused=True, capturable=True)), ("matrix", sgd)],
+)
+def test_a_step_with_a_rescale_is_captured_in_a_graph(mode, optimizer):
+    """The weights alone: the engine counts steps and chooses those that rescale on the host, which a replay does not.
+
+    A factored remainder's number of columns is a number on the host too, and PairAdamW's step counts and learning rates
+    are.
+    """
+    models = []
+    for captured in (False, True):
+        model = adapted().to(DEVICE)
+        config = ScaLoraConfig(warmup_steps=0, mode=mode, target_norm=0.5, merge="dense")
+        engine = ScaLora(model, optimizer(model), config)
+        data = batch(DEVICE, torch.float32)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            take_steps(model, engine, data, 5)
+        torch.cuda.current_stream().wait_stream(stream)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                take_steps(model, engine, data, 1)
+            for _ in range(10):
+                graph.replay()
+        else:
+            take_steps(model, engine, data, 10)
+        models.append(model)
+    assert_near(*models, 1e-5)

@@ -8,7 +8,7 @@ from models import tiny_llama, trainable, with_lora
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scalora import ScaLora, ScaLoraConfig
+from scalora import PairAdamW, ScaLora, ScaLoraConfig
 from scalora.rescale.remainder import DenseRemainder
 from scalora.runs.measure import StepClock
 
@@ -107,6 +107,30 @@ def test_a_step_takes_no_value_from_the_device(meta_model, merge, skipping, dtyp
         optimizer.step()
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         engine.metrics()  # what is logged is what has to be fetched
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Counts copies from the host for which CUDA would wait until the device has done what is queued on it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].is_cpu and kwargs.get("device") is not None:
+            self.count += torch.device(kwargs["device"]).type != "cpu" and not kwargs.get("non_blocking")
+        return func(*args, **kwargs)
+
+
+def test_a_step_of_matrix_scaling_waits_for_the_device_neither_way(meta_model):
+    optimizer = PairAdamW(meta_model, lr=1e-3)
+    ScaLora(meta_model, optimizer, ScaLoraConfig(warmup_steps=0, mode="matrix"))
+    for step in range(3):
+        for parameter in trainable(meta_model):
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.param_groups[0]["lr"] = 1e-3 / (step + 1)
+        with BlockingCopies() as of_last_step:  # the first one copies constants
+            optimizer.step()
+    assert of_last_step.count == 0
 
 
 def test_bfloat16_and_what_is_kept_beside_it_are_the_float32_weight_bit_for_bit():

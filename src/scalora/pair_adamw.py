@@ -258,5 +258,5 @@ def _kept(group: _Group) -> float:
 
 
 def _of_layers(numbers: list[float], like: Tensor) -> Float[Tensor, " layers"]:
-    """One number for each layer, on the device of their factors."""
-    return torch.tensor(numbers, dtype=like.dtype).to(like.device)
+    """One number for each layer, on the device of their factors, for which the host does not wait."""
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)

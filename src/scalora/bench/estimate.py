@@ -28,7 +28,7 @@ from scalora.model.layers import ADAPTABLE
 from scalora.model.memory import Memory, bytes_of_base, pairs_over_quantised, quantisable_layers, training_memory
 from scalora.model.placement import check_places, resolve_merge
 from scalora.runs.errors import InputError
-from scalora.studies.table_markdown import grid
+from scalora.studies.grid import grid
 
 # Bytes per entry of an adapter, which is float32 whatever the dtype of the base.
 _SINGLE = 4

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalora.engine import PARTS
-from scalora.studies.table_markdown import grid
+from scalora.studies.grid import grid
 
 BASELINE = "lora"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 
 from scalora.saving.files import atomic_write
+from scalora.studies.grid import grid
 from scalora.studies.shares import level_share
 from scalora.studies.study import Study
 from scalora.studies.table import StudyResult, load_study
@@ -210,17 +211,6 @@ def _header(result: StudyResult) -> str:
         f"{(result.cells['status'] == 'finished').sum()} of {len(result.cells)} runs finished",
     ]
     return f"# {result.folder.name}\n\n" + "; ".join(part for part in parts if part) + "."
-
-
-def grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table.
-
-    Args:
-        columns: the headings.
-        rows: the cells of each row, as text; pipes are escaped.
-    """
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _number(value: float, form: str) -> str:

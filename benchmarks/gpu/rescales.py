@@ -1,0 +1,93 @@
+"""A rescale by its parts, beside the least time that its bytes take, and the kernels that it launches."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from gpu.contenders import Contender, Size
+from scalora.bench.floor import RescaleWork, rescale_work
+from scalora.bench.measure import Machine, rescale_parts
+from scalora.engine import PARTS
+from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.rescale.remainder import FactoredRemainder
+
+_REPEATS = 5
+
+# Steps until every layer has an optimum: lora_B starts at zero.
+_FIRST_STEPS = 2
+
+
+def rescale(contender: Contender, machine: Machine) -> dict[str, Any]:
+    """Seconds of each part of a rescale, and their lower bounds.
+
+    Args:
+        contender: ScaLoRA with an interval of 1.
+        machine: the rates of the device.
+    """
+    contender.checkpoint_activations(True)  # they are of no interest here
+    for _ in range(_FIRST_STEPS):
+        contender.step()
+    pairs = find_lora_pairs(contender.model)
+    moments = 1 if contender.spec.pair_adamw else 2
+    work = reduce(RescaleWork.__add__, (_work(pair, moments) for pair in pairs))
+    solve = work.grams.seconds(*machine) + work.solve.seconds(*machine)
+    floor = (solve, work.merge.seconds(*machine), work.transport.seconds(*machine))
+    parts = rescale_parts(contender, _REPEATS)
+    return {"parts": parts, "floor": dict(zip(PARTS, floor, strict=True))}
+
+
+def _work(pair: LoraPair, moments: int) -> RescaleWork:
+    factored = isinstance(pair.remainder, FactoredRemainder)
+    rounded_off = getattr(pair.remainder, "rounded_off", None)
+    return rescale_work(
+        pair.m,
+        pair.n,
+        pair.r,
+        weight_bytes=pair.weight.element_size() + (0 if rounded_off is None else rounded_off.element_size()),
+        moments=moments,
+        remainder_rank=pair.remainder.max_rank if factored else None,
+    )
+
+
+def launches(contender: Contender, size: Size) -> dict[str, Any]:
+    """Kernels that an optimizer step launches, in all and in each part of a rescale.
+
+    Without a GPU, operations that call no others are counted in their place.
+
+    Args:
+        contender: the method.
+        size: its model, for the number of layers.
+    """
+    for _ in range(_FIRST_STEPS):
+        contender.step()
+    contender.backward()
+    on_cuda = size.device.startswith("cuda")
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with profile(activities=activities) as profiler:
+        contender.optimizer.step()
+        if on_cuda:
+            torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CPU]
+    counted = [event for event in events if (_launches(event.name) if on_cuda else _is_leaf(event))]
+    parts = {part: [event.time_range for event in events if event.name == part] for part in PARTS}
+    return {
+        "layers": size.layers,
+        "in_step": len(counted),
+        "in_parts": {
+            part: sum(any(r.start <= event.time_range.start < r.end for r in ranges) for event in counted)
+            for part, ranges in parts.items()
+        },
+    }
+
+
+def _launches(name: str) -> bool:
+    return "LaunchKernel" in name or name.startswith(("cudaMemcpy", "cudaMemset", "cudaGraphLaunch"))
+
+
+def _is_leaf(event: Any) -> bool:
+    return event.name.startswith("aten::") and not event.cpu_children
