@@ -15,11 +15,12 @@ set -uo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: gpu.sh --output FOLDER [--carried FOLDER] [--minutes 10] [--parts tests,steps,cities] [--studies FILE]
+usage: gpu.sh --output FOLDER [--carried FOLDER] [--minutes 10] [--parts tests,steps,cities] [--studies FILE]...
               [--workers N] [--only METHODS] [--toy] [--mps]
   --carried  what gpu.carry wrote; without it there is no part cities, except at toy size
   --minutes  for all parts: two tenths for the tests at most, then half of the rest for steps, and the rest for cities
-  --studies  what the part cities trains; by default gpu/cities.json. Others: gpu/facts.json, gpu/target.json
+  --studies  what the part cities trains; by default gpu/cities.json; may be given more than
+             once. Others: gpu/facts.json, gpu/target.json
   --workers  runs of the part cities at once; by default by cores and memory
   --only     methods of the part steps, with ';' between them
   --mps      starts NVIDIA's multi-process service for the part cities, with which kernels of several runs overlap
@@ -27,14 +28,14 @@ TEXT
 }
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-output='' carried='' minutes=10 parts=tests,steps,cities studies='' workers='' only='' toy='' mps=''
+output='' carried='' minutes=10 parts=tests,steps,cities studies=() workers='' only='' toy='' mps=''
 while [ $# -gt 0 ]; do
   case $1 in
     --output) output=$2; shift 2 ;;
     --carried) carried=$2; shift 2 ;;
     --minutes) minutes=$2; shift 2 ;;
     --parts) parts=$2; shift 2 ;;
-    --studies) studies=$2; shift 2 ;;
+    --studies) studies+=("$2"); shift 2 ;;
     --workers) workers=$2; shift 2 ;;
     --only) only=$2; shift 2 ;;
     --toy) toy=yes; shift ;;
@@ -98,10 +99,12 @@ elif has cities; then
     fi
   fi
   if [ -n "$toy" ]; then
-    what=(--model toy --studies "${studies:-$root/benchmarks/gpu/toy.json}" --device cpu)
+    what=(--model toy --device cpu) default=toy
   else
-    what=(--model "$carried/model" --data "$carried" --studies "${studies:-$root/benchmarks/gpu/cities.json}")
+    what=(--model "$carried/model" --data "$carried") default=cities
   fi
+  if [ ${#studies[@]} -eq 0 ]; then studies=("$root/benchmarks/gpu/$default.json"); fi
+  what+=(--studies "${studies[@]}")
   seconds=$(left)
   limited $((seconds + 20)) "$python" -m gpu.cities "${what[@]}" --output "$output" \
     --minutes "$(as_minutes "$seconds")" ${workers:+--workers "$workers"} || status=1

@@ -1,6 +1,6 @@
 """Trains text classifiers by several methods, rates, seeds and batch sizes, many at once on one GPU.
 
-    python -m gpu.cities --model FOLDER --data FOLDER --studies FILE --output FOLDER --minutes 5
+    python -m gpu.cities --model FOLDER --data FOLDER --studies FILE... --output FOLDER --minutes 5
 
 `gpu.studies` describes the file of studies, `gpu.carry` makes the folders. Every finished run is a line of
 ``cities.jsonl``; runs that are in it are not done again. ``cities.md`` is written at the end. When the time is over it
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the base model, or 'toy'")
     parser.add_argument("--data", type=Path, default=Path("runs"), help="folder with a folder for each task")
-    parser.add_argument("--studies", type=Path, default=HERE / "cities.json", help="the studies")
+    parser.add_argument("--studies", type=Path, nargs="+", default=[HERE / "cities.json"], help="files of studies")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=5.0, help="time for all of it")
     parser.add_argument("--workers", type=int, help="runs at once; by default by cores and memory")
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes
     options.output.mkdir(parents=True, exist_ok=True)
-    studies = Studies.read(options.studies)
+    studies = Studies.read(*options.studies)
     studies.results.update(read_results(options.output / FILE))
     workers = options.workers or _workers(options.device)
     print(f"{workers} runs at once on {options.device}, {options.minutes:g} minutes", flush=True)

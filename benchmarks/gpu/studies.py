@@ -63,13 +63,16 @@ class Studies:
                     raise ValueError(f"study {name!r} lacks {key!r}")
 
     @classmethod
-    def read(cls, path: Path) -> Studies:
-        """Read a file of studies.
+    def read(cls, *paths: Path) -> Studies:
+        """Read files of studies, which are done in the order of the files.
 
         Args:
-            path: the file.
+            paths: the files. A study that several of them have is that of the last one.
         """
-        return cls(json.loads(path.read_text(encoding="utf-8")), {})
+        studies: dict[str, dict[str, Any]] = {}
+        for path in paths:
+            studies |= json.loads(path.read_text(encoding="utf-8"))
+        return cls(studies, {})
 
     def names(self) -> list[str]:
         """Names of the studies."""
