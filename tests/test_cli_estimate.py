@@ -338,7 +338,7 @@ def test_nothing_of_it_is_made(large, monkeypatch):
         (["--tflops", "inf"], "--tflops must be a positive finite number, got inf"),
         (["--dtype", "float8"], "--dtype 'float8': the dtypes are float32, bfloat16, float16"),
         (["--quantization", "gguf"], "--quantization 'gguf': must be one of none, nf4, int8"),
-        (["--merge", "sparse"], "merge must be one of auto, dense, factored, got 'sparse'"),
+        (["--merge", "sparse"], "merge must be one of auto, dense, stochastic, factored, got 'sparse'"),
         (["--merge", "dense", "--quantization", "nf4"], "--merge dense: can't merge into nf4 weights"),
         (
             ["--target-modules", "q_proj,qq"],

@@ -1,7 +1,7 @@
 """Merges on a GPU that pass once over memory, for all layers of one shape in one launch of a Triton kernel.
 
-PyTorch's own operations (`scalora.rescale.remainder`) are the reference. They do what the kernel can't: other dtypes and
-layouts, devices without Triton.
+PyTorch's own operations (`scalora.rescale.remainder`) are the reference. They do what the kernel can't: other dtypes
+and layouts, devices without Triton.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scalora.rescale.remainder import HALF, DenseRemainder
+from scalora.rescale.remainder import DenseRemainder
 
 # Of MurmurHash3's finaliser, which maps 32 bits one to one to well-mixed ones, and the golden ratio's 32 bits.
 _FIRST, _SECOND, _GOLDEN = 0x85EBCA6B, 0xC2B2AE35, 0x9E3779B9

@@ -130,10 +130,10 @@ def _float16_by_draws(exact, draws):
 @triton.jit(do_not_specialize=["step"])
 @no_type_check
 def merge_kernel(
-    table,  # (layers, 3), int64: addresses of the weight and of what it was rounded off, and the hash of the name
+    table,
     left,
     right,
-    coefficients,  # (layers, RANK), float32
+    coefficients,
     step,
     rows,
     columns,
@@ -144,14 +144,39 @@ def merge_kernel(
     right_column,
     right_k,
     DTYPE: tl.constexpr,
-    ROUNDING: tl.constexpr,  # "none", "kept" or "stochastic"
+    ROUNDING: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # 0: a sum of outer products
+    BLOCK_K: tl.constexpr,
     TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Add ``left · diag(coefficients) · right`` to some tiles of one layer's weight, which is stored row by row.
+
+    Args:
+        table: int64, (layers, 3): addresses of the weight and of what was rounded off it, and the hash of the name.
+        left: factor of the weights' rows, float32.
+        right: factor of the weights' columns, float32.
+        coefficients: float32, (layers, RANK).
+        step: number of the optimizer step, for stochastic rounding.
+        rows: rows of each weight.
+        columns: columns of each weight.
+        left_layer: stride of `left` from layer to layer.
+        left_row: its stride from row to row.
+        left_k: its stride from column to column of the factor.
+        right_layer: stride of `right` from layer to layer.
+        right_column: its stride from column to column of the weight.
+        right_k: its stride from column to column of the factor.
+        DTYPE: name of the weights' dtype.
+        ROUNDING: ``"none"`` for float32; ``"kept"`` or ``"stochastic"``.
+        RANK: columns of the factors.
+        BLOCK_M: rows of a tile.
+        BLOCK_N: columns of a tile.
+        BLOCK_K: columns of the factors that are multiplied at a time; 0: outer products are added one after the other.
+        TILES: tiles of a program, side by side.
+        PRECISION: how `tl.dot` multiplies float32.
+    """
     layer = tl.program_id(1)
     per_strip = tl.cdiv(tl.cdiv(columns, BLOCK_N), TILES)
     first_row = (tl.program_id(0) // per_strip) * BLOCK_M
