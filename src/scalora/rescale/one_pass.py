@@ -122,8 +122,9 @@ def merge(
     kind = weights[0].dtype, _rounding_of(dense[0], weights[0]), lora_B[0].shape[1]
     if kind in _GIVEN_UP:
         return False
+    factors = torch.stack(list(lora_B)), torch.stack(list(lora_A))  # may be out of memory, which is not the compiler's
     try:
-        _launch(dense, weights, torch.stack(list(lora_B)), torch.stack(list(lora_A)), coefficients)
+        _launch(dense, weights, *factors, coefficients)
     except Exception as error:  # whatever a missing or broken compiler leads to, before the kernel has run
         missing = isinstance(error, ImportError)
         _GIVEN_UP.add(None if missing else kind)
