@@ -1,11 +1,12 @@
-"""Measures a half-precision model's drift over a thousand rescales against a float64 replay of what each one moved.
+"""Measures a half-precision model's drift over many rescales against a float64 replay of what each one moved.
 
-    python benchmarks/drift.py
+    python benchmarks/drift.py [--steps 10000] [--rate 1e-5]
 
 Trains the adapter of one layer with AdamW and rescales at every step. The replay adds what the adapter's product loses
 at each rescale to a dense float64 copy of the base weight. For inputs of unit variance, prints the relative change of
-the output from the replay's with three weights: the model's own, the replay's rounded once, and what merging in place
-in half precision would have given. Also prints the share of a factored remainder that was discarded.
+the output from the replay's with four weights: the model's own, the replay's rounded once, what merging in place in
+half precision would have given, and what a dense remainder would have given that keeps 8 of the 16 bits of each entry's
+rounding error. Also prints the size of the update itself, and the share of a factored remainder that was discarded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from scalora import ScaLora, ScaLoraConfig
-from scalora.rescale.remainder import FactoredRemainder
+from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
 
 
 class Replay:
@@ -30,13 +31,18 @@ class Replay:
 
     Attributes:
         weight: the base weight plus everything taken so far, float64.
+        base: the base weight, float64.
         naive: the same, merged in place in the base weight's own dtype.
+        eight_bits: the same, with 8 bits for what is rounded off.
     """
 
     def __init__(self, layer: LoraLayer) -> None:
         self.layer = layer
         self.weight = layer.base_layer.weight.detach().double()
+        self.base = self.weight.clone()
         self.naive = layer.base_layer.weight.detach().clone()
+        self.eight_bits = self.naive.clone()
+        self._kept = DenseRemainder(self.eight_bits, transposed=False)
 
     def _product(self) -> Tensor:
         A, B = (getattr(self.layer, name)["default"].weight.detach().double() for name in ("lora_B", "lora_A"))
@@ -51,6 +57,10 @@ class Replay:
         remainder = self._last - self._product()
         self.weight += remainder
         self.naive += remainder.to(self.naive.dtype)
+        self._kept.add(self.eight_bits, remainder.float(), torch.eye(remainder.shape[1]))
+        assert self._kept.rounded_off is not None
+        # To the nearest multiple of 2⁸, as far as there is one.
+        self._kept.rounded_off.copy_(((self._kept.rounded_off.int() + 128) & ~255).clamp(max=0x7F00))
 
     def live(self) -> Tensor:
         """Effective weight of the model without its adapter, in float64."""
@@ -59,16 +69,24 @@ class Replay:
 
 
 def train(
-    dtype: torch.dtype, merge: str, *, width: int, steps: int = 1000, target_rank: int | None = None, **settings: Any
+    dtype: torch.dtype,
+    merge: str,
+    *,
+    width: int,
+    steps: int = 1000,
+    target_rank: int | None = None,
+    rate: float = 3e-3,
+    **settings: Any,
 ) -> tuple[ScaLora, Replay]:
     """Fit a linear map with one adapted layer, with a rescale at every step.
 
     Args:
         dtype: dtype of the base weight.
-        merge: where the remainder goes, "dense" or "factored".
+        merge: where the remainder goes, "dense", "stochastic" or "factored".
         width: rows and columns of the weight.
         steps: optimizer steps, each with a rescale.
         target_rank: rank of the random matrix by which the map differs from the base weight; None is full rank.
+        rate: learning rate.
         **settings: further fields of `ScaLoraConfig`.
 
     Returns:
@@ -77,7 +95,7 @@ def train(
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(width, width, bias=False)), LoraConfig(r=4, target_modules=["0"]))
     model.base_model.model[0].base_layer.to(dtype)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     replay = Replay(model.base_model.model[0])
     optimizer.register_step_pre_hook(replay.before)
     engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0, merge=merge, **settings))
@@ -111,6 +129,8 @@ def row(name: str, dtype: torch.dtype, engine: ScaLora, replay: Replay) -> str:
         drift(replay.live(), replay.weight),
         drift(replay.weight.to(dtype), replay.weight),
         drift(replay.naive, replay.weight),
+        drift(replay.eight_bits, replay.weight),
+        drift(replay.base, replay.weight),
         engine.metrics().get("scalora/discarded", 0.0),
     ]
     return f"| {name} | " + " | ".join(f"{figure:.1e}" for figure in figures) + " |"
@@ -121,16 +141,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=256, help="width of the layer (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="steps, one rescale each (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: %(default)s)")
+    parser.add_argument("--merges", default="dense,stochastic,factored", help="kinds of remainders (default: all)")
     parser.add_argument("--target-rank", type=int, help="rank of the update to learn (default: full)")
     arguments = parser.parse_args()
-    print("| run | drift | one rounding | merging naively | discarded |\n|---|---|---|---|---|")
+    columns = ["run", "drift", "one rounding", "merging naively", "with 8 bits", "the update", "discarded"]
+    print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
     for dtype in (torch.bfloat16, torch.float16):
         for merge, settings in (
             ("dense", {}),
+            ("stochastic", {}),
             ("factored", {"remainder_rank": 64}),
             ("factored", {"remainder_rank": arguments.width}),
         ):
-            sizes = {"width": arguments.width, "steps": arguments.steps, "target_rank": arguments.target_rank}
+            if merge not in arguments.merges.split(","):
+                continue
+            sizes = {key: getattr(arguments, key) for key in ("width", "steps", "target_rank", "rate")}
             engine, replay = train(dtype, merge, **sizes, **settings)
             name = " ".join([merge, *(f"{value} columns" for value in settings.values())])
             print(row(f"one layer, {str(dtype).split('.')[1]}, {name}", dtype, engine, replay), flush=True)

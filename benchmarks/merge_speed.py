@@ -1,8 +1,9 @@
-"""How long a merge takes: PyTorch's own operations, the C++ (on a CPU), compiled ones, and the lower bound.
+"""How long a merge takes, beside the time in which its bytes could be moved once.
 
     python benchmarks/merge_speed.py --output merge.json [--dtypes float32,bfloat16,float16] [--ranks 8,16,64]
 
-First checks that compiled merges do what PyTorch's own operations do. Needs PyTorch; on a GPU also Triton.
+Compares PyTorch's own operations with the library's Triton kernel on a GPU, and with its C++ on a CPU. On a GPU, first
+checks that the kernel does what PyTorch's operations do.
 """
 
 from __future__ import annotations
@@ -12,49 +13,113 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import compiled_merge
 import torch
 from torch import Tensor
 
-from scalora.rescale.native import NativeBuildError
-from scalora.rescale.native.compiler import load_operations
-from scalora.rescale.remainder import HALF, DenseRemainder
+from scalora.bench.floor import rescale_work
+from scalora.rescale import kernels, native
+from scalora.rescale.native import operations
+from scalora.rescale.one_pass import plan_of
+from scalora.rescale.remainder import HALF, DenseRemainder, add_to_all, scale_columns
+from scalora.rescale.stochastic import StochasticRemainder
+
+Merge = Callable[[list[DenseRemainder], list[Tensor], list[Tensor], list[Tensor], Tensor], None]
 
 
-def remainder_of(weight: Tensor, rounded_off: Tensor | None) -> DenseRemainder:
-    """A remainder of a weight, with what rounding has left out of it so far."""
-    remainder = DenseRemainder(weight, transposed=False)
-    if rounded_off is not None:
-        remainder.rounded_off = rounded_off
-    return remainder
+def floor_bytes(
+    rows: int, columns: int, rank: int, layers: int, dtype: torch.dtype, *, keeps_errors: bool = True
+) -> int:
+    """Bytes of the weights, read and written, of what is kept beside them, and of the factors.
+
+    Args:
+        rows: rows of each weight.
+        columns: columns of each weight.
+        rank: columns of the factors.
+        layers: number of weights.
+        dtype: dtype of the weights.
+        keeps_errors: whether a half-precision weight keeps 2 bytes of each entry's rounding error.
+    """
+    entry = dtype.itemsize + (2 if keeps_errors and dtype in HALF else 0)
+    return layers * int(rescale_work(rows, columns, rank, weight_bytes=entry).merge.bytes)
 
 
-def eager(weight: Tensor, rounded_off: Tensor | None, left: Tensor, right: Tensor) -> None:
+def bytes_moved(
+    rows: int, columns: int, rank: int, layers: int, dtype: torch.dtype, *, keeps_errors: bool = True
+) -> int:
+    """Bytes that a merge by the kernel moves, if no cache had any of the factors: counted from its grid.
+
+    Args:
+        rows: as in `floor_bytes`.
+        columns: as in `floor_bytes`.
+        rank: as in `floor_bytes`.
+        layers: as in `floor_bytes`.
+        dtype: as in `floor_bytes`.
+        keeps_errors: as in `floor_bytes`.
+    """
+    factors = 4 * layers * rank * (rows + columns)
+    weights = floor_bytes(rows, columns, rank, layers, dtype, keeps_errors=keeps_errors) - factors
+    # The layers' factors are copied into one tensor first.
+    return weights + 2 * factors + plan_of(rows, columns, rank, layers, dtype).bytes_of_factors(rank)
+
+
+def eager(
+    remainders: list[DenseRemainder],
+    weights: list[Tensor],
+    lora_B: list[Tensor],
+    lora_A: list[Tensor],
+    coefficients: Tensor,
+) -> None:
     """Merge with PyTorch's own operations."""
-    remainder_of(weight, rounded_off).add(weight, left, right)
+    left, right = scale_columns(torch.stack(lora_B), torch.stack(lora_A).mT, coefficients)
+    add_to_all(remainders, weights, left.unbind(), right.unbind())
 
 
-def in_cpp(weight: Tensor, rounded_off: Tensor | None, left: Tensor, right: Tensor) -> None:
-    """Merge with the C++."""
-    ones = torch.ones(1, left.shape[1], dtype=torch.float64)
-    lows = [] if rounded_off is None else [rounded_off]
-    torch.ops.scalora.merge_([weight], lows, [left], [right.mT.contiguous()], ones)
+class Layers:
+    """Layers of one shape with the factors of a merge.
 
+    Args:
+        shape: (m, n) of the weights.
+        rank: columns of the factors.
+        dtype: dtype of the weights.
+        count: number of layers.
+        device: their device.
+        stochastic: whether the weights are rounded by chance.
+    """
 
-def compiled(unrolled: bool) -> Callable[..., None]:
-    """`merge_` with the product in the loop, or stored."""
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        rank: int,
+        dtype: torch.dtype,
+        count: int,
+        device: torch.device,
+        *,
+        stochastic: bool,
+    ) -> None:
+        m, n = shape
+        self.weights = [torch.randn(m, n, device=device).to(dtype) for _ in range(count)]
+        self.remainders: list[DenseRemainder] = [
+            StochasticRemainder(weight, transposed=False, name=str(number))
+            if stochastic
+            else DenseRemainder(weight, transposed=False)
+            for number, weight in enumerate(self.weights)
+        ]
+        self.lora_B = [torch.randn(m, rank, device=device) * 1e-6 for _ in range(count)]
+        self.lora_A = [torch.randn(rank, n, device=device) for _ in range(count)]
+        self.coefficients = torch.ones(count, rank, dtype=torch.float64, device=device)
 
-    def merge(weight: Tensor, rounded_off: Tensor | None, left: Tensor, right: Tensor) -> None:
-        most = 1 << 10 if unrolled else 0
-        compiled_merge._UNROLLED_ON_CPU = compiled_merge._UNROLLED_ON_GPU = most
-        if not compiled_merge.merge_(weight, rounded_off, left, right):
-            raise RuntimeError("this can't be compiled here")
+    def merged_by(self, merge: Merge) -> None:
+        """Merge into all layers.
 
-    return merge
+        Args:
+            merge: the operation.
+        """
+        merge(self.remainders, self.weights, self.lora_B, self.lora_A, self.coefficients)
 
 
 def seconds(device: torch.device, calls: list[Callable[[], Any]], repeats: int) -> list[list[float]]:
@@ -93,36 +158,19 @@ def host_seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def check(device: torch.device) -> list[str]:
-    """What the compiled merge does differently from eager, on `device`; empty if nothing that matters."""
+    """Where a merge by the kernel is further from the exact sum than float32's rounding; empty if nowhere."""
     wrong = []
-    for dtype in HALF:
-        every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype).view(256, 256).to(device)
-        for unrolled in (False, True) if dtype == torch.bfloat16 else (False,):
-            weight, low = every.clone(), torch.randint(-32767, 32768, every.shape, dtype=torch.int16, device=device)
-            expected, expected_low = weight.clone(), low.clone()
-            nothing = torch.zeros(256, 4, device=device)
-            compiled(unrolled)(weight, low, nothing, nothing)
-            eager(expected, expected_low, nothing, nothing)
-            number = ~every.isnan()
-            differ = (weight.view(torch.int16) != expected.view(torch.int16)) & number
-            far = ((low.int() - expected_low.int()).abs() > (1 if dtype == torch.float16 else 0)) & number
-            for what, which in (("weights", differ), ("remainders", far)):
-                # Float16's neighbours of a tie may fall to either side where a division is not rounded correctly.
-                if (count := int(which.sum())) > (16 if dtype == torch.float16 and device.type == "cuda" else 0):
-                    bits = every.view(torch.int16)[which][:3].tolist()
-                    wrong.append(f"{dtype} {'unrolled' if unrolled else 'stored'}: {count} {what} differ, at {bits}")
     for dtype in (torch.float32, *HALF):
-        for m, n, r in ((512, 768, 8), (510, 770, 16), (512, 2048, 64)):
-            for unrolled in (False, True) if r < 64 else (False,):
-                weight = (torch.randn(m, n, device=device) * 0.05).to(dtype)
-                low = torch.zeros_like(weight, dtype=torch.int16) if dtype in HALF else None
-                left, right = torch.randn(m, r, device=device) * 1e-3, torch.randn(n, r, device=device)
-                exact = weight.double() + left.double() @ right.double().mT
-                compiled(unrolled)(weight, low, left, right)
-                joined = remainder_of(weight, low).exact(weight)
-                error = ((joined.double() - exact).abs().max() / exact.abs().max()).item()
+        for m, n, r in ((512, 768, 8), (510, 770, 16), (512, 2048, 64), (300, 1000, 320)):
+            layers = Layers((m, n), r, dtype, 2, device, stochastic=False)
+            layers.lora_B = [B * 1e4 for B in layers.lora_B]
+            pairs = zip(layers.weights, layers.lora_B, layers.lora_A, strict=True)
+            exact = [weight.double() + B.double() @ A.double() for weight, B, A in pairs]
+            layers.merged_by(kernels.merge)
+            for remainder, weight, wanted in zip(layers.remainders, layers.weights, exact, strict=True):
+                error = ((remainder.exact(weight).double() - wanted).abs().max() / wanted.abs().max()).item()
                 if error > 2.0**-21:
-                    wrong.append(f"{dtype} {(m, n, r)} {'unrolled' if unrolled else 'stored'}: error {error:.1e}")
+                    wrong.append(f"{dtype} {(m, n, r)}: error {error:.1e}")
     return wrong
 
 
@@ -133,62 +181,51 @@ def bandwidth(device: torch.device, repeats: int) -> float:
     return 2 * x.nbytes / min(times)
 
 
-def measure(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], rank: int, args: Any) -> dict[str, Any]:
+def measure(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int], rank: int, stochastic: bool, args: Any
+) -> dict[str, Any]:
     """Times of one kind of merge; of several weights in turn, so that caches are as cold as in a model."""
     m, n = shape
-    size = m * n * 4
-    count = max(2, min(30, (1 << (28 if device.type == "cuda" else 26)) // size))
-    weights = [torch.randn(m, n, device=device).to(dtype) for _ in range(count)]
-    lows = [torch.zeros_like(w, dtype=torch.int16) if dtype in HALF else None for w in weights]
-    left, right = torch.randn(m, rank, device=device) * 1e-6, torch.randn(n, rank, device=device)
-
-    def all_of(merge: Callable[..., None]) -> Callable[[], None]:
-        def call() -> None:
-            for weight, low in zip(weights, lows, strict=True):
-                merge(weight, low, left, right)
-
-        return call
-
-    contenders: dict[str, Callable[..., None]] = {"eager": eager}
-    if args.cpp and dtype != torch.float16:
-        contenders["C++"] = in_cpp
-    if rank <= args.unroll_up_to and dtype != torch.float16:
-        contenders["unrolled"] = compiled(True)
-    if dtype in HALF:
-        contenders["stored"] = compiled(False)
+    count = max(2, min(30, (1 << (28 if device.type == "cuda" else 26)) // (m * n * 4)))
+    layers = Layers(shape, rank, dtype, count, device, stochastic=stochastic)
+    contenders: dict[str, Merge] = {"eager": eager, "kernel": kernels.merge}
+    if device.type == "cpu":
+        # The C++ leaves float16 to PyTorch's operations.
+        contenders = {"eager": eager} | ({} if dtype == torch.float16 else {"C++": operations.merge})
     first = {}
     for name, merge in contenders.items():
         began = time.perf_counter()
-        merge(weights[0], lows[0], left, right)
+        layers.merged_by(merge)
         if device.type == "cuda":
             torch.cuda.synchronize()
         first[name] = time.perf_counter() - began
-    times = seconds(device, [all_of(merge) for merge in contenders.values()], args.repeats)
-    host = {name: host_seconds(all_of(merge), device) / count for name, merge in contenders.items()}
+    calls = [lambda merge=merge: layers.merged_by(merge) for merge in contenders.values()]
+    times = seconds(device, calls, args.repeats)
     return {
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch.") + (", stochastic" if stochastic else ""),
         "shape": shape,
         "rank": rank,
-        "floor": 2 * size / args.bandwidth,
-        "median": {n: statistics.median(t) / count for n, t in zip(contenders, times, strict=True)},
-        "best": {n: min(t) / count for n, t in zip(contenders, times, strict=True)},
+        "floor": floor_bytes(m, n, rank, 1, dtype, keeps_errors=not stochastic) / args.bandwidth,
+        "median": {name: statistics.median(t) / count for name, t in zip(contenders, times, strict=True)},
+        "best": {name: min(t) / count for name, t in zip(contenders, times, strict=True)},
         "first_call": first,
-        "host": host,
+        "host": {name: host_seconds(call, device) / count for name, call in zip(contenders, calls, strict=True)},
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: microseconds a merge, medians, and how often the floor."""
-    names = ["eager", "C++", "unrolled", "stored"]
+    names = list(dict.fromkeys(name for row in rows for name in row["median"]))
+    columns = [f"{name} µs (× floor)" for name in names]
     lines = [
-        "| dtype | shape | r | floor µs | " + " | ".join(f"{n} µs (× floor)" for n in names) + " | host µs | first s |",
-        "|---" * 10 + "|",
+        f"| dtype | shape | r | floor µs | {' | '.join(columns)} | host µs | first call s |",
+        "|---" * (6 + len(names)) + "|",
     ]
     for row in rows:
         cells = [f"{1e6 * t:.0f} ({t / row['floor']:.1f})" if (t := row["median"].get(name)) else "–" for name in names]
+        host = " / ".join(f"{1e6 * t:.0f}" for t in row["host"].values())
+        first = " / ".join(f"{t:.1f}" for t in row["first_call"].values())
         shape = "×".join(map(str, row["shape"]))
-        host = " / ".join(f"{1e6 * row['host'][n]:.0f}" if n in row["host"] else "–" for n in names)
-        first = " / ".join(f"{row['first_call'][n]:.1f}" if n in row["first_call"] else "–" for n in names[2:])
         values = [row["dtype"], shape, str(row["rank"]), f"{1e6 * row['floor']:.0f}", *cells, host, first]
         lines.append(f"| {' | '.join(values)} |")
     return "\n".join(lines)
@@ -201,48 +238,35 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--dtypes", default="float32,bfloat16,float16", help="dtypes of the weights")
     parser.add_argument("--ranks", default="8,16,64" if on_gpu else "8", help="ranks of the product")
-    default = (
-        "2048x2048,8192x2048,2048x8192,4096x4096,14336x4096"
-        if on_gpu
-        else "192x576,576x576,1536x576,2048x2048,4096x4096"
-    )
+    default = "2048x2048,4096x4096,14336x4096" if on_gpu else "192x576,576x576,1536x576,2048x2048,4096x4096"
     parser.add_argument("--shapes", default=default, help="shapes of the weights")
     parser.add_argument("--repeats", type=int, default=20, help="times that each merge is measured")
-    parser.add_argument(
-        "--unroll-up-to",
-        type=int,
-        default=16,
-        help="highest rank whose product is computed in the loop: compiling takes long at high ranks",
-    )
     parser.add_argument("--threads", type=int, help="threads of PyTorch on a CPU")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    # A merge that falls back to PyTorch's operations would be measured as the kernel.
+    warnings.filterwarnings("error", message="merges into")
     device = torch.device("cuda" if on_gpu else "cpu")
     began = time.perf_counter()
-    if not compiled_merge.can_compile(device):
-        raise SystemExit("there is no compiler")
-    args.cpp = not on_gpu
-    if args.cpp:
-        try:
-            load_operations()
-        except NativeBuildError as error:
-            raise SystemExit(str(error)) from None
+    if not on_gpu:
+        native.build()
     # The product in full float32 in all contenders.
     torch.backends.cuda.matmul.allow_tf32 = False
     args.bandwidth = bandwidth(device, args.repeats)
     name = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
     print(f"{name}, torch {torch.__version__}, in-place add at {args.bandwidth / 1e9:.0f} GB/s", flush=True)
     wrong = check(device)
-    print(f"check ({time.perf_counter() - began:.0f} s):", "; ".join(wrong) or "as eager", flush=True)
+    print(f"check ({time.perf_counter() - began:.0f} s):", "; ".join(wrong) or "to float32's rounding", flush=True)
     rows = []
-    for dtype in args.dtypes.split(","):
-        for rank in map(int, args.ranks.split(",")):
-            for shape in args.shapes.split(","):
-                m, n = map(int, shape.split("x"))
-                rows.append(measure(device, getattr(torch, dtype), (m, n), rank, args))
-                if on_gpu:
-                    torch.cuda.empty_cache()
+    for dtype in (getattr(torch, name) for name in args.dtypes.split(",")):
+        for stochastic in (False, True) if on_gpu and dtype in HALF else (False,):
+            for rank in map(int, args.ranks.split(",")):
+                for shape in args.shapes.split(","):
+                    m, n = map(int, shape.split("x"))
+                    rows.append(measure(device, dtype, (m, n), rank, stochastic, args))
+                    if on_gpu:
+                        torch.cuda.empty_cache()
     print(table(rows))
     print(f"{time.perf_counter() - began:.0f} s in all")
     if args.output:

@@ -207,6 +207,11 @@ REFUSED = {
         {"quantization": "nf4", "scalora": {"merge": "dense"}},
         "scalora.merge='dense': can't merge into nf4 weights; set it to factored or auto",
     ),
+    "a stochastic merge into quantised weights": (
+        ["--overwrite"],
+        {"quantization": "nf4", "scalora": {"merge": "stochastic"}},
+        "scalora.merge='stochastic': can't merge into nf4 weights; set it to factored or auto",
+    ),
     "an example that is no text": (
         ["--overwrite"],
         {"rows": lambda n: [*pairs(n), {"prompt": "a", "completion": None}]},

@@ -2,7 +2,7 @@
 
 ``GPU_TESTS_ON=cpu`` runs on the CPU what does not need CUDA itself: to debug the tests, which then compare it with
 itself. They import neither the command's libraries nor beartype, so that they run wherever torch and PEFT are:
-``pytest -o addopts= -m gpu tests/test_gpu.py``.
+``pytest -o addopts= -m gpu tests/test_gpu.py tests/test_gpu_merges.py``.
 """
 
 import copy

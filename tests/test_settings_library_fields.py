@@ -98,7 +98,12 @@ def test_the_values_of_enumerations_and_aliases():
         assert named_values(training[key]) == tuple(member.value for member in values)
     assert named_values(training["learning_rate"]) == ()
     assert named_values(training["report_to"]) == ()
-    assert named_values(dataclass_fields("scalora.config", "ScaLoraConfig")["merge"]) == ("auto", "dense", "factored")
+    assert named_values(dataclass_fields("scalora.config", "ScaLoraConfig")["merge"]) == (
+        "auto",
+        "dense",
+        "stochastic",
+        "factored",
+    )
     assert named_values(dataclass_fields("scalora.config", "ScaLoraConfig")["mode"]) == (
         "auto",
         "column",

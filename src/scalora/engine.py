@@ -49,6 +49,7 @@ from scalora.rescale.optimizers import (
 )
 from scalora.rescale.other_optimizers import WatchOfOtherOptimizers
 from scalora.rescale.remainder import FactoredRemainder
+from scalora.rescale.stochastic import StochasticRemainder
 from scalora.rescale.transport import (
     check_states,
     scale_gradients_and_states,
@@ -64,7 +65,15 @@ from scalora.saving.random_state import (
     set_random_state,
     why_of_another_process,
 )
-from scalora.saving.state import check_base, check_base_rates, check_content, check_fit, restore, saved_config
+from scalora.saving.state import (
+    check_base,
+    check_base_rates,
+    check_content,
+    check_fit,
+    check_merge,
+    restore,
+    saved_config,
+)
 from scalora.saving.state_file import STATE_FILE, read_state, write_state
 
 PARTS = ("scalora::solve", "scalora::merge", "scalora::transport")
@@ -78,7 +87,7 @@ Transport = Callable[..., None]
 
 
 _NO_DECAY = (
-    "PairAdamW's weight_decay pulls weights towards those of the base, which merge='dense' does not keep; set "
+    "PairAdamW's weight_decay pulls weights towards those of the base, which a merge into them does not keep; set "
     "weight_decay=0, or merge='factored'"
 )
 
@@ -153,8 +162,8 @@ class ScaLora:
             )
         pairs = find_lora_pairs(self._model)
         check_places(pairs, self.config.merge, self.config.remainder_rank)
-        dense = resolve_merge(pairs, self.config.merge, self.config.remainder_rank) == "dense"
-        if dense and isinstance(self.optimizer, PairAdamW) and self.optimizer.decays:
+        merge = resolve_merge(pairs, self.config.merge, self.config.remainder_rank)
+        if merge != "factored" and isinstance(self.optimizer, PairAdamW) and self.optimizer.decays:
             raise UnsupportedOptimizerError(_NO_DECAY)
         self._rates = BaseRates(pairs, self.optimizer)
         target_norms(pairs, self._rates.current(), self.config)
@@ -270,6 +279,7 @@ class ScaLora:
         saved = saved_config(state)
         if saved is not None and saved != self.config:
             raise StateError(f"the state was saved with {saved}, but this run has {self.config}: use the same settings")
+        check_merge(state, self.pairs)
         check_fit(self._model, self.pairs, state["tensors"])
         check_base_rates(state, [pair.name for pair in self.pairs])
         if "random" in state:
@@ -380,6 +390,9 @@ class ScaLora:
             skipped: GradScaler calls a fused optimizer even if it is going to skip the step, which only the device
                 knows: a scalar that is positive then. None if it can't be skipped.
         """
+        for pair in self.pairs:
+            if isinstance(pair.remainder, StochasticRemainder):
+                pair.remainder.step = self.step
         active = [(i, shapes) for i, group in enumerate(self._groups) if (shapes := _with_gradients(group))]
         self._had_gradients = self._had_gradients or bool(active)
         self._last = [self._rescale_group(i, shapes, skipped) for i, shapes in active]

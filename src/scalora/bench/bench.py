@@ -21,6 +21,7 @@ from scalora.bench.results import BASELINE, Rescale, Steps, rescales_table, step
 from scalora.bench.settings import BenchSettings
 from scalora.engine import PARTS
 from scalora.model.adapters import find_lora_pairs
+from scalora.model.placement import kind_of
 from scalora.rescale.remainder import FactoredRemainder
 from scalora.runs.errors import InputError
 from scalora.runs.run_folder import write_json
@@ -124,11 +125,11 @@ def _rescale(name: str, contender: Contender, machine: Machine) -> Rescale:
     """The parts of a rescale and their lower bounds. The Grams count as part of the solve, as in the profiler."""
     pairs = find_lora_pairs(contender.model)
     remainder = pairs[0].remainder
-    remainder_rank = remainder.max_rank if isinstance(remainder, FactoredRemainder) else None
-    work = rescale_work_of(pairs, remainder_rank)
+    kept = remainder.max_rank if isinstance(remainder, FactoredRemainder) else 0
+    work = rescale_work_of(pairs, kind_of(remainder), kept)
     solve = work.grams.seconds(*machine) + work.solve.seconds(*machine)
     floor = dict(zip(PARTS, (solve, work.merge.seconds(*machine), work.transport.seconds(*machine)), strict=True))
-    return Rescale(name, "dense" if remainder_rank is None else "factored", rescale_parts(contender), floor)
+    return Rescale(name, kind_of(remainder), rescale_parts(contender), floor)
 
 
 def _environment(settings: BenchSettings, machine: Machine) -> dict[str, Any]:

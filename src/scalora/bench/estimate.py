@@ -81,7 +81,7 @@ class Estimate:
         layers: number of adapted layers.
         uncounted: number of parameters whose arithmetic is not counted: those with more than one dimension in layers
             that are neither linear layers nor embeddings, such as experts and convolutions.
-        merge: where the remainder goes, ``"dense"`` or ``"factored"``.
+        merge: where the remainder goes, ``"dense"``, ``"stochastic"`` or ``"factored"``.
         memory: memory by part.
         seconds: times of a step and a rescale.
     """
@@ -119,8 +119,10 @@ def estimate(settings: EstimateSettings) -> Estimate:
         adapted = get_peft_model(base, LoraConfig(r=settings.r, target_modules=_targets(base, settings)))
         trainable, total = adapted.get_nb_trainable_parameters()
         pairs = pairs_over_quantised(adapted, quantised)
-    if settings.merge == "dense" and any(pair.quantised for pair in pairs):
-        raise InputError(f"--merge dense: can't merge into {settings.quantization} weights; use auto or factored")
+    if settings.merge in ("dense", "stochastic") and any(pair.quantised for pair in pairs):
+        raise InputError(
+            f"--merge {settings.merge}: can't merge into {settings.quantization} weights; use auto or factored"
+        )
     check_places(pairs, settings.merge, settings.remainder_rank)
     merge = resolve_merge(pairs, settings.merge, settings.remainder_rank)
     adapter = _SINGLE * trainable
@@ -202,7 +204,7 @@ def _seconds(
     # take 2 more for their own gradient; frozen weights have none.
     lora = (4 * matrices + 6 * width * settings.r) * settings.tokens
     columns = 4 * width * _MEAN_COLUMNS * settings.remainder_rank * settings.tokens if factored else 0
-    rescale = rescale_work_of(pairs, settings.remainder_rank if factored else None)._asdict()
+    rescale = rescale_work_of(pairs, merge, settings.remainder_rank)._asdict()
     bandwidth = 1e9 * settings.bandwidth
     machine = bandwidth, settings.rescale_rate
     return Seconds(
@@ -240,7 +242,7 @@ def markdown(settings: EstimateSettings, found: Estimate) -> str:
         settings: what was estimated.
         found: the estimate.
     """
-    kept = f"factored ({settings.remainder_rank} columns)" if found.merge == "factored" else "dense"
+    kept = f"factored ({settings.remainder_rank} columns)" if found.merge == "factored" else found.merge
     packed = "" if settings.quantization == "none" else f", linear layers {settings.quantization}"
     sections = [
         f"{found.model}, {found.parameters:,} parameters, {settings.dtype}{packed}. Adapter: r = {settings.r} on "

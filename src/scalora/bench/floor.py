@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import reduce
 from typing import NamedTuple
 
+from scalora.config import Merge
 from scalora.model.adapters import LoraPair
 from scalora.rescale.remainder import HALF
 
@@ -118,14 +119,15 @@ def rescale_work(
     return RescaleWork(grams, solve, merge, transport)
 
 
-def rescale_work_of(pairs: list[LoraPair], remainder_rank: int | None) -> RescaleWork:
+def rescale_work_of(pairs: list[LoraPair], merge: Merge, remainder_rank: int) -> RescaleWork:
     """Lower bound on the cost of one rescale of all layers of a model, with Adam's two moments.
 
     Args:
         pairs: the layers, at least one.
-        remainder_rank: rank that the factored remainders are compressed to. None: dense remainders, which keep 2 bytes
-            beside each entry of a half-precision weight.
+        merge: where their remainders go. Dense ones keep 2 bytes beside each entry of a half-precision weight.
+        remainder_rank: rank that factored remainders are compressed to; not used for others.
     """
+    beside = 2 if merge == "dense" else 0
     return reduce(
         RescaleWork.__add__,
         (
@@ -133,8 +135,8 @@ def rescale_work_of(pairs: list[LoraPair], remainder_rank: int | None) -> Rescal
                 pair.m,
                 pair.n,
                 pair.r,
-                weight_bytes=pair.weight.element_size() + (2 if pair.weight.dtype in HALF else 0),
-                remainder_rank=remainder_rank,
+                weight_bytes=pair.weight.element_size() + (beside if pair.weight.dtype in HALF else 0),
+                remainder_rank=remainder_rank if merge == "factored" else None,
             )
             for pair in pairs
         ),

@@ -70,7 +70,7 @@ def training_memory(
         adapter: bytes of the adapter's weights; 0 without an adapter.
         trained: bytes of all weights that are trained.
         pairs: layers that ScaLoRA rescales; none for other methods.
-        merge: where their remainders go, ``"dense"`` or ``"factored"``.
+        merge: where their remainders go, ``"dense"``, ``"stochastic"`` or ``"factored"``.
         remainder_rank: columns that a factored remainder keeps.
     """
     return Memory(
@@ -127,7 +127,7 @@ def _bytes_of_remainder(pair: LoraPair, merge: Merge, remainder_rank: int) -> in
     if merge == "factored":
         # Before a compression, which comes when there are more columns than twice the rank.
         return _SINGLE * (m + n) * (2 * remainder_rank + r)
-    return 2 * m * n if pair.weight.dtype in HALF else 0
+    return 2 * m * n if merge == "dense" and pair.weight.dtype in HALF else 0
 
 
 def _bytes_of_scratch(stack: list[LoraPair]) -> int:

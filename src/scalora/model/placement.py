@@ -1,4 +1,4 @@
-"""Chooses between dense and factored remainders and attaches one to each layer (paper, section 6)."""
+"""Chooses between dense, stochastic and factored remainders and attaches one to each layer (paper, section 6)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,24 @@ from scalora.model.factor_guard import FactorGuard
 from scalora.model.layers import factors_of
 from scalora.model.remainder_layer import REMAINDER, RemainderLayer, give_remainder
 from scalora.rescale.remainder import HALF, DenseRemainder, FactoredRemainder, Remainder
+from scalora.rescale.stochastic import StochasticRemainder
 
 # Bytes per entry of a factored remainder: float32.
 _BYTES_OF_FACTORS = 4
 
 # Bytes that a dense remainder keeps per entry of a half-precision weight.
 _BYTES_ROUNDED_OFF = 2
+
+
+def kind_of(remainder: Remainder) -> Merge:
+    """The setting that gives a remainder of this kind: ``"dense"``, ``"stochastic"`` or ``"factored"``.
+
+    Args:
+        remainder: the remainder.
+    """
+    if isinstance(remainder, FactoredRemainder):
+        return "factored"
+    return "stochastic" if isinstance(remainder, StochasticRemainder) else "dense"
 
 
 def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
@@ -26,16 +38,17 @@ def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
     - Dense takes 2 bytes per entry of a half-precision weight; factored takes 4 bytes per entry of the factors and time
       in every forward and backward pass. Factored where it takes at most half of the memory, which also bounds the time
       (docs/cost.md).
+    - Never stochastic: its rounding errors add up, if slowly, and no default should cost precision (docs/precision.md).
 
     Args:
         pairs: the LoRA pairs of one model, at least one.
-        merge: the setting. ``"dense"`` and ``"factored"`` are returned unchanged.
+        merge: the setting. All but ``"auto"`` are returned unchanged.
         max_rank: columns that a factored remainder would keep.
     """
     if merge != "auto":
         return merge
     if (present := getattr(pairs[0].layer, REMAINDER, None)) is not None:
-        return "factored" if isinstance(present, FactoredRemainder) else "dense"
+        return kind_of(present)
     if any(pair.quantised or pair.tied or pair.other_adapters for pair in pairs):
         return "factored"
     half = [pair for pair in pairs if pair.weight.dtype in HALF]
@@ -49,19 +62,20 @@ def check_places(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None:
 
     Args:
         pairs: the LoRA pairs of one model, at least one.
-        merge: kind of the remainder: ``"dense"``, ``"factored"``, or ``"auto"`` to choose by the base weights.
+        merge: kind of the remainder: ``"dense"``, ``"stochastic"``, ``"factored"``, or ``"auto"`` to choose by the base
+            weights.
         max_rank: the most columns that a compression of a factored remainder keeps.
 
     Raises:
-        UnsupportedLayerError: the remainder would be dense and a weight is quantised, tied or used by another adapter;
-            a layer already has a remainder of the other kind; or another adapter is a copy of this one without its
+        UnsupportedLayerError: the remainder would be merged and a weight is quantised, tied or used by another adapter;
+            a layer already has a remainder of another kind; or another adapter is a copy of this one without its
             remainder.
     """
-    factored = resolve_merge(pairs, merge, max_rank) == "factored"
+    kind = resolve_merge(pairs, merge, max_rank)
     for pair in pairs:
-        if not factored:
-            _check_dense(pair)
-        _check_present(pair, factored=factored)
+        if kind != "factored":
+            _check_mergeable(pair)
+        _check_present(pair, kind)
 
 
 def place_remainders(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None:
@@ -69,13 +83,14 @@ def place_remainders(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None
 
     Args:
         pairs: the LoRA pairs of one model, at least one.
-        merge: kind of the remainder: ``"dense"``, ``"factored"``, or ``"auto"`` to choose by the base weights.
+        merge: kind of the remainder: ``"dense"``, ``"stochastic"``, ``"factored"``, or ``"auto"`` to choose by the base
+            weights.
         max_rank: the most columns that a compression of a factored remainder keeps; also set on existing remainders.
 
     Raises:
         UnsupportedLayerError: as `check_places`. No layer has been changed then.
     """
-    factored = resolve_merge(pairs, merge, max_rank) == "factored"
+    kind = resolve_merge(pairs, merge, max_rank)
     check_places(pairs, merge, max_rank)
     new = []
     for pair in pairs:
@@ -83,7 +98,7 @@ def place_remainders(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None
             if isinstance(pair.remainder, FactoredRemainder):
                 pair.remainder.resize(max_rank)
             continue
-        give_remainder(pair.layer, pair.adapter, _new(pair, max_rank, factored), base_is_tied=bool(pair.tied))
+        give_remainder(pair.layer, pair.adapter, _new(pair, max_rank, kind), base_is_tied=bool(pair.tied))
         new.append(pair.layer)
     if new:
         guard = FactorGuard([pair.layer for pair in pairs])
@@ -91,14 +106,16 @@ def place_remainders(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None
             pair.layer.factor_guard = guard
 
 
-def _new(pair: LoraPair, max_rank: int, factored: bool) -> Remainder:
-    if not factored:
+def _new(pair: LoraPair, max_rank: int, kind: Merge) -> Remainder:
+    if kind == "stochastic":
+        return StochasticRemainder(pair.weight, transposed=pair.transposed, name=pair.name)
+    if kind == "dense":
         return DenseRemainder(pair.weight, transposed=pair.transposed)
     dtype, device = pair.lora_A.dtype, pair.lora_A.device
     return FactoredRemainder(pair.m, pair.n, max_rank, pair.r, dtype=dtype, device=device)
 
 
-def _check_dense(pair: LoraPair) -> None:
+def _check_mergeable(pair: LoraPair) -> None:
     reasons = {
         f"is quantised ({type(pair.weight).__name__}, {pair.weight.dtype})": pair.quantised,
         f"is tied ({' = '.join(pair.tied)})": bool(pair.tied),
@@ -109,12 +126,11 @@ def _check_dense(pair: LoraPair) -> None:
             refuse(pair.name, f"its base weight {reason} and can't take a merge", "set merge='factored'")
 
 
-def _check_present(pair: LoraPair, *, factored: bool) -> None:
+def _check_present(pair: LoraPair, wanted: Merge) -> None:
     present = getattr(pair.layer, REMAINDER, None)
     if present is None:
         return
-    if isinstance(present, FactoredRemainder) != factored:
-        wanted, other = ("factored", "dense") if factored else ("dense", "factored")
+    if (other := kind_of(present)) != wanted:
         refuse(pair.name, f"it already has a {other} remainder", f"set merge={other!r} instead of merge={wanted!r}")
     if pair.layer.trained_adapter != pair.adapter:
         refuse(

@@ -1,6 +1,7 @@
 """What a rescale does to the tensors of layers of one shape, in PyTorch's own operations: on any device.
 
-The number of operations does not depend on the number of layers, except for merges into the weights.
+The number of operations does not depend on the number of layers, except for merges into the weights where there is no
+Triton (`scalora.rescale.one_pass`).
 `scalora.rescale.native` does the same in C++ on CPUs.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from scalora.maths.scaling import Grams
 from scalora.maths.scaling import grams as grams_of_stacks
+from scalora.rescale import one_pass
 from scalora.rescale.remainder import Remainder, add_to_all, scale_columns
 
 Multiply = Callable[..., None]
@@ -71,6 +73,8 @@ def merge(
         lora_A: the layers' ``lora_A`` weights.
         coefficients: (layers, r); a column with exactly 0 is left out, whatever the weights hold there.
     """
+    if one_pass.merge(remainders, weights, lora_B, lora_A, coefficients):
+        return
     left, right = scale_columns(torch.stack(list(lora_B)), torch.stack(list(lora_A)).mT, coefficients)
     add_to_all(remainders, weights, left.unbind(), right.unbind())
 

@@ -58,8 +58,7 @@ class DenseRemainder(nn.Module):
         super().__init__()
         self.transposed = transposed
         self.changed = False
-        rounded_off = torch.zeros_like(weight, dtype=torch.int16) if weight.dtype in HALF else None
-        self.register_buffer("rounded_off", rounded_off)
+        self.register_buffer("rounded_off", self._no_errors_yet(weight))
 
     @torch.no_grad()
     def add(self, weight: Tensor, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
@@ -73,17 +72,35 @@ class DenseRemainder(nn.Module):
         self.changed = True
         if self.transposed:
             left, right = right, left
-        # The weight's dtype may have been changed since, by `prepare_model_for_kbit_training` for example.
-        if (weight.dtype in HALF) != (self.rounded_off is not None):
-            self.rounded_off = torch.zeros_like(weight, dtype=torch.int16) if weight.dtype in HALF else None
-        if self.rounded_off is None:
+        self.match(weight)
+        if weight.dtype not in HALF:
             weight.addmm_(left.to(weight.dtype), right.to(weight.dtype).mT)
             return
         left, right = left.float(), right.float().mT
         rows = max(1, (_BLOCK_ON_CPU if weight.is_cpu else _BLOCK) // weight.shape[1])
         for start in range(0, len(weight), rows):
-            block, low = weight[start : start + rows], self.rounded_off[start : start + rows]
-            _split(_join(block, low).addmm_(left[start : start + rows], right), block, low)
+            part = slice(start, start + rows)
+            self._add_to_rows(weight, part, left[part], right)
+
+    def match(self, weight: Tensor) -> None:
+        """Begin to keep rounding errors, or stop, if the weight's dtype asks for it.
+
+        It may have been changed since, by `prepare_model_for_kbit_training` for example.
+
+        Args:
+            weight: the base weight, as stored.
+        """
+        if (weight.dtype in HALF) != (self.rounded_off is not None):
+            self.rounded_off = self._no_errors_yet(weight)
+
+    def _no_errors_yet(self, weight: Tensor) -> Tensor | None:
+        return torch.zeros_like(weight, dtype=torch.int16) if weight.dtype in HALF else None
+
+    def _add_to_rows(self, weight: Tensor, part: slice, left: Tensor, right: Tensor) -> None:
+        """Add ``left @ right``, in float32, to some rows of a half-precision weight."""
+        assert self.rounded_off is not None
+        block, low = weight[part], self.rounded_off[part]
+        _split(_join(block, low).addmm_(left, right), block, low)
 
     def exact(self, weight: Tensor) -> Tensor:
         """The base weight without its rounding error: in float32 for half precision, else the weight itself.
@@ -101,12 +118,11 @@ class DenseRemainder(nn.Module):
             exact: the weight from `exact`, before the conversion.
             weight: the converted base weight; overwritten.
         """
-        if weight.dtype in HALF:
-            self.rounded_off = torch.zeros_like(weight, dtype=torch.int16)
-            _split(exact.to(weight.device, torch.float32, copy=True), weight.data, self.rounded_off)
-        else:
-            self.rounded_off = None
+        self.rounded_off = self._no_errors_yet(weight)
+        if self.rounded_off is None:
             weight.data.copy_(exact)
+        else:
+            _split(exact.to(weight.device, torch.float32, copy=True), weight.data, self.rounded_off)
 
 
 def _join(rounded: Tensor, low: Tensor) -> Tensor:

@@ -299,7 +299,8 @@ def _examples(settings: Settings) -> dict[str, Dataset]:
 
 
 def _require_mergeable_base(settings: Settings, method: ScaLoraMethod) -> None:
-    if settings.quantization is not None and method.config.merge == "dense":
+    if settings.quantization is not None and method.config.merge in ("dense", "stochastic"):
         raise InputError(
-            f"scalora.merge='dense': can't merge into {settings.quantization} weights; set it to factored or auto"
+            f"scalora.merge={method.config.merge!r}: can't merge into {settings.quantization} weights; set it to "
+            "factored or auto"
         )

@@ -25,7 +25,8 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
 
     Args:
         model: a model with PEFT LoRA layers, a wrapper around it, or the base model inside it; modified.
-        merge: kind of the remainders: ``"dense"``, ``"factored"``, or ``"auto"`` to choose by the base weights.
+        merge: kind of the remainders: ``"dense"``, ``"stochastic"``, ``"factored"``, or ``"auto"`` to choose by the
+            base weights.
         remainder_rank: the most columns that a compression of a factored remainder keeps.
 
     Returns:
@@ -73,11 +74,11 @@ def _injected_model(model: nn.Module) -> nn.Module | None:
 
 
 def _merge_for_transformers(merge: Merge) -> Merge:
-    """The setting for adapters that Transformers saves by itself, which can't be dense."""
-    if merge == "dense":
+    """The setting for adapters that Transformers saves by itself, which can't be merged."""
+    if merge in ("dense", "stochastic"):
         raise UnsupportedLayerError(
-            "merge='dense' is not supported for adapters of Transformers' add_adapter(), whose save_pretrained() would "
-            "leave out what is merged into the base: set merge='factored', or use peft.get_peft_model()"
+            f"merge={merge!r} is not supported for adapters of Transformers' add_adapter(), whose save_pretrained() "
+            "would leave out what is merged into the base: set merge='factored', or use peft.get_peft_model()"
         )
     return "factored"
 

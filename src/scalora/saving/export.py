@@ -95,7 +95,7 @@ def export_adapter(
     model, pairs = _wrap(base, state)
     limit = max_rank or max(max(pair.m, pair.n) for pair in pairs)
     updates: dict[str, Factors] = {}
-    if state["merge"] == "dense":  # while the base still has its own weights
+    if state["merge"] != "factored":  # while the base still has its own weights
         updates = {pair.name: factors_of_dense(_dense_update_of(pair, state["tensors"]), rtol, limit) for pair in pairs}
     restore(model, pairs, state["tensors"])
     if not updates:
@@ -147,7 +147,7 @@ def export_merged(
     model, pairs = _wrap(base, state)
     # In float32, a merge loses nothing that is worth the time to measure.
     norms: dict[str, float] = {}
-    if dtype.itemsize == 2 and state["merge"] == "dense":  # while the base still has its own weights
+    if dtype.itemsize == 2 and state["merge"] != "factored":  # while the base still has its own weights
         norms = {pair.name: float(_dense_update_of(pair, state["tensors"]).norm()) for pair in pairs}
     restore(model, pairs, state["tensors"])
     if dtype.itemsize == 2 and not norms:
@@ -253,8 +253,8 @@ def _dense_update_of(pair: LoraPair, tensors: dict[str, Tensor]) -> Tensor:
     device = pair.weight.device
     weight = tensors[f"weight.{pair.name}"].to(device)
     trained = DenseRemainder(weight, transposed=pair.transposed)
-    if trained.rounded_off is not None:
-        trained.rounded_off = tensors[f"rounded_off.{pair.name}"].to(device)
+    rounded_off = tensors.get(f"rounded_off.{pair.name}")
+    trained.rounded_off = None if rounded_off is None else rounded_off.to(device)
     lora_A, lora_B = (tensors[f"trained.{key}"].to(device) for key in pair.keys)
     return dense_update(pair, trained, weight, pair.weight.detach(), lora_A, lora_B)
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from scalora.model.adapters import LoraPair
 from scalora.model.attachment import Attachment
+from scalora.model.placement import kind_of
 from scalora.model.remainder_layer import ChangedBaseError
-from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.loading import loading_of
-from scalora.saving.state import check_base, check_content, check_fit, gather, restore
+from scalora.saving.state import check_base, check_content, check_fit, check_merge, gather, restore
 from scalora.saving.state_file import read_state
 
 
@@ -33,8 +33,8 @@ def state_of(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Any]:
         ChangedFactorsError: something other than an optimizer has overwritten the factors.
     """
     layer = pairs[0].layer
-    dense = isinstance(pairs[0].remainder, DenseRemainder)
-    if dense and any(pair.layer.merged for pair in pairs):
+    merge = kind_of(pairs[0].remainder)
+    if merge != "factored" and any(pair.layer.merged for pair in pairs):
         raise ChangedBaseError(
             "the adapter is merged into the base weights, which are part of what is saved: call unmerge_adapter() first"
         )
@@ -46,7 +46,7 @@ def state_of(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Any]:
         "base": attachment.fingerprint,
         "adapter": json.loads(json.dumps(LoraConfig.to_dict(adapter), default=_plain)) if adapter is not None else None,
         "loading": loading_of(model),
-        "merge": "dense" if dense else "factored",
+        "merge": merge,
         "config": attachment.config.to_dict() if attachment.config else None,
         "step": attachment.step,
         "rescales": attachment.rescales,
@@ -70,6 +70,7 @@ def load_into(model: nn.Module, pairs: list[LoraPair], folder: Path) -> None:
     attachment: Attachment = pairs[0].layer.attachment
     check_content(state)
     check_base(state, attachment.fingerprint)
+    check_merge(state, pairs)
     check_fit(model, pairs, state["tensors"])
     restore(model, pairs, state["tensors"])
     attachment.restart(step=state["step"], rescales=state["rescales"])

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import NoneType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from scalora.config import ScaLoraConfig
+from scalora.config import Merge, ScaLoraConfig
 from scalora.model.adapters import LoraPair
 from scalora.model.layers import factor_keys
+from scalora.model.placement import kind_of
 from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.errors import StateError, short_repr
 from scalora.saving.fingerprint import difference
@@ -39,7 +40,8 @@ def gather(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Tensor]:
     Returns:
         ``trained.NAME`` for every parameter that has been trained (both factors, and heads or biases that are trained
         too), even if it is frozen now.
-        For each layer, ``weight.NAME`` and, in half precision, ``rounded_off.NAME`` if its remainder is dense;
+        For each layer, ``weight.NAME`` if its remainder is dense or stochastic, and ``rounded_off.NAME`` if it is dense
+        and in half precision;
         ``left.NAME``, ``right.NAME`` and ``discarded.NAME`` if it is factored.
     """
     tensors = {f"trained.{name}": p.detach() for name, p in _trained_parameters(model, pairs)}
@@ -67,8 +69,9 @@ def check_content(state: Mapping[str, Any]) -> None:
             raise StateError(f"the state is damaged: its {key!r} is {short_repr(value)}")
         if isinstance(value, int) and (isinstance(value, bool) or value < 0):
             raise StateError(f"the state is damaged: its {key!r} is {value}, not a non-negative integer")
-    if state["merge"] not in ("dense", "factored"):
-        raise StateError(f"the state is damaged: its 'merge' is {state['merge']!r}, neither 'dense' nor 'factored'")
+    kinds = [kind for kind in get_args(Merge) if kind != "auto"]
+    if state["merge"] not in kinds:
+        raise StateError(f"the state is damaged: its 'merge' is {state['merge']!r}, not one of {', '.join(kinds)}")
     for name, value in state["tensors"].items():
         if not isinstance(value, Tensor):
             raise StateError(f"the state is damaged: {name!r} is {short_repr(value)}, not a tensor")
@@ -88,6 +91,23 @@ def check_base(state: Mapping[str, Any], fingerprint: str) -> None:
         raise StateError(
             f"the state belongs to a base model with fingerprint {different[0]}, but this one has {different[1]}: load "
             "the base that the run started from, in the same dtype and quantisation, and adapt the same modules"
+        )
+
+
+def check_merge(state: Mapping[str, Any], pairs: list[LoraPair]) -> None:
+    """Check that a state's remainders are of a model's kind.
+
+    Args:
+        state: the state.
+        pairs: the LoRA pairs of the model, with remainders.
+
+    Raises:
+        StateError: they are of another kind.
+    """
+    if state["merge"] != (own := kind_of(pairs[0].remainder)):
+        raise StateError(
+            f"the state was saved with merge={state['merge']!r}, but this model has merge={own!r}: set "
+            f"merge={state['merge']!r}"
         )
 
 
