@@ -342,12 +342,21 @@ def _solve(
     factor = torch.where(
         definite[..., None, None], factor, torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
     )
-    x = torch.cholesky_solve(rhs, factor)
-    x = x + torch.cholesky_solve(rhs - unit @ x, factor)
+    x = _substitute(factor, rhs)
+    x = x + _substitute(factor, rhs - unit @ x)
     v = x[..., 0] * scale
     definite = definite & v.isfinite().all(-1)
     pivot = factor.diagonal(dim1=-2, dim2=-1).amin(-1).square()
     return torch.where(definite[..., None], v, 0), definite & (pivot > _SMALLEST_PIVOT)
+
+
+def _substitute(
+    factor: Float[Tensor, "*layers k k"], rhs: Float[Tensor, "*layers k 1"]
+) -> Float[Tensor, "*layers k 1"]:
+    """Solve with a Cholesky factor. `torch.cholesky_solve` allocates on a GPU, which waits and can't be captured."""
+    solve = torch.linalg.solve_triangular
+    solution: Tensor = solve(factor.mT, solve(factor, rhs, upper=False), upper=True)
+    return solution
 
 
 def _summed_over_blocks(
