@@ -72,7 +72,7 @@ def merge(
         coefficients: (layers, r); a column with exactly 0 is left out, whatever the weights hold there.
     """
     left, right = scale_columns(torch.stack(list(lora_B)), torch.stack(list(lora_A)).mT, coefficients)
-    add_to_all(remainders, weights, left.unbind(), right.unbind())
+    add_to_all(remainders, weights, left, right)
 
 
 def expand_factors(factors: Float[Tensor, "layers rows columns"], like: Sequence[Tensor]) -> list[Tensor]:
