@@ -32,7 +32,8 @@ def leading_subspace(matrix: Float[Tensor, "*layers k k"], rank: int) -> Float[T
     """
     # `eigh` on a GPU makes the host wait for the device; on a CPU it is several times faster.
     if matrix.is_cpu:
-        return torch.linalg.eigh(matrix).eigenvectors[..., -rank:].flip(-1)
+        vectors: Tensor = torch.linalg.eigh(matrix).eigenvectors
+        return vectors[..., -rank:].flip(-1)
     return by_purification(matrix, rank)
 
 
@@ -85,4 +86,5 @@ def _generic(rows: int, columns: int, like: Tensor) -> Float[Tensor, "rows colum
 
 def _orthonormal(basis: Float[Tensor, "*layers k rank"]) -> Float[Tensor, "*layers k rank"]:
     factor, _ = torch.linalg.cholesky_ex(basis.mT @ basis)
-    return torch.linalg.solve_triangular(factor, basis.mT, upper=False).mT
+    transposed: Tensor = torch.linalg.solve_triangular(factor, basis.mT, upper=False)
+    return transposed.mT

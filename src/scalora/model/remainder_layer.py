@@ -23,6 +23,7 @@ from scalora.model.factor_guard import FactorGuard
 from scalora.model.layers import configured_scaling, factor_keys, factors_of, stored_transposed
 from scalora.model.mixed_class import MixedIn, mix_in, plain_class
 from scalora.model.remainder_forward import WithRemainder, remainder_of_embedding
+from scalora.model.shared_pass import autocasts, can_share
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, Remainder
 
 if TYPE_CHECKING:
@@ -104,6 +105,14 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
             self._check_use(kwargs.get("adapter_names"))
         output: Tensor = super().forward(x, *args, **kwargs)
         return output
+
+    def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
+        # PEFT casts to the adapter's float32 what autocast casts back for the products: two passes over the input.
+        if isinstance(x, Tensor) and autocasts(x) and REMAINDER in self._modules:
+            factored = isinstance(self.remainder, FactoredRemainder)
+            if factored and self.trained_adapter in self.lora_A and can_share(self, self.trained_adapter, x):
+                return x
+        return super()._cast_input_dtype(x, dtype)
 
     def _check_use(self, adapter_names: list[str] | None) -> None:
         if self._base_has_changed:
