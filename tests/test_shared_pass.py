@@ -1,7 +1,6 @@
 """The adapter and a factored remainder in one pair of matrix products, against two pairs."""
 
 import copy
-import inspect
 from collections import Counter
 
 import pytest
@@ -14,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from scalora import ScaLora, ScaLoraConfig
-from scalora.model import shared_pass
 from scalora.rescale.remainder import FactoredRemainder
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
@@ -159,16 +157,8 @@ def test_one_pass_under_what_torch_does_with_functions(way, in_two_passes):
     assert_close(results(model, x, ways.get(way, twice)), expected, 1e-5)
 
 
-@pytest.fixture
-def traceable(without_shape_checks, monkeypatch):
-    """torch.compile can't trace a shape check around what is called by autograd, not even one that is switched off."""
-    for name in ("forward", "setup_context", "backward"):
-        method = inspect.unwrap(getattr(shared_pass._SharedPass, name))
-        monkeypatch.setattr(shared_pass._SharedPass, name, staticmethod(method))
-
-
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.usefixtures("traceable")
+@pytest.mark.usefixtures("without_shape_checks")
 def test_one_pass_compiled_is_one_graph_whatever_columns_are_added(autocast):
     model, counter = attached(), CompileCounter()
     x, plain = inputs(), model.base_model.model

@@ -10,8 +10,11 @@ from torch import Tensor
 # largest, float64's rounding, to 1, and 17 more tell it from a neighbour that is a hundredth smaller.
 _STEPS = 64
 
-# `P^(2^10)` keeps nothing of an eigenvalue of up to 64/65: of 65 equal ones of which 64 are to be kept.
-_SQUARINGS = 10
+# A trace this close to the rank is right.
+_SETTLED = 0.01
+
+# `P^(2^24)` keeps nothing of eigenvalues that were kept in part: k equal ones are up to (1/k)² below 1 at the end.
+_SQUARINGS = 24
 
 # Passes over the basis. Each suppresses directions that are kept only in part by the factor `_IN_PART` or more against
 # those that are kept whole: after four, by more than the largest ratio of eigenvalues that float64 can tell apart.
@@ -41,11 +44,11 @@ def by_purification(matrix: Float[Tensor, "*layers k k"], rank: int) -> Float[Te
     """`leading_subspace` by matrix products and Cholesky factors alone: their number does not depend on the values.
 
     The projector P onto the subspace is the limit of ``X ← X²`` and ``X ← 2X − X²``, which push the eigenvalues of X
-    from between 0 and 1 to the one or the other. Of the two, each step takes that which brings the trace nearer to
-    `rank` ("second-order spectral projection", Niklasson, Phys. Rev. B 66, 155115, 2002).
+    from between 0 and 1 to the one or the other: the first makes the trace smaller, the second larger, and each step
+    takes that which brings it nearer to `rank` ("second-order spectral projection", Niklasson, Phys. Rev. B 66, 155115, 2002).
 
     Of equal eigenvalues at the border, P keeps all in part. The basis must contain all eigenvectors that P keeps whole,
-    which is what ``P^1024`` does, and may be filled up with any of the others.
+    which is what a high power of P does, and may be filled up with any of the others.
 
     Args:
         matrix: as in `leading_subspace`.
@@ -56,14 +59,13 @@ def by_purification(matrix: Float[Tensor, "*layers k k"], rank: int) -> Float[Te
     # Rounding errors must not make an eigenvalue negative: it would grow without limit.
     shift = k * limits.eps
     X = (matrix / norm + shift * torch.eye(k, dtype=matrix.dtype, device=matrix.device)) / (1 + shift)
-    trace = _trace(X)
-    for _ in range(_STEPS):
-        square = X @ X
-        change = _trace(square) - trace
-        square_it = (trace + change - rank).abs() <= (trace - change - rank).abs()
-        sign = torch.where(square_it, 1.0, -1.0).to(X.dtype)
-        trace = trace + sign * change
-        X = torch.lerp(X, square, sign[..., None, None])
+    one = torch.ones((), dtype=matrix.dtype, device=matrix.device)
+    for step in range(_STEPS):
+        # X² where the trace is too large, else 2X − X²; in turn where it is right, since either alone would let rounding
+        # errors grow: the first those of ones, the second those of zeros.
+        turn = _SETTLED if step % 2 else -_SETTLED
+        sign = torch.copysign(one, X.diagonal(dim1=-2, dim2=-1).sum(-1) - (rank + turn))
+        X = torch.lerp(X, X @ X, sign[..., None, None])
         X = (X + X.mT) / 2
     whole = X
     for _ in range(_SQUARINGS):
@@ -72,10 +74,6 @@ def by_purification(matrix: Float[Tensor, "*layers k k"], rank: int) -> Float[Te
     for _ in range(_PASSES):
         basis = _orthonormal((whole + _IN_PART * X) @ basis)
     return _orthonormal(basis)
-
-
-def _trace(matrix: Float[Tensor, "*layers k k"]) -> Float[Tensor, "*layers"]:
-    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _generic(rows: int, columns: int, like: Tensor) -> Float[Tensor, "rows columns"]:

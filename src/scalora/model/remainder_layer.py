@@ -387,9 +387,9 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
     def whole_factors(self) -> tuple[Tensor, Tensor]:
         """lora_A, (r + c, n), and lora_B, (m, r + c), of the whole update, at the adapter's own scaling.
 
-        c is the number of columns of the remainder, which must be factored.
+        c is the number of columns of the remainder, which must be factored, without those that are zero.
         """
-        (lora_A, lora_B), (left, right) = self.trained_factors, self.factored_remainder().used
+        (lora_A, lora_B), (left, right) = self.trained_factors, self.factored_remainder().nonzero
         left = left / configured_scaling(self, self.trained_adapter)
         return torch.cat([lora_A, right.mT.to(lora_A)]), torch.cat([lora_B, left.to(lora_B)], dim=1)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def can_share(layer: RemainderLayer, adapter: str, x: Tensor) -> bool:
-    """Whether an adapter of a linear layer and the remainder get the same input in the same dtype.
+    """Whether an adapter of a linear layer and the remainder get the same input in the same dtype, and it pays.
 
     Args:
         layer: the PEFT layer.
@@ -27,6 +27,11 @@ def can_share(layer: RemainderLayer, adapter: str, x: Tensor) -> bool:
     dropout, lora_A = layer.lora_dropout[adapter], layer.lora_A[adapter]
     if not isinstance(dropout, nn.Identity) and (dropout.training or not isinstance(dropout, nn.Dropout)):
         return False
+    if not torch.compiler.is_compiling():  # a compiled pass must not depend on the numbers of tokens and of columns
+        # For few tokens, as when text is generated, putting the factors together takes longer than their products.
+        columns = len(lora_A.weight) + layer.factored_remainder().columns
+        if x.numel() < columns * x.shape[-1]:
+            return False
     same_dtype = autocasts(x) or x.dtype == lora_A.weight.dtype == layer.lora_B[adapter].weight.dtype
     return same_dtype and _is_plain(lora_A) and _is_plain(layer.lora_B[adapter])
 

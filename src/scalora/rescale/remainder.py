@@ -191,6 +191,13 @@ class FactoredRemainder(nn.Module):
         """The columns of `left` and `right` that are in use, as views."""
         return self.left[:, : self.columns], self.right[:, : self.columns]
 
+    @property
+    def nonzero(self) -> tuple[Float[Tensor, "m c"], Float[Tensor, "n c"]]:
+        """The columns in use without those that add nothing. Waits for the device."""
+        left, right = self.used
+        adds = left.any(0) & right.any(0)
+        return left[:, adds], right[:, adds]
+
     @torch.no_grad()
     def resize(self, max_rank: int) -> None:
         """Set `max_rank`. Columns that are in use stay as they are.
