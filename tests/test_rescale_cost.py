@@ -30,8 +30,8 @@ class Operations(TorchDispatchMode):
         return out
 
 
-# Decompositions after which the host waits for a GPU to ask whether they have succeeded. Whatever else waits, for a value
-# or for a shape that depends on values, fails on the device without values.
+# Decompositions after which the host waits for a GPU to ask whether they have succeeded. Whatever else waits, for a
+# value or for a shape that depends on values, fails on the device without values.
 WAITING = {"_linalg_eigh", "_linalg_svd", "linalg_lstsq", "linalg_cholesky", "linalg_inv", "linalg_eig"}
 
 

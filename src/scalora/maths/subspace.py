@@ -45,7 +45,8 @@ def by_purification(matrix: Float[Tensor, "*layers k k"], rank: int) -> Float[Te
 
     The projector P onto the subspace is the limit of ``X ← X²`` and ``X ← 2X − X²``, which push the eigenvalues of X
     from between 0 and 1 to the one or the other: the first makes the trace smaller, the second larger, and each step
-    takes that which brings it nearer to `rank` ("second-order spectral projection", Niklasson, Phys. Rev. B 66, 155115, 2002).
+    takes that which brings it nearer to `rank` ("second-order spectral projection": Niklasson, Phys. Rev. B 66, 155115,
+    2002).
 
     Of equal eigenvalues at the border, P keeps all in part. The basis must contain all eigenvectors that P keeps whole,
     which is what a high power of P does, and may be filled up with any of the others.
@@ -61,8 +62,8 @@ def by_purification(matrix: Float[Tensor, "*layers k k"], rank: int) -> Float[Te
     X = (matrix / norm + shift * torch.eye(k, dtype=matrix.dtype, device=matrix.device)) / (1 + shift)
     one = torch.ones((), dtype=matrix.dtype, device=matrix.device)
     for step in range(_STEPS):
-        # X² where the trace is too large, else 2X − X²; in turn where it is right, since either alone would let rounding
-        # errors grow: the first those of ones, the second those of zeros.
+        # X² where the trace is too large, else 2X − X²; in turn where it is right, since either alone would let
+        # rounding errors grow: the first those of ones, the second those of zeros.
         turn = _SETTLED if step % 2 else -_SETTLED
         sign = torch.copysign(one, X.diagonal(dim1=-2, dim2=-1).sum(-1) - (rank + turn))
         X = torch.lerp(X, X @ X, sign[..., None, None])
