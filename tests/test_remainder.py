@@ -4,6 +4,7 @@ import pytest
 import torch
 from drift import drift, train
 from models import TwoLayers, tiny_llama, trainable, with_lora
+from peft import PeftModel
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
@@ -279,3 +280,20 @@ def test_a_compression_keeps_no_more_columns_than_the_weight_has_rows_or_columns
     assert remainder.columns == 5
     torch.testing.assert_close(remainder.dense(), total)
     assert remainder.discarded < 1e-10
+
+
+def test_columns_that_add_nothing_are_not_in_the_adapter_that_is_saved(tmp_path):
+    model = with_lora(TwoLayers(), r=3, target_modules=["first", "second"])
+    engine = ScaLora(model, torch.optim.AdamW(trainable(model)), ScaLoraConfig(merge="factored", remainder_rank=5))
+    generator = torch.Generator().manual_seed(0)
+    for pair in engine.pairs:
+        left, right = torch.randn(pair.m, 1, generator=generator), torch.randn(pair.n, 1, generator=generator)
+        for scale in (1, -0.5, 2, 0):  # of rank 1, in twelve columns, of which three are zero
+            pair.remainder.add(pair.weight, *(factor.expand(-1, 3).contiguous() for factor in (scale * left, right)))
+        assert pair.remainder.columns == 5
+        torch.testing.assert_close(pair.remainder.dense(), 7.5 * left @ right.T)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(TwoLayers(), tmp_path)
+    assert loaded.peft_config["default"].r == 3 + 1
+    x = torch.randn(4, 12, generator=generator)
+    torch.testing.assert_close(loaded(x), model.eval()(x))

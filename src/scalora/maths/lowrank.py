@@ -93,8 +93,8 @@ def compressed_products(
     Returns:
         The new left and right factors of each product, (m, rank) and (n, rank), in the dtypes of the old ones, and for
         each product the squared Frobenius norm of what is left out, in float64. In each pair of columns both have the
-        same norm, exactly zero where the product needs no more columns. On a CPU the columns are the singular vectors,
-        in descending order.
+        same norm. On a CPU the columns are the singular vectors, in descending order, and exactly zero from where the
+        product needs no more of them.
     """
     lefts, rights = ([pair[side] for pair in products] for side in (0, 1))
     gram_left, gram_right = _grams(lefts), _grams(rights)
