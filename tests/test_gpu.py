@@ -99,7 +99,7 @@ def spectra(kind, rows, columns):
         torch.linalg.qr(torch.randn(size, columns, generator=generator, dtype=torch.float64))[0]
         for size in (rows, columns)
     )
-    return (orthonormal * values) @ mixing, values
+    return (orthonormal * values) @ mixing, values.double()
 
 
 @pytest.mark.parametrize("kind", ["slow", "fast", "of low rank", "clustered", "flat", "zero"])
