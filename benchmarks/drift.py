@@ -7,6 +7,8 @@ at each rescale to a dense float64 copy of the base weight. For inputs of unit v
 the output from the replay's with four weights: the model's own, the replay's rounded once, what merging in place in
 half precision would have given, and what a dense remainder would have given that keeps 8 of the 16 bits of each entry's
 rounding error. Also prints the size of the update itself, and the share of a factored remainder that was discarded.
+Factors that are kept in half precision, and factors that are rounded to it for a forward pass alone, are shown for
+comparison.
 """
 
 from __future__ import annotations
@@ -76,6 +78,7 @@ def train(
     steps: int = 1000,
     target_rank: int | None = None,
     rate: float = 3e-3,
+    factors: torch.dtype = torch.float32,
     **settings: Any,
 ) -> tuple[ScaLora, Replay]:
     """Fit a linear map with one adapted layer, with a rescale at every step.
@@ -87,6 +90,7 @@ def train(
         steps: optimizer steps, each with a rescale.
         target_rank: rank of the random matrix by which the map differs from the base weight; None is full rank.
         rate: learning rate.
+        factors: dtype to which the factors of a factored remainder are rounded after each rescale.
         **settings: further fields of `ScaLoraConfig`.
 
     Returns:
@@ -109,7 +113,20 @@ def train(
         nn.functional.mse_loss(model(x.to(dtype)).float(), x @ target.T).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if merge == "factored":
+            round_factors(replay.layer.frozen_remainder, factors)
     return engine, replay
+
+
+def round_factors(remainder: FactoredRemainder, dtype: torch.dtype) -> None:
+    """Round the factors of a remainder, in place.
+
+    Args:
+        remainder: the remainder; modified.
+        dtype: the dtype to round to.
+    """
+    for factor in remainder.used:
+        factor.copy_(factor.to(dtype))
 
 
 def drift(weight: Tensor, exact: Tensor) -> float:
@@ -153,13 +170,19 @@ def main() -> None:
             ("stochastic", {}),
             ("factored", {"remainder_rank": 64}),
             ("factored", {"remainder_rank": arguments.width}),
+            ("factored", {"remainder_rank": arguments.width, "factors": dtype}),
         ):
             if merge not in arguments.merges.split(","):
                 continue
             sizes = {key: getattr(arguments, key) for key in ("width", "steps", "target_rank", "rate")}
             engine, replay = train(dtype, merge, **sizes, **settings)
-            name = " ".join([merge, *(f"{value} columns" for value in settings.values())])
-            print(row(f"one layer, {str(dtype).split('.')[1]}, {name}", dtype, engine, replay), flush=True)
+            columns = f", {settings['remainder_rank']} columns" if merge == "factored" else ""
+            name = f"one layer, {str(dtype).split('.')[1]}, {merge}{columns}"
+            kept = " kept in it" if "factors" in settings else ""
+            print(row(name + kept, dtype, engine, replay), flush=True)
+            if merge == "factored" and not kept and settings["remainder_rank"] == arguments.width:
+                round_factors(replay.layer.frozen_remainder, dtype)
+                print(row(f"{name} rounded to it for a pass", dtype, engine, replay), flush=True)
 
 
 if __name__ == "__main__":

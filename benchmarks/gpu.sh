@@ -72,7 +72,7 @@ if has tests; then
   if "$python" -c 'import xdist' 2>/dev/null && [ -z "$toy" ]; then parallel='-n 4'; fi
   # shellcheck disable=SC2086 # two words
   limited $((budget / 5 > 30 ? budget / 5 : 30)) "$python" -m pytest -o addopts= -q -rfE --tb=short -p no:cacheprovider \
-    --rootdir "$root" -c "$root/pyproject.toml" $parallel -m gpu "$root"/tests/test_gpu{,_merges}.py 2>&1 |
+    --rootdir "$root" -c "$root/pyproject.toml" $parallel -m gpu "$root"/tests/test_gpu{,_merges,_factored}.py 2>&1 |
     tee "$output/tests.log"
   code=${PIPESTATUS[0]}
   if [ "$code" -ne 0 ]; then status=1; fi

@@ -4,12 +4,14 @@ import pytest
 import torch
 from drift import drift, train
 from models import TwoLayers, tiny_llama, trainable, with_lora
+from peft import PeftModel
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from scalora import ScaLora, ScaLoraConfig, UnsupportedLayerError
 from scalora.maths.lowrank import compressed_products, factors_of_dense, factors_of_product, rank_for_tolerance
-from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, add_to_all
+from scalora.maths.subspace import by_purification
+from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, add_to_all, compress_full
 
 WIDTH = 96
 
@@ -165,46 +167,134 @@ def products_of_all_kinds(dtype):
     return [(left.to(dtype), right.to(dtype)) for left, right in products]
 
 
-@pytest.mark.parametrize("max_rank", [5, 20])
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def basis(request, monkeypatch):
+    """The ways to find the subspace to keep, both on the CPU."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr("scalora.maths.lowrank.leading_subspace", by_purification)
+    return request.param
+
+
+@pytest.mark.parametrize("rank", [5, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_products_compressed_together_are_each_its_truncated_svd(dtype, max_rank):
+def test_products_compressed_together_are_each_its_truncated_svd(dtype, rank, basis):
     products = products_of_all_kinds(dtype)
-    for (left, right), (new_left, new_right, discarded) in zip(
-        products, compressed_products(products, rtol=1e-6, max_rank=max_rank), strict=True
-    ):
+    compressed, discarded = compressed_products(products, rank)
+    for (left, right), (new_left, new_right), left_out in zip(products, compressed, discarded, strict=True):
         matrix = left.double() @ right.double().T
-        U, values, Vh = torch.linalg.svd(matrix)
-        rank = new_left.shape[1]
-        assert rank == new_right.shape[1] <= max_rank
-        left_out = values[rank:].norm()
-        assert rank == max_rank or left_out <= 1e-6 * values.norm()
+        U, values, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        assert new_left.shape[1] == new_right.shape[1] == rank
         best = (U[:, :rank] * values[:rank]) @ Vh[:rank]
         # What float32 rounds, of factors or of the Grams' singular values, is the size of everything's largest.
         close = {"rtol": 0, "atol": 3e-7 * float(values[0])}
         torch.testing.assert_close(new_left.double() @ new_right.double().T, best, **close)
-        torch.testing.assert_close(discarded.sqrt(), left_out, rtol=1e-3, atol=3e-7 * float(values[0]))
-        for factor in (new_left, new_right):
-            torch.testing.assert_close(factor.double().T @ factor.double(), values[:rank].diag(), **close)
+        torch.testing.assert_close(left_out.sqrt(), values[rank:].norm(), rtol=1e-3, atol=3e-7 * float(values[0]))
+        norms = [factor.double().norm(dim=0) for factor in (new_left, new_right)]
+        torch.testing.assert_close(*norms, rtol=1e-3, atol=1e-3 * float(values[0]) ** 0.5)
+        if basis == "as on a CPU":
+            torch.testing.assert_close(
+                new_left.double().T @ new_left.double(), nn.functional.pad(values, (0, rank))[:rank].diag(), **close
+            )
         assert (new_left.dtype, new_right.dtype) == (dtype, dtype)
 
 
-def test_layers_that_are_full_are_compressed_together_and_the_others_left_alone():
-    shapes, products = [(30, 40), (50, 20), (30, 40)], []
+SPECTRA = {
+    "flat": lambda i: torch.ones(40),
+    "slow": lambda i: 0.99**i,
+    "geometric": lambda i: 0.7**i,
+    "fast": lambda i: 0.1**i,
+    "of low rank": lambda i: torch.where(i < 5, 0.5**i, 0),
+    "of just the rank that is kept": lambda i: torch.where(i < 16, 0.8**i, 0),
+    "of one more": lambda i: torch.where(i < 17, 1.0, 0),
+    "clustered": lambda i: torch.where(i < 8, 3.0, torch.where(i < 24, 1 + 1e-4 * i, 0.1)),
+    "clustered far below the largest": lambda i: torch.where(i < 15, 1.0, 1e-5 * (1 + 1e-3 * i)),
+    "a few of many equal ones": lambda i: torch.where(i < 15, 1e5, torch.where(i < 20, 1.0, 0)),
+    "zero": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_what_is_left_out_is_the_least_possible(spectrum, aligned, basis):
     generator = torch.Generator().manual_seed(0)
-    remainders = [FactoredRemainder(m, n, 4, 3, dtype=torch.float32, device=torch.device("cpu")) for m, n in shapes]
+
+    def orthonormal(rows):
+        return torch.linalg.qr(torch.randn(rows, 40, generator=generator, dtype=torch.float64))[0]
+
+    values, mixing = SPECTRA[spectrum](torch.arange(40.0, dtype=torch.float64)).double(), orthonormal(40)
+    left, right = orthonormal(50) * values, orthonormal(60)
+    if not aligned:  # the columns of the factors are then combinations of the singular vectors
+        left, right = left @ mixing, right @ mixing
+    [(new_left, new_right)], discarded = compressed_products([(left, right)], 16)
+    error = (left @ right.T - new_left @ new_right.T).norm()
+    noise = 3e-7 * values.max()
+    least = values.sort(descending=True).values[16:].norm()
+    assert error <= 1.001 * least + noise
+    torch.testing.assert_close(discarded[0].sqrt(), error, rtol=1e-3, atol=float(noise))
+
+
+def remainders_of(shapes, max_rank, r):
+    return [FactoredRemainder(m, n, max_rank, r, dtype=torch.float32, device=torch.device("cpu")) for m, n in shapes]
+
+
+def test_layers_that_are_full_are_compressed_together_and_the_others_left_alone(basis):
+    shapes, replay = [(30, 40), (50, 20), (30, 40)], []
+    generator = torch.Generator().manual_seed(0)
+    remainders = remainders_of(shapes, 4, 3)
     replay = [torch.zeros(m, n) for m, n in shapes]
-    for columns in (3, 3, 3):
+    for added in range(3):
         # The last layer comes one round later.
-        n_layers = 2 if not products else 3
-        products = [
-            (torch.randn(m, columns, generator=generator), torch.randn(n, columns, generator=generator))
-            for m, n in shapes[:n_layers]
-        ]
-        lefts, rights = zip(*products, strict=True)
-        add_to_all(remainders[:n_layers], [torch.empty(0)] * n_layers, lefts, rights)
-        for total, (left, right) in zip(replay, products, strict=False):
+        for remainder, total in list(zip(remainders, replay, strict=True))[: 3 if added else 2]:
+            left, right = (torch.randn(rows, 3, generator=generator) for rows in total.shape)
+            add_to_all([remainder], [torch.empty(0)], left[None], right[None])
             total += left @ right.T
+        compress_full(remainders)
     assert [remainder.columns for remainder in remainders] == [4, 4, 6]
     for remainder, total in zip(remainders, replay, strict=True):
         missing = (total - remainder.dense()).double()
         torch.testing.assert_close(remainder.discarded.double(), missing.square().sum(), rtol=1e-4, atol=1e-6)
+        assert not remainder.left[:, remainder.columns :].any()
+        assert not remainder.right[:, remainder.columns :].any()
+
+
+def test_layers_of_one_shape_are_added_to_together():
+    generator = torch.Generator().manual_seed(0)
+    together, alone = (remainders_of([(30, 40)] * 3, 8, 3) for _ in range(2))
+    for _ in range(2):
+        lefts, rights = (torch.randn(3, rows, 3, generator=generator) for rows in (30, 40))
+        add_to_all(together, [torch.empty(0)] * 3, lefts, rights)
+        for remainder, left, right in zip(alone, lefts, rights, strict=True):
+            remainder.add(torch.empty(0), left, right)
+    for one, other in zip(together, alone, strict=True):
+        assert one.columns == other.columns == 6
+        assert torch.equal(one.dense(), other.dense())
+        assert one.dense().norm() > 1
+
+
+def test_a_compression_keeps_no_more_columns_than_the_weight_has_rows_or_columns():
+    generator = torch.Generator().manual_seed(0)
+    (remainder,), total = remainders_of([(5, 40)], 8, 3), torch.zeros(5, 40)
+    for _ in range(6):
+        left, right = torch.randn(5, 3, generator=generator), torch.randn(40, 3, generator=generator)
+        remainder.add(torch.empty(0), left, right)
+        total += left @ right.T
+    assert remainder.columns == 5
+    torch.testing.assert_close(remainder.dense(), total)
+    assert remainder.discarded < 1e-10
+
+
+def test_columns_that_add_nothing_are_not_in_the_adapter_that_is_saved(tmp_path):
+    model = with_lora(TwoLayers(), r=3, target_modules=["first", "second"])
+    engine = ScaLora(model, torch.optim.AdamW(trainable(model)), ScaLoraConfig(merge="factored", remainder_rank=5))
+    generator = torch.Generator().manual_seed(0)
+    for pair in engine.pairs:
+        left, right = torch.randn(pair.m, 1, generator=generator), torch.randn(pair.n, 1, generator=generator)
+        for scale in (1, -0.5, 2, 0):  # of rank 1, in twelve columns, of which three are zero
+            pair.remainder.add(pair.weight, *(factor.expand(-1, 3).contiguous() for factor in (scale * left, right)))
+        assert pair.remainder.columns == 5
+        torch.testing.assert_close(pair.remainder.dense(), 7.5 * left @ right.T)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(TwoLayers(), tmp_path)
+    assert loaded.peft_config["default"].r == 3 + 1
+    x = torch.randn(4, 12, generator=generator)
+    torch.testing.assert_close(loaded(x), model.eval()(x))

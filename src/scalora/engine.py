@@ -48,7 +48,7 @@ from scalora.rescale.optimizers import (
     unwrapped_optimizer,
 )
 from scalora.rescale.other_optimizers import WatchOfOtherOptimizers
-from scalora.rescale.remainder import FactoredRemainder
+from scalora.rescale.remainder import FactoredRemainder, compress_full
 from scalora.rescale.stochastic import StochasticRemainder
 from scalora.rescale.transport import (
     check_states,
@@ -421,6 +421,8 @@ class ScaLora:
         scalings = torch.split(constants.merge_scaling, sizes)
         for pairs, of_shape, merge_scaling in zip(shapes, split(change, sizes), scalings, strict=True):
             self._apply(pairs, of_shape, merge_scaling)
+        with record_function(PARTS[1]):
+            compress_full(pair.remainder for pairs in shapes for pair in pairs)
         return Rescaled(scaling, remainder_energy(grams, constants.scaling[..., None] * change.merged_matrix))
 
     def _change_of(self, scaling: Scaling | MatrixScaling, dtype: torch.dtype) -> Change:

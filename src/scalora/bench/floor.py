@@ -109,10 +109,10 @@ def rescale_work(
         merge = Work(2 * m * n * weight_bytes + adapter * adapter_bytes, 2 * m * n * rank)
     else:
         # Each rescale appends r columns. When there are k = 2·remainder_rank, they are compressed to remainder_rank by
-        # two Gram matrices (2·m·k² operations), the eigenvectors of two k × k matrices (about 9·k³ each), three
-        # products of k × k matrices, and two products of m × k with k × k/2.
+        # two Gram matrices (2·m·k² operations), the eigenvectors of a k × k matrix (about 9·k³), a Cholesky factor,
+        # triangular solves and products of k × k matrices (about 15·k³), and two products of m × k with k × k/2.
         k = 2 * remainder_rank
-        compression = Work(2 * (m + n) * k * adapter_bytes, 3 * (m + n) * k**2 + (2 * 9 + 3 * 2) * k**3)
+        compression = Work(2 * (m + n) * k * adapter_bytes, 3 * (m + n) * k**2 + (9 + 15) * k**3)
         appended = Work(2 * adapter * adapter_bytes, adapter)
         share = rank / remainder_rank
         merge = appended + Work(share * compression.bytes, share * compression.flops)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
+
+from scalora.maths.subspace import leading_subspace
 
 DEFAULT_RTOL = 1e-3
 """The part of a matrix that is negligible: relative to its largest singular value for a numerical rank, to its
@@ -22,6 +25,13 @@ _POWER_ITERATIONS = 4
 # Eigenvalues of a Gram matrix below this many machine epsilons of the largest one are rounding errors. The singular
 # values, their square roots, are then below 6e-8 of the largest, which is float32's own rounding.
 _ROUNDINGS = 16
+
+# Gram matrices with `_ROUNDINGS` more on their diagonals have a Cholesky factor, save for rare ones of very long
+# columns, which have one with so many.
+_MANY_ROUNDINGS = 1000
+
+# Entries of the float64 copies that are made of factors of one shape together: 64 MiB.
+_STACK = 1 << 23
 
 
 class Factors(NamedTuple):
@@ -68,54 +78,95 @@ def factors_of_product(left: Float[Tensor, "m k"], right: Float[Tensor, "n k"]) 
 
 
 def compressed_products(
-    products: Sequence[tuple[Float[Tensor, "_m k"], Float[Tensor, "_n k"]]], *, rtol: float, max_rank: int
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Approximate products ``left @ right.T`` by products of fewer columns, without forming anything of size m × n.
+    products: Sequence[tuple[Float[Tensor, "_m k"], Float[Tensor, "_n k"]]], rank: int
+) -> tuple[list[tuple[Tensor, Tensor]], Float[Tensor, " products"]]:
+    """The best approximations of products ``left @ right.T`` by products of fewer columns.
 
-    Computed in float64 from k × k Gram matrices and their eigenvectors, batched over all products: thin QRs and SVDs,
-    layer by layer, take several times as long on a CPU. This resolves singular values down to 6e-8 of the largest,
-    which is float32's own rounding; `factors_of_product` resolves smaller ones.
+    Computed in float64 from k × k Gram matrices, batched over all products, without forming anything of size m × n and
+    without waiting for the device: the shapes don't depend on the values. This resolves singular values down to about
+    1e-7 of the largest, which is float32's own rounding; `factors_of_product` resolves smaller ones.
 
     Args:
         products: pairs (left, right) of shapes (m, k) and (n, k), finite; m and n may differ between pairs, k may not.
-        rtol: the largest error allowed, relative to the product's Frobenius norm.
-        max_rank: the largest number of columns to keep, even if the error then exceeds `rtol`.
+        rank: the number of columns to keep, at most k.
 
     Returns:
-        For each product, the new left and right factors in the dtypes of the old ones, balanced
-        (``left.T @ left = right.T @ right``, diagonal, descending), and the squared Frobenius norm of what is left out,
-        in float64.
+        The new left and right factors of each product, (m, rank) and (n, rank), in the dtypes of the old ones, and for
+        each product the squared Frobenius norm of what is left out, in float64. In each pair of columns both have the
+        same norm. On a CPU the columns are the singular vectors, in descending order, and exactly zero from where the
+        product needs no more of them.
     """
-    gram_left = torch.stack([_gram(left) for left, _ in products])
-    gram_right = torch.stack([_gram(right) for _, right in products])
-    # With right = Q·rootᵀ, Q orthonormal, the product's singular values are those of left·root.
-    spectrum, basis = torch.linalg.eigh(gram_right)
-    root = basis * spectrum.clamp_min(0).sqrt()[..., None, :]
-    squares, vectors = torch.linalg.eigh(root.mT @ gram_left @ root)
-    squares, vectors = squares.flip(-1), vectors.flip(-1)
-    squares = torch.where(squares > _ROUNDINGS * torch.finfo(squares.dtype).eps * squares[..., :1], squares, 0)
-    energy = squares.sum(-1)
-    ranks = [min(rank, max_rank) for rank in _ranks_for_tolerance(squares, energy, rtol).tolist()]
+    lefts, rights = ([pair[side] for pair in products] for side in (0, 1))
+    gram_left, gram_right = _grams(lefts), _grams(rights)
+    balance = _balance(gram_left, gram_right)
+    gram_left = balance[..., :, None] * gram_left * balance[..., None, :]
+    gram_right = gram_right / balance[..., :, None] / balance[..., None, :]
+    # With right = Q·rootᵀ, Q orthonormal, the product is (left·root)·Qᵀ. The best approximation is (left·root·X)·(Q·X)ᵀ
+    # for the leading right singular vectors X of left·root.
+    root = _cholesky(gram_right)
+    of_left = root.mT @ gram_left @ root
+    # The identity, but for directions in which `right` has no columns and only rounding made them up in Q.
+    of_right = torch.linalg.solve_triangular(root, gram_right, upper=False)
+    of_right = torch.linalg.solve_triangular(root, of_right.mT, upper=False)
+    basis = leading_subspace((of_left + of_left.mT) / 2, rank)
+    squares_left, squares_right = ((basis * (gram @ basis)).sum(-2, keepdim=True) for gram in (of_left, of_right))
+    squares = squares_left * squares_right
+    kept = squares > _ROUNDINGS * torch.finfo(squares.dtype).eps * squares.amax(-1, keepdim=True)
+    basis = torch.where(kept, basis, 0)
+    scale = torch.where(kept, squares_right / squares_left, 1).pow(0.25)
+    to_left = balance[..., None] * (root @ (basis * scale))
+    to_right = torch.linalg.solve_triangular(root.mT, basis / scale, upper=True) / balance[..., None]
+    new = zip(_products(lefts, to_left), _products(rights, to_right), strict=True)
 
-    top = max(ranks)
-    directions, squares = root @ vectors[..., :top], squares[..., :top]
-    inverse_root = torch.where(squares > 0, squares, 1).pow(-0.25)
-    # uᵢ = left·directionᵢ/σᵢ, and the product's transpose maps uᵢ to σᵢ·vᵢ; each factor gets √σᵢ.
-    to_left = directions * inverse_root[..., None, :]
-    to_right = gram_left @ directions * inverse_root.pow(3)[..., None, :]
-    return [
-        (
-            (left.double() @ to_left[i, :, :rank]).to(left.dtype),
-            (right.double() @ to_right[i, :, :rank]).to(right.dtype),
-            (energy[i] - squares[i, :rank].sum()).clamp_min(0),
-        )
-        for i, ((left, right), rank) in enumerate(zip(products, ranks, strict=True))
-    ]
+    rest = torch.eye(basis.shape[-2], dtype=basis.dtype, device=basis.device) - basis @ basis.mT
+    return list(new), ((rest @ of_left @ rest) * of_right).sum((-2, -1)).clamp_min(0)
 
 
-def _gram(factor: Float[Tensor, "m k"]) -> Float[Tensor, "k k"]:
-    factor = factor.double()
-    return factor.mT @ factor
+def _grams(factors: Sequence[Float[Tensor, "_rows k"]]) -> Float[Tensor, "factors k k"]:
+    grams: dict[int, Tensor] = {}
+    for indices, stack in _stacks(factors):
+        grams |= zip(indices, stack @ stack.mT, strict=True)
+    return torch.stack([grams[index] for index in range(len(factors))])
+
+
+def _products(
+    factors: Sequence[Float[Tensor, "_rows k"]], coefficients: Float[Tensor, "factors k columns"]
+) -> list[Tensor]:
+    products: dict[int, Tensor] = {}
+    for indices, stack in _stacks(factors):
+        of_stack = torch.stack([coefficients[index] for index in indices]).mT @ stack
+        products |= zip(indices, of_stack.to(factors[0].dtype).mT, strict=True)
+    return [products[index] for index in range(len(factors))]
+
+
+def _stacks(factors: Sequence[Float[Tensor, "_rows k"]]) -> Iterator[tuple[list[int], Float[Tensor, "stack k rows"]]]:
+    """Factors of one shape together, transposed and in float64, with their indices."""
+    alike = defaultdict(list)
+    for index, factor in enumerate(factors):
+        alike[len(factor)].append(index)
+    for indices in alike.values():
+        size = max(1, _STACK // factors[indices[0]].numel())
+        for start in range(0, len(indices), size):
+            chunk = indices[start : start + size]
+            yield chunk, torch.stack([factors[index].mT for index in chunk]).double()
+
+
+def _balance(
+    gram_left: Float[Tensor, "products k k"], gram_right: Float[Tensor, "products k k"]
+) -> Float[Tensor, "products k"]:
+    """What each left column is multiplied and each right one divided by, so that both have one norm."""
+    left, right = (gram.diagonal(dim1=-2, dim2=-1) for gram in (gram_left, gram_right))
+    return torch.where((left > 0) & (right > 0), right / left, 1).pow(0.25)
+
+
+def _cholesky(gram: Float[Tensor, "products k k"]) -> Float[Tensor, "products k k"]:
+    """The Cholesky factors of Gram matrices that may be singular."""
+    norm = torch.linalg.matrix_norm(gram)[..., None, None]
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    unit = torch.where(norm > 0, norm, 1) * torch.finfo(gram.dtype).eps * identity
+    factor, failed = torch.linalg.cholesky_ex(gram + _ROUNDINGS * unit)
+    with_more, _ = torch.linalg.cholesky_ex(gram + _MANY_ROUNDINGS * unit)
+    return torch.where(failed[..., None, None] == 0, factor, with_more)
 
 
 def factors_of_dense(matrix: Float[Tensor, "m n"], rtol: float, max_rank: int) -> Factors:
@@ -155,12 +206,7 @@ def rank_for_tolerance(factors: Factors, rtol: float) -> int:
     Returns:
         The rank; the number of singular values in `factors` if even all of them leave out more than `rtol`.
     """
-    return int(_ranks_for_tolerance(factors.values.square(), factors.energy, rtol))
-
-
-def _ranks_for_tolerance(
-    squares: Float[Tensor, "*matrices k"], energy: Float[Tensor, "*matrices"], rtol: float
-) -> Int[Tensor, "*matrices"]:
-    left_out = energy[..., None] - torch.cat([torch.zeros_like(squares[..., :1]), squares.cumsum(-1)], dim=-1)
-    enough = left_out <= rtol**2 * energy[..., None]
-    return torch.where(enough.any(-1), enough.int().argmax(-1), squares.shape[-1])
+    squares = factors.values.square()
+    left_out = factors.energy - torch.cat([torch.zeros_like(squares[:1]), squares.cumsum(0)])
+    enough = left_out <= rtol**2 * factors.energy
+    return int(torch.where(enough.any(), enough.int().argmax(), len(squares)))

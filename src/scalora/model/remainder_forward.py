@@ -12,12 +12,17 @@ import torch
 from peft.tuners.lora.layer import Embedding, LoraVariant
 from torch import Tensor, nn
 
+from scalora.model.shared_pass import add_in_one_pass, can_share
+
 if TYPE_CHECKING:
     from scalora.model.remainder_layer import RemainderLayer
 
 
 class WithRemainder(LoraVariant):  # type: ignore[misc]
-    """Plain LoRA plus the layer's factored remainder, which gets the input without dropout, like the base weight."""
+    """Plain LoRA plus the layer's factored remainder, which gets the input without dropout, like the base weight.
+
+    Where there is no dropout, the two share one pair of matrix products.
+    """
 
     def supports_lora_conversion(self) -> bool:
         """Whether PEFT may convert the adapter: yes, `RemainderLayer.get_delta_weight` is the whole update."""
@@ -46,6 +51,9 @@ class WithRemainder(LoraVariant):  # type: ignore[misc]
             update = update + remainder_of_embedding(module, x)
         else:
             lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+            if can_share(module, active_adapter, x):
+                adapter, remainder = (lora_A.weight, lora_B.weight, scaling), _factors_for_a_pass(module)
+                return add_in_one_pass(result, x, adapter, (*remainder, module.remainder_scaling))
             update = lora_B(lora_A(module.lora_dropout[active_adapter](x))) * scaling
             (left, right), linear = _factors_for_a_pass(module), nn.functional.linear
             of_remainder = linear(linear(x, right.mT.to(x.dtype)), left.to(x.dtype))

@@ -23,6 +23,7 @@ from scalora.model.factor_guard import FactorGuard
 from scalora.model.layers import configured_scaling, factor_keys, factors_of, stored_transposed
 from scalora.model.mixed_class import MixedIn, mix_in, plain_class
 from scalora.model.remainder_forward import WithRemainder, remainder_of_embedding
+from scalora.model.shared_pass import autocasts, can_share
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, Remainder
 
 if TYPE_CHECKING:
@@ -104,6 +105,14 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
             self._check_use(kwargs.get("adapter_names"))
         output: Tensor = super().forward(x, *args, **kwargs)
         return output
+
+    def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
+        # PEFT casts to the adapter's float32 what autocast casts back for the products: two passes over the input.
+        if isinstance(x, Tensor) and autocasts(x) and REMAINDER in self._modules:
+            factored = isinstance(self.remainder, FactoredRemainder)
+            if factored and self.trained_adapter in self.lora_A and can_share(self, self.trained_adapter, x):
+                return x
+        return super()._cast_input_dtype(x, dtype)
 
     def _check_use(self, adapter_names: list[str] | None) -> None:
         if self._base_has_changed:
@@ -378,9 +387,9 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
     def whole_factors(self) -> tuple[Tensor, Tensor]:
         """lora_A, (r + c, n), and lora_B, (m, r + c), of the whole update, at the adapter's own scaling.
 
-        c is the number of columns of the remainder, which must be factored.
+        c is the number of columns of the remainder, which must be factored, without those that are zero.
         """
-        (lora_A, lora_B), (left, right) = self.trained_factors, self.factored_remainder().used
+        (lora_A, lora_B), (left, right) = self.trained_factors, self.factored_remainder().nonzero
         left = left / configured_scaling(self, self.trained_adapter)
         return torch.cat([lora_A, right.mT.to(lora_A)]), torch.cat([lora_B, left.to(lora_B)], dim=1)
 

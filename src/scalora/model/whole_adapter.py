@@ -41,7 +41,7 @@ def whole_config(config: LoraConfig, layers: Mapping[str, RemainderLayer]) -> Lo
     """
     ranks, alphas = {}, {}
     for name, layer in layers.items():
-        columns = layer.remainder.columns if isinstance(layer.remainder, FactoredRemainder) else 0
+        columns = layer.remainder.nonzero[0].shape[1] if isinstance(layer.remainder, FactoredRemainder) else 0
         ranks[name] = layer.r[layer.trained_adapter] + columns
         alphas[name] = _whole_number(configured_scaling(layer, layer.trained_adapter) * ranks[name])
     rank, alpha = max(ranks.values()), max(alphas.values())

@@ -76,7 +76,7 @@ def merge(
     if one_pass.merge(remainders, weights, lora_B, lora_A, coefficients):
         return
     left, right = scale_columns(torch.stack(list(lora_B)), torch.stack(list(lora_A)).mT, coefficients)
-    add_to_all(remainders, weights, left.unbind(), right.unbind())
+    add_to_all(remainders, weights, left, right)
 
 
 def expand_factors(factors: Float[Tensor, "layers rows columns"], like: Sequence[Tensor]) -> list[Tensor]:

@@ -8,7 +8,7 @@ keeps it beside the unchanged base weight, as a frozen low-rank product that the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,6 @@ _SIGNIFICAND = 11
 # Half-precision weights are merged in blocks of rows with about this many entries. This limits the float32 copy, from
 # which the sum is rounded, to 64 MiB, and on a CPU to 4 MiB, so that it fits into the caches.
 _BLOCK, _BLOCK_ON_CPU = 1 << 24, 1 << 20
-
-# Singular values that together amount to less than this share of the product's Frobenius norm are float32 noise: twice
-# its rounding.
-_NEGLIGIBLE = 1e-7
 
 
 class DenseRemainder(nn.Module):
@@ -166,8 +162,9 @@ class FactoredRemainder(nn.Module):
     """Keeps the sum of the remainders as a product ``left @ right.T`` and leaves the base weight unchanged.
 
     Every rescale fills in columns. Once there are more than twice `max_rank`, the product is compressed to its
-    `max_rank` largest singular values, from Gram matrices of its columns and without forming anything of size m × n. A
-    product of lower rank keeps fewer columns, and nothing is lost.
+    `max_rank` largest singular values, from Gram matrices of its columns and without forming anything of size m × n.
+    Nothing is lost of a product of lower rank. It keeps as many columns, because the host does not know its rank; but
+    never more than m or n.
 
     The factors have their full width from the start, with zeros in the columns that are free: a compiled forward pass
     then never sees another shape, and nothing is allocated in a rescale.
@@ -210,6 +207,13 @@ class FactoredRemainder(nn.Module):
         """The columns of `left` and `right` that are in use, as views."""
         return self.left[:, : self.columns], self.right[:, : self.columns]
 
+    @property
+    def nonzero(self) -> tuple[Float[Tensor, "m c"], Float[Tensor, "n c"]]:
+        """The columns in use without those that add nothing. Waits for the device."""
+        left, right = self.used
+        adds = left.any(0) & right.any(0)
+        return left[:, adds], right[:, adds]
+
     @torch.no_grad()
     def resize(self, max_rank: int) -> None:
         """Set `max_rank`. Columns that are in use stay as they are.
@@ -248,9 +252,20 @@ class FactoredRemainder(nn.Module):
             left: left factor, (m, r), in the adapter's dtype.
             right: right factor, (n, r), in the adapter's dtype.
         """
-        start, self.columns, self.changed = self.columns, self.columns + left.shape[1], True
-        self.left[:, start : self.columns] = left
-        self.right[:, start : self.columns] = right
+        for columns, factor in zip(self.take(left.shape[1]), (left, right), strict=True):
+            columns.copy_(factor)
+
+    def take(self, count: int) -> tuple[Float[Tensor, "m r"], Float[Tensor, "n r"]]:
+        """Put free columns to use.
+
+        Args:
+            count: how many.
+
+        Returns:
+            These columns of `left` and `right`, as views, which are to be overwritten.
+        """
+        start, self.columns, self.changed = self.columns, self.columns + count, True
+        return self.left[:, start : self.columns], self.right[:, start : self.columns]
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
@@ -321,39 +336,62 @@ REMAINDER_BUFFERS = ("rounded_off", "left", "right", "discarded")
 
 @torch.no_grad()
 def add_to_all(
-    remainders: Sequence[Remainder], weights: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]
+    remainders: Sequence[Remainder],
+    weights: Sequence[Tensor],
+    lefts: Float[Tensor, "layers m r"],
+    rights: Float[Tensor, "layers n r"],
 ) -> None:
-    """Add ``left @ right.T`` to the remainder of each layer, with one compression for all factored remainders.
+    """Add ``left @ right.T`` to the remainder of each layer. Factored remainders may then be full: see `compress_full`.
 
     Args:
-        remainders: the remainders of layers on one device.
+        remainders: the remainders of layers of one shape, all of one kind.
         weights: the base weight of each layer.
-        lefts: the left factor of each layer, (m, r), in the adapter's dtype.
-        rights: the right factor of each layer, (n, r), in the adapter's dtype.
+        lefts: the left factors, in the adapter's dtype.
+        rights: the right factors, in the adapter's dtype.
     """
+    factored = [remainder for remainder in remainders if isinstance(remainder, FactoredRemainder)]
+    if factored:
+        free = [remainder.take(lefts.shape[-1]) for remainder in factored]
+        # Laid out as in the buffers, so that one operation copies for all layers.
+        for columns, factors in zip(zip(*free, strict=True), (lefts, rights), strict=True):
+            torch._foreach_copy_([of_layer.mT for of_layer in columns], list(factors.mT.contiguous()))
+        return
     for remainder, weight, left, right in zip(remainders, weights, lefts, rights, strict=True):
-        if isinstance(remainder, FactoredRemainder):
-            remainder.append(left, right)
-        else:
-            remainder.add(weight, left, right)
+        remainder.add(weight, left, right)
+
+
+@torch.no_grad()
+def compress_full(remainders: Iterable[Remainder]) -> None:
+    """Compress those remainders that are factored and full.
+
+    Args:
+        remainders: the remainders, of any kinds, shapes and devices.
+    """
     compress([r for r in remainders if isinstance(r, FactoredRemainder) and r.is_full])
 
 
 @torch.no_grad()
 def compress(remainders: Sequence[FactoredRemainder]) -> None:
-    """Reduce factored remainders to at most `max_rank` columns each, with both factors of equal norm.
+    """Reduce factored remainders to their largest singular values, with both factors of equal norm.
+
+    Nothing waits for the device: how many columns remain depends on `max_rank` and the shape alone.
 
     Args:
         remainders: the remainders, of any shapes; those with equal numbers of columns are compressed together.
     """
     alike = defaultdict(list)
     for remainder in remainders:
-        alike[remainder.columns, remainder.max_rank].append(remainder)
-    for (_, max_rank), group in alike.items():
-        smaller = compressed_products([r.used for r in group], rtol=_NEGLIGIBLE, max_rank=max_rank)
-        for remainder, (left, right, discarded) in zip(group, smaller, strict=True):
-            remainder._replace(left, right)
-            remainder.discarded += discarded
+        rank = min(remainder.max_rank, remainder.columns, len(remainder.left), len(remainder.right))
+        alike[remainder.left.device, remainder.columns, rank].append(remainder)
+    for (_, _, rank), group in alike.items():
+        smaller, discarded = compressed_products([remainder.used for remainder in group], rank)
+        buffers = [buffer.mT for remainder in group for buffer in (remainder.left, remainder.right)]
+        torch._foreach_copy_([buffer[:rank] for buffer in buffers], [new.mT for pair in smaller for new in pair])
+        torch._foreach_zero_([buffer[rank:] for buffer in buffers])
+        torch._foreach_add_([r.discarded for r in group], list(discarded.to(group[0].discarded.dtype)))
+        for remainder in group:
+            remainder.columns = rank
+            remainder.resize(remainder.max_rank)
 
 
 def scale_columns(
