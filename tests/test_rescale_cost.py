@@ -81,6 +81,22 @@ def test_factored_remainders_of_all_layers_are_compressed_together():
     assert few == many
 
 
+@pytest.mark.parametrize("shapes", [1, 3])
+def test_the_small_matrices_of_all_shapes_go_through_one_decomposition(shapes):
+    """By matrices with PairAdamW: two roots in a step, of the factors and of the moments, and one whitening."""
+    model = nn.ModuleDict({f"layer{i}": nn.Linear(8 * i + 8, 16, bias=False) for i in range(shapes)})
+    model = with_lora(model, r=4, target_modules=list(model))
+    optimizer = PairAdamW(model, lr=1e-3)
+    ScaLora(model, optimizer, ScaLoraConfig(mode="matrix", warmup_steps=0))
+    for _ in range(2):
+        for parameter in trainable(model):
+            parameter.grad = torch.randn(parameter.shape)
+        with Operations() as operations:
+            optimizer.step()
+    assert operations.count["_linalg_eigh"] == 2
+    assert operations.count["linalg_solve_triangular"] == 1
+
+
 def test_a_merge_makes_no_temporary_of_a_weights_size():
     width = 512
     operations = rescale(1, hidden_size=width, intermediate_size=width, num_attention_heads=4)

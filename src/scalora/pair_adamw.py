@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from scalora.config import DEFAULT_WEIGHT_RATE
-from scalora.maths.pair_moments import direction, update_moments
+from scalora.maths.pair_moments import directions, update_moments
 from scalora.maths.scaling import solver_dtype
 from scalora.maths.weight_steps import step_sizes
 from scalora.model.adapters import LoraPair, find_lora_pairs
@@ -51,6 +51,50 @@ class _Alike(NamedTuple):
     def of(cls, pair: LoraPair, groups: Sequence[_Group], steps: Sequence[int]) -> _Alike:
         moments = (_Moments(step, tuple(g["betas"]), g["eps"]) for g, step in zip(groups, steps, strict=True))
         return cls(pair.m, pair.n, pair.r, pair.lora_A.dtype, pair.lora_A.device, *moments)
+
+
+class _Factors(NamedTuple):
+    """The factors of one shape, A or B, of pairs that are alike.
+
+    Attributes:
+        parameters: the parameters.
+        values: the parameters with r columns each, (layers, d, r); may be overwritten.
+        tall: whether the parameters themselves have r columns, as ``lora_B``, and not r rows, as ``lora_A``.
+        groups: the parameter groups that they are in.
+        sizes: step sizes with which an entry of a weight moves by 1, (layers,).
+    """
+
+    parameters: list[nn.Parameter]
+    values: Float[Tensor, "layers d r"]
+    tall: bool
+    groups: Sequence[_Group]
+    sizes: Float[Tensor, " layers"]
+
+    @classmethod
+    def of(cls, members: list[_Member]) -> tuple[_Factors, _Factors]:
+        """The two factors of pairs."""
+        pairs, groups_A, groups_B = zip(*members, strict=True)
+        of_A, of_B = [pair.lora_A for pair in pairs], [pair.lora_B for pair in pairs]
+        A, B = torch.stack(of_B), torch.stack(of_A).mT
+        sizes = step_sizes(A, B, _of_layers([pair.scaling for pair in pairs], A))
+        return cls(of_A, B, False, groups_A, sizes), cls(of_B, A, True, groups_B, sizes)
+
+    def stacked(self, tensors: list[Tensor]) -> Float[Tensor, "layers d r"]:
+        """Tensors of the parameters' shape as `values` are."""
+        stack = torch.stack(tensors)
+        return stack if self.tall else stack.mT
+
+    def store(self, tensors: list[Any], values: Float[Tensor, "layers d r"]) -> None:
+        """Overwrite tensors of the parameters' shape with others, given as `values` are."""
+        torch._foreach_copy_(tensors, list((values if self.tall else values.mT).unbind()))
+
+    def move(self, directions: Float[Tensor, "layers d r"]) -> None:
+        """Take a step in directions with entries of order 1, which are overwritten."""
+        if any(group["weight_decay"] for group in self.groups):
+            kept = _of_layers([_kept(group) for group in self.groups], self.values)
+            self.values.mul_(kept[:, None, None])
+        lengths = _of_layers([group["lr"] for group in self.groups], self.values) * self.sizes
+        self.store(self.parameters, directions.mul_(-lengths[:, None, None]).add_(self.values))
 
 
 class PairAdamW(Optimizer):
@@ -132,11 +176,16 @@ class PairAdamW(Optimizer):
         for pair, group_A, group_B in members:
             counts = [int(self.state[factor]["step"].item()) for factor in (pair.lora_A, pair.lora_B)]
             alike[_Alike.of(pair, (group_A, group_B), counts)].append((pair, group_A, group_B))
+        together: dict[tuple[Any, ...], list[_Factors]] = defaultdict(list)
         for kind, alike_members in alike.items():
-            self._step_pairs(alike_members, kind)
-        factors = {id(p) for pair in self._pairs for p in (pair.lora_A, pair.lora_B)}
+            for factors, moments in zip(_Factors.of(alike_members), (kind.of_A, kind.of_B), strict=True):
+                together[moments, kind.r, kind.dtype, kind.device].append(factors)
+        for (moments, *_), of_all_shapes in together.items():
+            for factors, found in zip(of_all_shapes, self._directions(of_all_shapes, moments), strict=True):
+                factors.move(found)
+        in_pairs = {id(p) for pair in self._pairs for p in (pair.lora_A, pair.lora_B)}
         for group in self.param_groups:
-            self._step_others([p for p in group["params"] if id(p) not in factors and p.grad is not None], group)
+            self._step_others([p for p in group["params"] if id(p) not in in_pairs and p.grad is not None], group)
         return loss
 
     @property
@@ -186,41 +235,24 @@ class PairAdamW(Optimizer):
         if pairs:
             torch._foreach_add_([self.state[f]["step"] for pair in pairs for f in (pair.lora_A, pair.lora_B)], 1)
 
-    def _step_pairs(self, members: list[_Member], kind: _Alike) -> None:
-        """Step pairs that differ in nothing but their learning rates and weight decays, all at once."""
-        pairs, groups_A, groups_B = zip(*members, strict=True)
-        of_A, of_B = [pair.lora_A for pair in pairs], [pair.lora_B for pair in pairs]
-        A, B = torch.stack(of_B), torch.stack(of_A).mT
-        sizes = step_sizes(A, B, _of_layers([pair.scaling for pair in pairs], A))
-        for parameters, factors, groups, tall, moments in (
-            (of_A, B, groups_A, False, kind.of_A),
-            (of_B, A, groups_B, True, kind.of_B),
-        ):
-            directions = self._directions(parameters, tall=tall, moments=moments)
-            if any(group["weight_decay"] for group in groups):
-                factors.mul_(_of_layers([_kept(group) for group in groups], A)[:, None, None])
-            lengths = _of_layers([group["lr"] for group in groups], A) * sizes
-            stepped = directions.mul_(-lengths[:, None, None]).add_(factors)
-            torch._foreach_copy_(parameters, list((stepped if tall else stepped.mT).unbind()))
-
-    def _directions(self, parameters: list[nn.Parameter], *, tall: bool, moments: _Moments) -> Tensor:
-        """Update the moments of factors of one shape, and return their directions, (layers, d, r)."""
-
-        def stacked(tensors: list[Tensor]) -> Tensor:
-            stack = torch.stack(tensors)
-            return stack if tall else stack.mT
-
-        states = [self.state[p] for p in parameters]
-        gradient = stacked([p.grad for p in parameters if p.grad is not None])
-        first = stacked([state["exp_avg"] for state in states])
-        second = torch.stack([state["second_moment"] for state in states])
-        row_weights = torch.stack([state["row_weights"] for state in states])
+    def _directions(self, of_all_shapes: list[_Factors], moments: _Moments) -> list[Tensor]:
+        """Update the moments of factors of one rank, and return the directions of those of each shape."""
+        states = [[self.state[p] for p in factors.parameters] for factors in of_all_shapes]
         step, betas, eps = moments
-        update_moments(gradient, first, second, row_weights, step=step, betas=betas)
-        updated = {"exp_avg": first if tall else first.mT, "second_moment": second, "row_weights": row_weights}
-        for key, values in updated.items():
-            torch._foreach_copy_([state[key] for state in states], list(values.unbind()))
-        return direction(first, second, row_weights, step=step, betas=betas, eps=eps)
+        gradients, firsts, seconds, row_weights = [], [], [], []
+        for factors, of_shape in zip(of_all_shapes, states, strict=True):
+            gradients.append(factors.stacked([p.grad for p in factors.parameters if p.grad is not None]))
+            firsts.append(factors.stacked([state["exp_avg"] for state in of_shape]))
+            seconds.append(torch.stack([state["second_moment"] for state in of_shape]))
+            row_weights.append(torch.stack([state["row_weights"] for state in of_shape]))
+        update_moments(gradients, firsts, seconds, row_weights, step=step, betas=betas)
+        for factors, of_shape, first, second, weights in zip(
+            of_all_shapes, states, firsts, seconds, row_weights, strict=True
+        ):
+            factors.store([state["exp_avg"] for state in of_shape], first)
+            torch._foreach_copy_([state["second_moment"] for state in of_shape], list(second.unbind()))
+            torch._foreach_copy_([state["row_weights"] for state in of_shape], list(weights.unbind()))
+        return directions(firsts, seconds, row_weights, step=step, betas=betas, eps=eps)
 
     def _step_others(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         """Step parameters of one group that belong to no pair by AdamW."""

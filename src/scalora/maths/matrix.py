@@ -185,8 +185,8 @@ class _PolarRoots(NamedTuple):
 
 def _polar_roots(grams: Grams, damping: float) -> _PolarRoots:
     finite = (grams.left.isfinite() & grams.right.isfinite()).all(-1).all(-1)
-    (of_A, usable_A), (of_B, usable_B) = (inverse_root(gram, relative_damping=damping) for gram in grams.of_factors)
-    return _PolarRoots(of_A, of_B, finite & usable_A & usable_B, finite)
+    roots, usable = inverse_root(torch.stack(grams.of_factors), relative_damping=damping)
+    return _PolarRoots(roots[0], roots[1], finite & usable.all(0), finite)
 
 
 def _solve(grams: Grams, roots: _PolarRoots) -> tuple[Float[Tensor, "*layers r r"], Float[Tensor, "*layers r r"]]:

@@ -15,6 +15,8 @@ order 1, as those of Adam's direction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,48 +29,56 @@ _DAMPING = 1e-10
 
 
 def update_moments(
-    gradient: Float[Tensor, "layers d r"],
-    first: Float[Tensor, "layers d r"],
-    second: Float[Tensor, "layers r r"],
-    row_weights: Float[Tensor, "layers d"],
+    gradients: Sequence[Float[Tensor, "layers d r"]],
+    firsts: Sequence[Float[Tensor, "layers d r"]],
+    seconds: Sequence[Float[Tensor, "layers r r"]],
+    row_weights: Sequence[Float[Tensor, "layers d"]],
     *,
     step: int,
     betas: tuple[float, float],
 ) -> None:
-    """Add a step's gradients to the moments of factors of one shape, in place.
+    """Add a step's gradients to the moments of factors, in place.
+
+    The arguments have an entry for each shape, with all factors of it. The r × r matrices of all shapes are taken
+    together: on a GPU, their many small operations take as long for one as for hundreds.
 
     Args:
-        gradient: g of each factor, (layers, d, r).
-        first: M, (layers, d, r); modified.
-        second: V, (layers, r, r), in the solver's dtype; modified.
+        gradients: g of each factor, (layers, d, r).
+        firsts: M, (layers, d, r); modified.
+        seconds: V, (layers, r, r), in the solver's dtype; modified.
         row_weights: ρ, (layers, d); modified.
         step: number of this step, counted from 1.
         betas: β₁ and β₂.
     """
     beta1, beta2 = betas
-    first.lerp_(gradient, 1 - beta1)
-    # In the solver's precision: fewer gradients than columns leave V singular, and a Gram matrix that is rounded to
-    # float32 then has negative eigenvalues far beyond the damping.
-    wide = gradient.to(second.dtype)
-    second.lerp_(wide.mT @ wide / gradient.shape[1], 1 - beta2)
-    whitened = gradient @ _whitening(second / (1 - beta2**step)).to(gradient.dtype)
-    row_weights.lerp_(torch.linalg.vector_norm(whitened, dim=-1).square_() / gradient.shape[2], 1 - beta2)
+    for gradient, first, second in zip(gradients, firsts, seconds, strict=True):
+        first.lerp_(gradient, 1 - beta1)
+        # In the solver's precision: fewer gradients than columns leave V singular, and a Gram matrix that is rounded to
+        # float32 then has negative eigenvalues far beyond the damping.
+        wide = gradient.to(second.dtype)
+        second.lerp_(wide.mT @ wide / gradient.shape[1], 1 - beta2)
+    whitening = torch.split(
+        _whitening(torch.cat(list(seconds)) / (1 - beta2**step)), [len(second) for second in seconds]
+    )
+    for gradient, weights, matrix in zip(gradients, row_weights, whitening, strict=True):
+        whitened = gradient @ matrix.to(gradient.dtype)
+        weights.lerp_(torch.linalg.vector_norm(whitened, dim=-1).square_() / gradient.shape[2], 1 - beta2)
 
 
-def direction(
-    first: Float[Tensor, "layers d r"],
-    second: Float[Tensor, "layers r r"],
-    row_weights: Float[Tensor, "layers d"],
+def directions(
+    firsts: Sequence[Float[Tensor, "layers d r"]],
+    seconds: Sequence[Float[Tensor, "layers r r"]],
+    row_weights: Sequence[Float[Tensor, "layers d"]],
     *,
     step: int,
     betas: tuple[float, float],
     eps: float,
-) -> Float[Tensor, "layers d r"]:
-    """The direction ``D = M̂·V̂^(−1/2)/√ρ̂`` of factors of one shape.
+) -> list[Tensor]:
+    """The direction ``D = M̂·V̂^(−1/2)/√ρ̂`` of factors, which are given as to `update_moments`.
 
     Args:
-        first: M, (layers, d, r).
-        second: V, (layers, r, r), in the solver's dtype.
+        firsts: M, (layers, d, r).
+        seconds: V, (layers, r, r), in the solver's dtype.
         row_weights: ρ, (layers, d).
         step: number of steps that the moments have seen.
         betas: β₁ and β₂.
@@ -79,9 +89,13 @@ def direction(
         D, (layers, d, r), to be multiplied by the learning rate.
     """
     beta1, beta2 = betas
-    root, _ = inverse_root(second / (1 - beta2**step), relative_damping=_DAMPING, absolute_damping=eps**2)
-    rows = (row_weights / (1 - beta2**step)).sqrt_().add_(eps)
-    return (first @ root.to(first.dtype)).div_(rows[..., None] * (1 - beta1**step))
+    second = torch.cat(list(seconds)) / (1 - beta2**step)
+    roots = inverse_root(second, relative_damping=_DAMPING, absolute_damping=eps**2).root
+    found = []
+    for first, weights, root in zip(firsts, row_weights, torch.split(roots, [len(s) for s in seconds]), strict=True):
+        rows = (weights / (1 - beta2**step)).sqrt_().add_(eps)
+        found.append((first @ root.to(first.dtype)).div_(rows[..., None] * (1 - beta1**step)))
+    return found
 
 
 def _whitening(second: Float[Tensor, "layers r r"]) -> Float[Tensor, "layers r r"]:

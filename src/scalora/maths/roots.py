@@ -89,14 +89,12 @@ def by_newton(matrix: Float[Tensor, "*layers r r"]) -> Float[Tensor, "*layers r 
     X = factor
     for _ in range(_NEWTON_STEPS):
         inverse = torch.linalg.inv_ex(X).inverse.mT
-        scale = (_norms(inverse) / _norms(X)).pow(0.25)[..., None, None]
+        scale = (_norm(inverse) / _norm(X)).sqrt()
         X = (scale * X + inverse / scale) / 2
     root: Tensor = torch.linalg.solve_triangular(factor.mT, X.mT, upper=True)
     return (root + root.mT) / 2
 
 
-def _norms(matrix: Float[Tensor, "*layers r r"]) -> Float[Tensor, "*layers"]:
-    """The product of the 1-norm and the ∞-norm."""
-    magnitudes = matrix.abs()
-    norms: Tensor = magnitudes.sum(-1).amax(-1) * magnitudes.sum(-2).amax(-1)
-    return norms
+def _norm(matrix: Float[Tensor, "*layers r r"]) -> Float[Tensor, "*layers 1 1"]:
+    norm: Tensor = torch.linalg.matrix_norm(matrix, keepdim=True)
+    return norm
