@@ -151,8 +151,9 @@ def rounds(
     """
     taken: list[dict[str, Block]] = []
     longest = 0.0
-    if clock.spent() < until:
-        group[0].block(checkpointing)  # not counted: allocates memory that later steps use again
+    for resident in group:  # not counted: compiles, sets up libraries and allocates memory that later steps use again
+        if clock.spent() < until:
+            resident.block(checkpointing)
     while clock.spent() + longest < until and len(taken) < most_rounds:
         start, found = clock.spent(), {}
         for resident in group:
