@@ -43,6 +43,7 @@ def test_every_method_is_measured_in_every_case_beside_lora_and_a_rescale_beside
     for row in measured["rescales"]:
         assert sum(row["parts"].values()) > sum(row["floor"].values()) > 0
     assert measured["environment"]["bandwidth"] > 1e8
+    assert "never rescales" not in result.output
     text = (tmp_path / "bench.md").read_text()
     assert text.strip() in result.output
     assert "| rank 8 | scalora:2 |" in text

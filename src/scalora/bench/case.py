@@ -121,7 +121,11 @@ class Contender:
         arguments = TrainingArguments(output_dir="unused", max_steps=1_000_000, report_to="none")
         for callback in method.callbacks():
             callback.on_train_begin(
-                arguments, TrainerState(), TrainerControl(), model=self.model, optimizer=self.optimizer
+                arguments,
+                TrainerState(max_steps=arguments.max_steps),
+                TrainerControl(),
+                model=self.model,
+                optimizer=self.optimizer,
             )
         _fill_remainders(self.model)
 
