@@ -18,7 +18,7 @@ class EightBitRemainder(DenseRemainder):
     float16 the error in 128ths of the largest possible one. So each merge is off by half a 256th of the spacing of the
     half-precision numbers, or a whole one next to the middle between two, without bias.
 
-    What a merge does not change keeps all its bits. For a float32 or float64 weight it is a `DenseRemainder`.
+    A merge of nothing changes no bit. For a float32 or float64 weight it is a `DenseRemainder`.
     """
 
     _KEPT: ClassVar[torch.dtype] = torch.int8
@@ -26,10 +26,10 @@ class EightBitRemainder(DenseRemainder):
     def _add_to_rows(self, weight: Tensor, part: slice, left: Tensor, right: Tensor) -> None:
         assert self.rounded_off is not None
         block, low = weight[part], self.rounded_off[part]
-        old = join(block, low)
-        exact = torch.addmm(old, left, right)
-        changed = (exact != old) & (old == old)
-        rounded, rest = torch.empty_like(block), torch.empty_like(low)
-        split(exact, rounded, rest)
-        block.copy_(torch.where(changed, rounded, block))
-        low.copy_(torch.where(changed, rest, low))
+        exact = join(block, low).addmm_(left, right)
+        # A sum of 0 has the weight's sign, which -0 + 0 would lose. In integers, because operations on booleans take
+        # ten times as long on CPUs.
+        bits = exact.view(torch.int32)
+        where_zero = bits.bitwise_and(0x7FFFFFFF).clamp_(max=1).sub_(1).bitwise_left_shift_(31)
+        bits.bitwise_or_(where_zero.bitwise_and_(block.float().view(torch.int32)))
+        split(exact, block, low)

@@ -55,7 +55,7 @@ def split(exact: Tensor, rounded: Tensor, low: Tensor) -> None:
         rounded.copy_(exact)
         if distance is not low:
             # The nearest multiple of 2⁸, the larger one of two, up to 127: over all distances the errors are 0 in sum.
-            low.copy_(distance.int().add_(128).bitwise_right_shift_(8).clamp_(max=127))
+            low.copy_(distance.bitwise_right_shift_(7).add_(1).bitwise_right_shift_(1).clamp_(max=127))
         return
     rounded.copy_(exact)
     fraction = ((exact - rounded.float()) / _interval(rounded) * _PARTS[low.dtype]).round()

@@ -99,6 +99,14 @@ def _split_float16(exact, PARTS: tl.constexpr, MOST: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _with_sign_of_zero(exact, bits):
+    # Which -0 + 0 would lose.
+    own = exact.to(tl.int32, bitcast=True)
+    return tl.where((own & 0x7FFFFFFF) == 0, bits & -0x80000000, own).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+@no_type_check
 def _draws(key, row, column):
     """16 random bits for each entry, as `scalora.rescale.stochastic.draws`."""
     of_row = _mixed(key + row.to(tl.uint32) * 0x9E3779B9)
@@ -236,18 +244,16 @@ def merge_kernel(
             tl.store(weight, before + change, mask=inside)
         elif ROUNDING == "kept" and BITS == 8:
             if DTYPE == "bfloat16":
-                old = _join_bfloat16(before, rounded_off.to(tl.int32) << 8)
-                exact = old + change
+                exact = _join_bfloat16(before, rounded_off.to(tl.int32) << 8) + change
+                exact = _with_sign_of_zero(exact, before.to(tl.int32) << 16)
                 rounded, distance = _split_bfloat16(exact)
                 rest = tl.minimum((distance.to(tl.int32) + 128) >> 8, 127)
             else:
-                old = _join_float16(before, rounded_off, 128.0)
-                exact = old + change
+                exact = _join_float16(before, rounded_off, 128.0) + change
+                exact = _with_sign_of_zero(exact, before.to(tl.float32).to(tl.int32, bitcast=True))
                 rounded, rest = _split_float16(exact, 128.0, 127.0)
-            # As with draws.
-            changed = (exact != old) & (old == old)
-            tl.store(weight, tl.where(changed, rounded, before), mask=inside)
-            tl.store(low, tl.where(changed, rest.to(tl.int8), rounded_off), mask=inside)
+            tl.store(weight, rounded, mask=inside)
+            tl.store(low, rest.to(tl.int8), mask=inside)
         elif ROUNDING == "kept":
             if DTYPE == "bfloat16":
                 rounded, rest = _split_bfloat16(_join_bfloat16(before, rounded_off) + change)
