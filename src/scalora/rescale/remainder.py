@@ -42,8 +42,8 @@ class DenseRemainder(nn.Module):
     Attributes:
         transposed: whether the base weight is stored transposed.
         changed: whether anything has been added, so that the base weight is no longer the original one.
-        rounded_off: the rounding error of each entry, int16, of the weight's shape; None for a float32 or float64
-            weight.
+        rounded_off: the rounding error of each entry, int16 (int8 in an `EightBitRemainder`), of the weight's shape;
+            None for a float32 or float64 weight.
     """
 
     rounded_off: Int[Tensor, "rows columns"] | None

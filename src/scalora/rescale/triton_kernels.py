@@ -242,20 +242,19 @@ def merge_kernel(
 
         if ROUNDING == "none":
             tl.store(weight, before + change, mask=inside)
-        elif ROUNDING == "kept" and BITS == 8:
-            if DTYPE == "bfloat16":
-                exact = _join_bfloat16(before, rounded_off.to(tl.int32) << 8) + change
-                exact = _with_sign_of_zero(exact, before.to(tl.int32) << 16)
-                rounded, distance = _split_bfloat16(exact)
-                rest = tl.minimum((distance.to(tl.int32) + 128) >> 8, 127)
-            else:
-                exact = _join_float16(before, rounded_off, 128.0) + change
-                exact = _with_sign_of_zero(exact, before.to(tl.float32).to(tl.int32, bitcast=True))
-                rounded, rest = _split_float16(exact, 128.0, 127.0)
-            tl.store(weight, rounded, mask=inside)
-            tl.store(low, rest.to(tl.int8), mask=inside)
         elif ROUNDING == "kept":
-            if DTYPE == "bfloat16":
+            if BITS == 8:
+                if DTYPE == "bfloat16":
+                    exact = _join_bfloat16(before, rounded_off.to(tl.int32) << 8) + change
+                    exact = _with_sign_of_zero(exact, before.to(tl.int32) << 16)
+                    rounded, distance = _split_bfloat16(exact)
+                    rest = tl.minimum((distance.to(tl.int32) + 128) >> 8, 127).to(tl.int8)
+                else:
+                    exact = _join_float16(before, rounded_off, 128.0) + change
+                    exact = _with_sign_of_zero(exact, before.to(tl.float32).to(tl.int32, bitcast=True))
+                    rounded, distance = _split_float16(exact, 128.0, 127.0)
+                    rest = distance.to(tl.int8)
+            elif DTYPE == "bfloat16":
                 rounded, rest = _split_bfloat16(_join_bfloat16(before, rounded_off) + change)
             else:
                 rounded, rest = _split_float16(_join_float16(before, rounded_off, 32767.0) + change, 32767.0, 32767.0)
