@@ -4,9 +4,9 @@
 
 Trains the adapter of one layer with AdamW and rescales at every step. The replay adds what the adapter's product loses
 at each rescale to a dense float64 copy of the base weight. For inputs of unit variance, prints the relative change of
-the output from the replay's with four weights: the model's own, the replay's rounded once, what merging in place in
-half precision would have given, and what a dense remainder would have given that keeps 8 of the 16 bits of each entry's
-rounding error. Also prints the size of the update itself, and the share of a factored remainder that was discarded.
+the output from the replay's with three weights: the model's own, the replay's rounded once, and what merging in place
+in half precision would have given. Also prints the size of the update itself, and the share of a factored remainder
+that was discarded.
 Factors that are kept in half precision, and factors that are rounded to it for a forward pass alone, are shown for
 comparison.
 """
@@ -22,7 +22,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from scalora import ScaLora, ScaLoraConfig
-from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
+from scalora.config import MERGES_INTO_THE_BASE
+from scalora.rescale.remainder import FactoredRemainder
 
 
 class Replay:
@@ -35,7 +36,6 @@ class Replay:
         weight: the base weight plus everything taken so far, float64.
         base: the base weight, float64.
         naive: the same, merged in place in the base weight's own dtype.
-        eight_bits: the same, with 8 bits for what is rounded off.
     """
 
     def __init__(self, layer: LoraLayer) -> None:
@@ -43,8 +43,6 @@ class Replay:
         self.weight = layer.base_layer.weight.detach().double()
         self.base = self.weight.clone()
         self.naive = layer.base_layer.weight.detach().clone()
-        self.eight_bits = self.naive.clone()
-        self._kept = DenseRemainder(self.eight_bits, transposed=False)
 
     def _product(self) -> Tensor:
         A, B = (getattr(self.layer, name)["default"].weight.detach().double() for name in ("lora_B", "lora_A"))
@@ -59,10 +57,6 @@ class Replay:
         remainder = self._last - self._product()
         self.weight += remainder
         self.naive += remainder.to(self.naive.dtype)
-        self._kept.add(self.eight_bits, remainder.float(), torch.eye(remainder.shape[1]))
-        assert self._kept.rounded_off is not None
-        # To the nearest multiple of 2⁸, as far as there is one.
-        self._kept.rounded_off.copy_(((self._kept.rounded_off.int() + 128) & ~255).clamp(max=0x7F00))
 
     def live(self) -> Tensor:
         """Effective weight of the model without its adapter, in float64."""
@@ -85,7 +79,7 @@ def train(
 
     Args:
         dtype: dtype of the base weight.
-        merge: where the remainder goes, "dense", "stochastic" or "factored".
+        merge: where the remainder goes, any but "auto".
         width: rows and columns of the weight.
         steps: optimizer steps, each with a rescale.
         target_rank: rank of the random matrix by which the map differs from the base weight; None is full rank.
@@ -146,7 +140,6 @@ def row(name: str, dtype: torch.dtype, engine: ScaLora, replay: Replay) -> str:
         drift(replay.live(), replay.weight),
         drift(replay.weight.to(dtype), replay.weight),
         drift(replay.naive, replay.weight),
-        drift(replay.eight_bits, replay.weight),
         drift(replay.base, replay.weight),
         engine.metrics().get("scalora/discarded", 0.0),
     ]
@@ -159,15 +152,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256, help="width of the layer (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="steps, one rescale each (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: %(default)s)")
-    parser.add_argument("--merges", default="dense,stochastic,factored", help="kinds of remainders (default: all)")
+    kinds = ",".join([*MERGES_INTO_THE_BASE, "factored"])
+    parser.add_argument("--merges", default=kinds, help="kinds of remainders (default: %(default)s)")
     parser.add_argument("--target-rank", type=int, help="rank of the update to learn (default: full)")
     arguments = parser.parse_args()
-    columns = ["run", "drift", "one rounding", "merging naively", "with 8 bits", "the update", "discarded"]
+    columns = ["run", "drift", "one rounding", "merging naively", "the update", "discarded"]
     print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
     for dtype in (torch.bfloat16, torch.float16):
         for merge, settings in (
-            ("dense", {}),
-            ("stochastic", {}),
+            *((merge, {}) for merge in MERGES_INTO_THE_BASE),
             ("factored", {"remainder_rank": 64}),
             ("factored", {"remainder_rank": arguments.width}),
             ("factored", {"remainder_rank": arguments.width, "factors": dtype}),

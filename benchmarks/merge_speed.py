@@ -21,8 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scalora import config
 from scalora.bench.floor import rescale_work
+from scalora.model.placement import bytes_beside
 from scalora.rescale import kernels, native
+from scalora.rescale.eight_bit import EightBitRemainder
 from scalora.rescale.native import operations
 from scalora.rescale.one_pass import plan_of
 from scalora.rescale.remainder import HALF, DenseRemainder, add_to_all, scale_columns
@@ -30,9 +33,16 @@ from scalora.rescale.stochastic import StochasticRemainder
 
 Merge = Callable[[list[DenseRemainder], list[Tensor], list[Tensor], list[Tensor], Tensor], None]
 
+KINDS: dict[config.Merge, Callable[[Tensor, str], DenseRemainder]] = {
+    "dense": lambda weight, _: DenseRemainder(weight, transposed=False),
+    "dense_8bit": lambda weight, _: EightBitRemainder(weight, transposed=False),
+    "stochastic": lambda weight, name: StochasticRemainder(weight, transposed=False, name=name),
+}
+"""The kinds of remainders that are merged into weights, made of a weight and a name."""
+
 
 def floor_bytes(
-    rows: int, columns: int, rank: int, layers: int, dtype: torch.dtype, *, keeps_errors: bool = True
+    rows: int, columns: int, rank: int, layers: int, dtype: torch.dtype, *, merge: config.Merge = "dense"
 ) -> int:
     """Bytes of the weights, read and written, of what is kept beside them, and of the factors.
 
@@ -42,14 +52,14 @@ def floor_bytes(
         rank: columns of the factors.
         layers: number of weights.
         dtype: dtype of the weights.
-        keeps_errors: whether a half-precision weight keeps 2 bytes of each entry's rounding error.
+        merge: kind of the remainder, which says how many bytes are kept of each entry's rounding error.
     """
-    entry = dtype.itemsize + (2 if keeps_errors and dtype in HALF else 0)
+    entry = dtype.itemsize + bytes_beside(merge, dtype)
     return layers * int(rescale_work(rows, columns, rank, weight_bytes=entry).merge.bytes)
 
 
 def bytes_moved(
-    rows: int, columns: int, rank: int, layers: int, dtype: torch.dtype, *, keeps_errors: bool = True
+    rows: int, columns: int, rank: int, layers: int, dtype: torch.dtype, *, merge: config.Merge = "dense"
 ) -> int:
     """Bytes that a merge by the kernel moves, if no cache had any of the factors: counted from its grid.
 
@@ -59,10 +69,10 @@ def bytes_moved(
         rank: as in `floor_bytes`.
         layers: as in `floor_bytes`.
         dtype: as in `floor_bytes`.
-        keeps_errors: as in `floor_bytes`.
+        merge: as in `floor_bytes`.
     """
     factors = 4 * layers * rank * (rows + columns)
-    weights = floor_bytes(rows, columns, rank, layers, dtype, keeps_errors=keeps_errors) - factors
+    weights = floor_bytes(rows, columns, rank, layers, dtype, merge=merge) - factors
     # The layers' factors are copied into one tensor first.
     return weights + 2 * factors + plan_of(rows, columns, rank, layers, dtype).bytes_of_factors(rank)
 
@@ -88,7 +98,7 @@ class Layers:
         dtype: dtype of the weights.
         count: number of layers.
         device: their device.
-        stochastic: whether the weights are rounded by chance.
+        kind: kind of the remainders, one of `KINDS`.
     """
 
     def __init__(
@@ -99,15 +109,12 @@ class Layers:
         count: int,
         device: torch.device,
         *,
-        stochastic: bool,
+        kind: config.Merge = "dense",
     ) -> None:
         m, n = shape
         self.weights = [torch.randn(m, n, device=device).to(dtype) for _ in range(count)]
         self.remainders: list[DenseRemainder] = [
-            StochasticRemainder(weight, transposed=False, name=str(number))
-            if stochastic
-            else DenseRemainder(weight, transposed=False)
-            for number, weight in enumerate(self.weights)
+            KINDS[kind](weight, str(number)) for number, weight in enumerate(self.weights)
         ]
         self.lora_B = [torch.randn(m, rank, device=device) * 1e-6 for _ in range(count)]
         self.lora_A = [torch.randn(rank, n, device=device) for _ in range(count)]
@@ -162,7 +169,7 @@ def check(device: torch.device) -> list[str]:
     wrong = []
     for dtype in (torch.float32, *HALF):
         for m, n, r in ((512, 768, 8), (510, 770, 16), (512, 2048, 64), (300, 1000, 320)):
-            layers = Layers((m, n), r, dtype, 2, device, stochastic=False)
+            layers = Layers((m, n), r, dtype, 2, device)
             layers.lora_B = [B * 1e4 for B in layers.lora_B]
             pairs = zip(layers.weights, layers.lora_B, layers.lora_A, strict=True)
             exact = [weight.double() + B.double() @ A.double() for weight, B, A in pairs]
@@ -182,12 +189,12 @@ def bandwidth(device: torch.device, repeats: int) -> float:
 
 
 def measure(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, int], rank: int, stochastic: bool, args: Any
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int], rank: int, kind: config.Merge, args: Any
 ) -> dict[str, Any]:
     """Times of one kind of merge; of several weights in turn, so that caches are as cold as in a model."""
     m, n = shape
     count = max(2, min(30, (1 << (28 if device.type == "cuda" else 26)) // (m * n * 4)))
-    layers = Layers(shape, rank, dtype, count, device, stochastic=stochastic)
+    layers = Layers(shape, rank, dtype, count, device, kind=kind)
     contenders: dict[str, Merge] = {"eager": eager, "kernel": kernels.merge}
     if device.type == "cpu":
         # The C++ leaves float16 to PyTorch's operations.
@@ -202,10 +209,10 @@ def measure(
     calls = [lambda merge=merge: layers.merged_by(merge) for merge in contenders.values()]
     times = seconds(device, calls, args.repeats)
     return {
-        "dtype": str(dtype).removeprefix("torch.") + (", stochastic" if stochastic else ""),
+        "dtype": str(dtype).removeprefix("torch.") + ("" if kind == "dense" else f", {kind}"),
         "shape": shape,
         "rank": rank,
-        "floor": floor_bytes(m, n, rank, 1, dtype, keeps_errors=not stochastic) / args.bandwidth,
+        "floor": floor_bytes(m, n, rank, 1, dtype, merge=kind) / args.bandwidth,
         "median": {name: statistics.median(t) / count for name, t in zip(contenders, times, strict=True)},
         "best": {name: min(t) / count for name, t in zip(contenders, times, strict=True)},
         "first_call": first,
@@ -260,11 +267,11 @@ def main() -> None:
     print(f"check ({time.perf_counter() - began:.0f} s):", "; ".join(wrong) or "to float32's rounding", flush=True)
     rows = []
     for dtype in (getattr(torch, name) for name in args.dtypes.split(",")):
-        for stochastic in (False, True) if on_gpu and dtype in HALF else (False,):
+        for kind in KINDS if on_gpu and dtype in HALF else ("dense",):
             for rank in map(int, args.ranks.split(",")):
                 for shape in args.shapes.split(","):
                     m, n = map(int, shape.split("x"))
-                    rows.append(measure(device, dtype, (m, n), rank, stochastic, args))
+                    rows.append(measure(device, dtype, (m, n), rank, kind, args))
                     if on_gpu:
                         torch.cuda.empty_cache()
     print(table(rows))

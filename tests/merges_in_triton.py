@@ -11,6 +11,7 @@ from multiprocessing import get_context
 import torch
 
 from scalora.rescale import kernels, one_pass
+from scalora.rescale.eight_bit import EightBitRemainder
 from scalora.rescale.remainder import DenseRemainder, add_to_all, scale_columns
 from scalora.rescale.stochastic import StochasticRemainder
 
@@ -32,7 +33,8 @@ def interpreter():
 def remainder_of(weight, kind, transposed, number):
     if kind == "stochastic":
         return StochasticRemainder(weight, transposed=transposed, name=f"layers.{number}")
-    return DenseRemainder(weight, transposed=transposed)
+    kinds = {"dense": DenseRemainder, "dense_8bit": EightBitRemainder}
+    return kinds[kind](weight, transposed=transposed)
 
 
 def in_both(weights, lows, lora_B, lora_A, coefficients, kind="dense", transposed=False, steps=1):
@@ -83,6 +85,7 @@ def dyadic(dtype, m, n, r, kind="dense", transposed=False, layers=3, steps=2):
     shape = (n, m) if transposed else (m, n)
     powers = 2.0 ** torch.randint(-20, 4, (layers, *shape), generator=generator)
     weights = [w.to(dtype) for w in torch.randn(layers, *shape, generator=generator) * powers]
+    # Of these, remainders with 8 bits take the lower 8.
     lows = [torch.randint(-32767, 32768, shape, generator=generator).to(torch.int16) for _ in range(layers)]
     lora_B = [integers(m, r) / 64 for _ in range(layers)]
     lora_A = [integers(r, n) / 64 for _ in range(layers)]

@@ -159,7 +159,7 @@ def test_the_floor_is_every_byte_once_and_every_operation_once():
         (["--method", "scalora:0"], "--method 'scalora:0': the interval after the colon"),
         (["--method", "scalora:x"], "--method 'scalora:x': the interval after the colon"),
         (["--dtype", "float8"], "--dtype 'float8': the dtypes are float32"),
-        (["--merge", "sparse"], "--merge 'sparse': must be one of auto, dense, stochastic, factored"),
+        (["--merge", "sparse"], "--merge 'sparse': must be one of auto, dense, dense_8bit, stochastic, factored"),
         (["--device", "abacus"], "--device 'abacus' can't be used"),
         (["--rank", "0"], "'--rank'"),
         (["no/such/model"], "no/such/model"),

@@ -96,7 +96,7 @@ def test_lora_takes_what_a_real_model_and_a_real_optimizer_take(tiny, tmp_path, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("merge", ["dense", "stochastic", "factored"])
+@pytest.mark.parametrize("merge", ["dense", "dense_8bit", "stochastic", "factored"])
 def test_the_remainder_takes_what_a_real_one_takes_at_its_largest(tiny, tmp_path, dtype, merge):
     pairs = find_lora_pairs(adapted(tiny_llama().to(getattr(torch, dtype))))
     place_remainders(pairs, merge, 8)
@@ -197,6 +197,8 @@ def test_the_floor_of_a_dense_rescale_by_hand(large, tmp_path):
     assert rescale["merge"] == pytest.approx((2 * 4 * ADAPTED + adapter) / 2e12)  # bfloat16 and 2 bytes beside it
     assert rescale["transport"] == pytest.approx(8 * adapter / 2e12)
     fast = "--bandwidth", 2000, "--float32-tflops", 1e9
+    rescale = estimated(tmp_path, large, "--merge", "dense_8bit", *fast)["seconds"]["rescale"]
+    assert rescale["merge"] == pytest.approx((2 * 3 * ADAPTED + adapter) / 2e12)  # bfloat16 and 1 byte beside it
     rescale = estimated(tmp_path, large, "--merge", "stochastic", *fast)["seconds"]["rescale"]
     assert rescale["merge"] == pytest.approx((2 * 2 * ADAPTED + adapter) / 2e12)  # bfloat16 alone
     # With memory for nothing there is what must be computed.
@@ -341,8 +343,9 @@ def test_nothing_of_it_is_made(large, monkeypatch):
         (["--tflops", "inf"], "--tflops must be a positive finite number, got inf"),
         (["--dtype", "float8"], "--dtype 'float8': the dtypes are float32, bfloat16, float16"),
         (["--quantization", "gguf"], "--quantization 'gguf': must be one of none, nf4, int8"),
-        (["--merge", "sparse"], "merge must be one of auto, dense, stochastic, factored, got 'sparse'"),
+        (["--merge", "sparse"], "merge must be one of auto, dense, dense_8bit, stochastic, factored, got 'sparse'"),
         (["--merge", "dense", "--quantization", "nf4"], "--merge dense: can't merge into nf4 weights"),
+        (["--merge", "dense_8bit", "--quantization", "nf4"], "--merge dense_8bit: can't merge into nf4 weights"),
         (["--merge", "stochastic", "--quantization", "nf4"], "--merge stochastic: can't merge into nf4 weights"),
         (
             ["--target-modules", "q_proj,qq"],

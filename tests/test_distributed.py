@@ -83,6 +83,7 @@ def in_a_trainer(folder, resume=None):
 SETTINGS = {
     "dense": ("dense", torch.float32),
     "dense, bfloat16": ("dense", torch.bfloat16),
+    "dense, 8 bits, bfloat16": ("dense_8bit", torch.bfloat16),
     "stochastic, bfloat16": ("stochastic", torch.bfloat16),
     "factored": ("factored", torch.float32),
     "wrapped first": ("factored", torch.float32),

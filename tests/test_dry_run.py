@@ -207,6 +207,11 @@ REFUSED = {
         {"quantization": "nf4", "scalora": {"merge": "dense"}},
         "scalora.merge='dense': can't merge into nf4 weights; set it to factored or auto",
     ),
+    "an 8-bit dense merge into quantised weights": (
+        ["--overwrite"],
+        {"quantization": "nf4", "scalora": {"merge": "dense_8bit"}},
+        "scalora.merge='dense_8bit': can't merge into nf4 weights; set it to factored or auto",
+    ),
     "a stochastic merge into quantised weights": (
         ["--overwrite"],
         {"quantization": "nf4", "scalora": {"merge": "stochastic"}},

@@ -31,7 +31,7 @@ needs_cuda = pytest.mark.skipif(not ON_CUDA, reason="needs CUDA itself")
 
 MERGES = [merge for merge in get_args(Merge) if merge != "auto"]
 
-# Those whose result does not depend on chance in half precision.
+# Those that are exact to float32 in half precision: neither up to chance nor to 8 bits.
 EXACT_IN_HALF = ["dense", "factored"]
 
 

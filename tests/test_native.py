@@ -20,6 +20,7 @@ from torch import nn
 from scalora import ScaLora, ScaLoraConfig
 from scalora.bench.case import Case, Contender
 from scalora.rescale import kernels, native
+from scalora.rescale.eight_bit import EightBitRemainder
 from scalora.rescale.native import operations
 from scalora.rescale.remainder import DenseRemainder
 
@@ -101,6 +102,24 @@ def test_a_merge_is_exact_up_to_the_rounding_of_float32(shape, dtype, seed):
         # The weight itself is the nearest that its dtype has to what is kept.
         error, nearest = (weight.double() - exact).abs(), (exact.to(dtype).double() - exact).abs()
         assert torch.equal(error, nearest)
+
+
+@pytest.mark.parametrize("became", [torch.bfloat16, torch.float32])
+def test_rounding_errors_of_8_bits_are_left_to_pytorch(became):
+    lora_B, _, lora_A, _ = adapters(2, 9, 37, 4)
+    coefficients = torch.rand(2, 4, dtype=torch.float64)
+    results = []
+    for merge in (kernels.merge, operations.merge):
+        weights = [torch.linspace(-3, 3, 9 * 37).view(9, 37).bfloat16() for _ in lora_B]
+        remainders = [EightBitRemainder(weight, transposed=False) for weight in weights]
+        for remainder in remainders:
+            remainder.rounded_off.fill_(-77)
+        # The remainders have not been told yet if the weights have become float32.
+        weights = [weight.to(became) for weight in weights]
+        merge(remainders, weights, lora_B, lora_A, coefficients)
+        results.append([r.exact(w) for r, w in zip(remainders, weights, strict=True)])
+        assert all(remainder.changed for remainder in remainders)
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

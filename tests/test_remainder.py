@@ -85,7 +85,7 @@ def test_a_quantised_base_trains_and_stays_as_it_is(kind, quantised):
     model = with_lora(base, r=2, target_modules="all-linear", random_B=False).train()
     before = {name: p.clone() for name, p in model.state_dict().items() if "base_layer" in name}
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    for merge in ("dense", "stochastic"):
+    for merge in ("dense", "dense_8bit", "stochastic"):
         with pytest.raises(UnsupportedLayerError, match="merge='factored'"):
             ScaLora(model, optimizer, ScaLoraConfig(merge=merge))
     engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=2))

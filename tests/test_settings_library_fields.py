@@ -101,6 +101,7 @@ def test_the_values_of_enumerations_and_aliases():
     assert named_values(dataclass_fields("scalora.config", "ScaLoraConfig")["merge"]) == (
         "auto",
         "dense",
+        "dense_8bit",
         "stochastic",
         "factored",
     )

@@ -107,7 +107,7 @@ def test_every_own_key_is_there_with_its_meaning_type_and_default():
                 assert re.search(r" \[.+; (default: .+|required)\]$", comment), key
     assert shown["", "dtype"][2].endswith("[float32 | bfloat16 | float16; default: float32]")
     assert shown["evaluate", "limit"][2].endswith("[integer > 0 | null; default: null]")
-    assert shown["scalora", "merge"][2].endswith("[auto | dense | stochastic | factored; default: auto]")
+    assert shown["scalora", "merge"][2].endswith("[auto | dense | dense_8bit | stochastic | factored; default: auto]")
     assert shown["", "model"][2].endswith("[text; required]")
 
 

@@ -8,9 +8,12 @@ from typing import Any, Literal, get_args
 
 from scalora.maths.mode import Mode, Optimum
 
-Merge = Literal["auto", "dense", "stochastic", "factored"]
-"""Where the remainder goes: ``"dense"`` and ``"stochastic"`` into the base weights, ``"factored"`` into low-rank
-factors beside them, ``"auto"`` to one of the first and the last, by the base weights."""
+Merge = Literal["auto", "dense", "dense_8bit", "stochastic", "factored"]
+"""Where the remainder goes: ``"dense"``, ``"dense_8bit"`` and ``"stochastic"`` into the base weights, ``"factored"``
+into low-rank factors beside them, ``"auto"`` to one of the first and the last, by the base weights."""
+
+MERGES_INTO_THE_BASE: tuple[Merge, ...] = ("dense", "dense_8bit", "stochastic")
+"""The kinds that change the base weights, which must not be quantised."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Names of the dtypes in which the commands load base weights and export models."""
@@ -65,11 +68,11 @@ class ScaLoraConfig:
         turn: with ``mode="matrix"`` and `scalora.PairAdamW`, the angle in radians by which a step at the base learning
             rate turns a column, which determines the target norm of each layer. Without effect if `target_norm` or
             `smoothness` is set.
-        merge: where the remainder goes: ``"dense"`` merges it into the base weights, as in the paper; ``"stochastic"``
-            does so without the memory in which dense keeps a half-precision weight's rounding errors, and rounds up or
-            down by chance; ``"factored"`` keeps it beside the weights in low-rank factors. ``"auto"`` is dense for a
-            float32 base, factored for a quantised one, and for a half-precision base factored where that takes at most
-            half the memory.
+        merge: where the remainder goes: ``"dense"`` merges it into the base weights, as in the paper, and keeps the
+            rounding errors of half-precision weights in 2 bytes each; ``"dense_8bit"`` keeps them in 1 byte;
+            ``"stochastic"`` in none, and rounds up or down by chance; ``"factored"`` keeps the remainder beside the
+            weights in low-rank factors. ``"auto"`` is dense for a float32 base, factored for a quantised one, and for a
+            half-precision base factored where that takes at most half the memory of dense.
         remainder_rank: the most columns that a compression of a factored remainder keeps.
         native: whether to do the work of a rescale on CPUs in C++, which needs a C++ compiler.
 
@@ -134,11 +137,11 @@ class ScaLoraConfig:
     merge: Merge = field(
         default="auto",
         metadata={
-            "help": "Where the remainder goes: 'dense' merges it into the base weights, as in the paper; 'stochastic' "
-            "does so without the memory in which dense keeps a half-precision weight's rounding errors, and rounds up "
-            "or down by chance (docs/precision.md); 'factored' keeps it beside the weights in low-rank factors. 'auto' "
-            "is dense for a float32 base, factored for a quantised one, and for a half-precision base factored where "
-            "that takes at most half the memory."
+            "help": "Where the remainder goes: 'dense' merges it into the base weights, as in the paper, and keeps the "
+            "rounding errors of half-precision weights in 2 bytes each; 'dense_8bit' keeps them in 1 byte; "
+            "'stochastic' in none, and rounds up or down by chance (docs/precision.md); 'factored' keeps the remainder "
+            "beside the weights in low-rank factors. 'auto' is dense for a float32 base, factored for a quantised one, "
+            "and for a half-precision base factored where that takes at most half the memory of dense."
         },
     )
     remainder_rank: int = field(

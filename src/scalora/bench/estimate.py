@@ -22,7 +22,7 @@ from transformers import (
 
 from scalora.bench.floor import rescale_work_of
 from scalora.bench.settings import EstimateSettings
-from scalora.config import DEFAULT_TARGET_MODULES, Merge
+from scalora.config import DEFAULT_TARGET_MODULES, MERGES_INTO_THE_BASE, Merge
 from scalora.model.adapters import LoraPair
 from scalora.model.layers import ADAPTABLE
 from scalora.model.memory import Memory, bytes_of_base, pairs_over_quantised, quantisable_layers, training_memory
@@ -81,7 +81,7 @@ class Estimate:
         layers: number of adapted layers.
         uncounted: number of parameters whose arithmetic is not counted: those with more than one dimension in layers
             that are neither linear layers nor embeddings, such as experts and convolutions.
-        merge: where the remainder goes, ``"dense"``, ``"stochastic"`` or ``"factored"``.
+        merge: where the remainder goes, any but ``"auto"``.
         memory: memory by part.
         seconds: times of a step and a rescale.
     """
@@ -119,7 +119,7 @@ def estimate(settings: EstimateSettings) -> Estimate:
         adapted = get_peft_model(base, LoraConfig(r=settings.r, target_modules=_targets(base, settings)))
         trainable, total = adapted.get_nb_trainable_parameters()
         pairs = pairs_over_quantised(adapted, quantised)
-    if settings.merge in ("dense", "stochastic") and any(pair.quantised for pair in pairs):
+    if settings.merge in MERGES_INTO_THE_BASE and any(pair.quantised for pair in pairs):
         raise InputError(
             f"--merge {settings.merge}: can't merge into {settings.quantization} weights; use auto or factored"
         )

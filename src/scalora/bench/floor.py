@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from scalora.config import Merge
 from scalora.model.adapters import LoraPair
-from scalora.rescale.remainder import HALF
+from scalora.model.placement import bytes_beside
 
 
 class Work(NamedTuple):
@@ -124,10 +124,9 @@ def rescale_work_of(pairs: list[LoraPair], merge: Merge, remainder_rank: int) ->
 
     Args:
         pairs: the layers, at least one.
-        merge: where their remainders go. Dense ones keep 2 bytes beside each entry of a half-precision weight.
+        merge: where their remainders go. Dense ones keep bytes beside each entry of a half-precision weight.
         remainder_rank: rank that factored remainders are compressed to; not used for others.
     """
-    beside = 2 if merge == "dense" else 0
     return reduce(
         RescaleWork.__add__,
         (
@@ -135,7 +134,7 @@ def rescale_work_of(pairs: list[LoraPair], merge: Merge, remainder_rank: int) ->
                 pair.m,
                 pair.n,
                 pair.r,
-                weight_bytes=pair.weight.element_size() + (beside if pair.weight.dtype in HALF else 0),
+                weight_bytes=pair.weight.element_size() + bytes_beside(merge, pair.weight.dtype),
                 remainder_rank=remainder_rank if merge == "factored" else None,
             )
             for pair in pairs

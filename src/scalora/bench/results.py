@@ -64,7 +64,7 @@ class Rescale(NamedTuple):
 
     Attributes:
         case: the case, by what distinguishes it from the base case.
-        merge: where the remainder went, ``"dense"``, ``"stochastic"`` or ``"factored"``.
+        merge: where the remainder went, any but ``"auto"``.
         parts: seconds of each part in `scalora.engine.PARTS`.
         floor: lower bound on the seconds of each part.
     """

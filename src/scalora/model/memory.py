@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from scalora.config import Merge
 from scalora.model.adapters import LoraPair, by_shape, find_lora_pairs
 from scalora.model.layers import LINEAR
-from scalora.rescale.remainder import HALF
+from scalora.model.placement import bytes_beside
 
 # bitsandbytes' 4-bit weights have a float32 scale for each block of so many entries (no double quantisation here).
 _NF4_BLOCK = 64
@@ -70,7 +70,7 @@ def training_memory(
         adapter: bytes of the adapter's weights; 0 without an adapter.
         trained: bytes of all weights that are trained.
         pairs: layers that ScaLoRA rescales; none for other methods.
-        merge: where their remainders go, ``"dense"``, ``"stochastic"`` or ``"factored"``.
+        merge: where their remainders go, any but ``"auto"``.
         remainder_rank: columns that a factored remainder keeps.
     """
     return Memory(
@@ -127,7 +127,7 @@ def _bytes_of_remainder(pair: LoraPair, merge: Merge, remainder_rank: int) -> in
     if merge == "factored":
         # Before a compression, which comes when there are more columns than twice the rank.
         return _SINGLE * (m + n) * (2 * remainder_rank + r)
-    return 2 * m * n if merge == "dense" and pair.weight.dtype in HALF else 0
+    return bytes_beside(merge, pair.weight.dtype) * m * n
 
 
 def _bytes_of_scratch(stack: list[LoraPair]) -> int:

@@ -1,31 +1,46 @@
-"""Chooses between dense, stochastic and factored remainders and attaches one to each layer (paper, section 6)."""
+"""Chooses where the remainders go, and attaches one to each layer (paper, section 6)."""
 
 from __future__ import annotations
+
+import torch
 
 from scalora.config import Merge
 from scalora.model.adapters import LoraPair, refuse
 from scalora.model.factor_guard import FactorGuard
 from scalora.model.layers import factors_of
 from scalora.model.remainder_layer import REMAINDER, RemainderLayer, give_remainder
+from scalora.rescale.eight_bit import EightBitRemainder
 from scalora.rescale.remainder import HALF, DenseRemainder, FactoredRemainder, Remainder
 from scalora.rescale.stochastic import StochasticRemainder
 
 # Bytes per entry of a factored remainder: float32.
 _BYTES_OF_FACTORS = 4
 
-# Bytes that a dense remainder keeps per entry of a half-precision weight.
-_BYTES_ROUNDED_OFF = 2
+# Bytes that remainders keep per entry of a half-precision weight.
+_BYTES_ROUNDED_OFF: dict[Merge, int] = {"dense": 2, "dense_8bit": 1}
 
 
 def kind_of(remainder: Remainder) -> Merge:
-    """The setting that gives a remainder of this kind: ``"dense"``, ``"stochastic"`` or ``"factored"``.
+    """The setting that gives a remainder of this kind; not ``"auto"``.
 
     Args:
         remainder: the remainder.
     """
     if isinstance(remainder, FactoredRemainder):
         return "factored"
+    if isinstance(remainder, EightBitRemainder):
+        return "dense_8bit"
     return "stochastic" if isinstance(remainder, StochasticRemainder) else "dense"
+
+
+def bytes_beside(merge: Merge, dtype: torch.dtype) -> int:
+    """Bytes that a remainder which is merged into the weights keeps beside each of their entries.
+
+    Args:
+        merge: kind of the remainder, not ``"auto"``.
+        dtype: dtype of the weights.
+    """
+    return _BYTES_ROUNDED_OFF.get(merge, 0) if dtype in HALF else 0
 
 
 def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
@@ -38,7 +53,8 @@ def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
     - Dense takes 2 bytes per entry of a half-precision weight; factored takes 4 bytes per entry of the factors and time
       in every forward and backward pass. Factored where it takes at most half of the memory, which also bounds the time
       (docs/cost.md).
-    - Never stochastic: its rounding errors add up, if slowly, and no default should cost precision (docs/precision.md).
+    - Never 8-bit dense or stochastic: their rounding errors add up, if slowly, and no default should cost precision
+      (docs/precision.md).
 
     Args:
         pairs: the LoRA pairs of one model, at least one.
@@ -53,7 +69,7 @@ def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
         return "factored"
     half = [pair for pair in pairs if pair.weight.dtype in HALF]
     factors = sum(_BYTES_OF_FACTORS * 2 * max_rank * (pair.m + pair.n) for pair in half)
-    beside_weights = sum(_BYTES_ROUNDED_OFF * pair.weight.numel() for pair in half)
+    beside_weights = sum(bytes_beside("dense", pair.weight.dtype) * pair.weight.numel() for pair in half)
     return "factored" if 0 < 2 * factors <= beside_weights else "dense"
 
 
@@ -62,8 +78,8 @@ def check_places(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None:
 
     Args:
         pairs: the LoRA pairs of one model, at least one.
-        merge: kind of the remainder: ``"dense"``, ``"stochastic"``, ``"factored"``, or ``"auto"`` to choose by the base
-            weights.
+        merge: kind of the remainder: ``"dense"``, ``"dense_8bit"``, ``"stochastic"``, ``"factored"``, or ``"auto"`` to
+            choose by the base weights.
         max_rank: the most columns that a compression of a factored remainder keeps.
 
     Raises:
@@ -83,8 +99,8 @@ def place_remainders(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None
 
     Args:
         pairs: the LoRA pairs of one model, at least one.
-        merge: kind of the remainder: ``"dense"``, ``"stochastic"``, ``"factored"``, or ``"auto"`` to choose by the base
-            weights.
+        merge: kind of the remainder: ``"dense"``, ``"dense_8bit"``, ``"stochastic"``, ``"factored"``, or ``"auto"`` to
+            choose by the base weights.
         max_rank: the most columns that a compression of a factored remainder keeps; also set on existing remainders.
 
     Raises:
@@ -109,6 +125,8 @@ def place_remainders(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None
 def _new(pair: LoraPair, max_rank: int, kind: Merge) -> Remainder:
     if kind == "stochastic":
         return StochasticRemainder(pair.weight, transposed=pair.transposed, name=pair.name)
+    if kind == "dense_8bit":
+        return EightBitRemainder(pair.weight, transposed=pair.transposed)
     if kind == "dense":
         return DenseRemainder(pair.weight, transposed=pair.transposed)
     dtype, device = pair.lora_A.dtype, pair.lora_A.device

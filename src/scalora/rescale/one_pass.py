@@ -38,7 +38,7 @@ _ALIGNMENT = 16
 _TABLES = 4096
 
 # What failed at first use, so that it isn't tried again: None for all merges.
-_GIVEN_UP: set[tuple[torch.dtype, str, int] | None] = set()
+_GIVEN_UP: set[tuple[torch.dtype, tuple[str, int], int] | None] = set()
 
 
 class Plan(NamedTuple):
@@ -174,10 +174,12 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _rounding_of(remainder: DenseRemainder, weight: Tensor) -> str:
+def _rounding_of(remainder: DenseRemainder, weight: Tensor) -> tuple[str, int]:
+    """How the kernel rounds, and how many bits of an error it keeps."""
     if weight.dtype not in HALF:
-        return "none"
-    return "stochastic" if isinstance(remainder, StochasticRemainder) else "kept"
+        return "none", 0
+    low = remainder.rounded_off
+    return ("stochastic", 0) if low is None else ("kept", 8 * low.element_size())
 
 
 def _launch(
@@ -192,11 +194,12 @@ def _launch(
     first, remainder = weights[0], remainders[0]
     rows, columns = first.shape
     left, right = (lora_A.mT, lora_B) if remainder.transposed else (lora_B, lora_A.mT)
-    rank, rounding = left.shape[-1], _rounding_of(remainder, first)
+    rank, (rounding, bits) = left.shape[-1], _rounding_of(remainder, first)
     plan = plan_of(rows, columns, rank, len(weights), first.dtype)
     arguments: dict[str, Any] = {
         "DTYPE": str(first.dtype).removeprefix("torch."),
         "ROUNDING": rounding,
+        "BITS": bits,
         "RANK": rank,
         "BLOCK_M": plan.block_m,
         "BLOCK_N": plan.block_n,

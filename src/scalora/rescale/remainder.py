@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from scalora.maths.lowrank import compressed_products
+from scalora.rescale.rounding import join, split
 
 HALF = (torch.bfloat16, torch.float16)
 """Half-precision dtypes: rounding every merge to them would add up, so `DenseRemainder` keeps the rounding errors."""
-
-# Bits of float16's significand, including the implicit one.
-_SIGNIFICAND = 11
 
 # Half-precision weights are merged in blocks of rows with about this many entries. This limits the float32 copy, from
 # which the sum is rounded, to 64 MiB, and on a CPU to 4 MiB, so that it fits into the caches.
@@ -44,11 +42,13 @@ class DenseRemainder(nn.Module):
     Attributes:
         transposed: whether the base weight is stored transposed.
         changed: whether anything has been added, so that the base weight is no longer the original one.
-        rounded_off: the rounding error of each entry, int16, of the weight's shape; None for a float32 or float64
-            weight.
+        rounded_off: the rounding error of each entry, int16 (int8 in an `EightBitRemainder`), of the weight's shape;
+            None for a float32 or float64 weight.
     """
 
     rounded_off: Int[Tensor, "rows columns"] | None
+
+    _KEPT: ClassVar[torch.dtype] = torch.int16
 
     def __init__(self, weight: Tensor, *, transposed: bool) -> None:
         super().__init__()
@@ -90,13 +90,13 @@ class DenseRemainder(nn.Module):
             self.rounded_off = self._no_errors_yet(weight)
 
     def _no_errors_yet(self, weight: Tensor) -> Tensor | None:
-        return torch.zeros_like(weight, dtype=torch.int16) if weight.dtype in HALF else None
+        return torch.zeros_like(weight, dtype=self._KEPT) if weight.dtype in HALF else None
 
     def _add_to_rows(self, weight: Tensor, part: slice, left: Tensor, right: Tensor) -> None:
         """Add ``left @ right``, in float32, to some rows of a half-precision weight."""
         assert self.rounded_off is not None
         block, low = weight[part], self.rounded_off[part]
-        _split(_join(block, low).addmm_(left, right), block, low)
+        split(join(block, low).addmm_(left, right), block, low)
 
     def exact(self, weight: Tensor) -> Tensor:
         """The base weight without its rounding error: in float32 for half precision, else the weight itself.
@@ -104,7 +104,7 @@ class DenseRemainder(nn.Module):
         Args:
             weight: the base weight, as stored.
         """
-        return weight if self.rounded_off is None or weight.dtype not in HALF else _join(weight, self.rounded_off)
+        return weight if self.rounded_off is None or weight.dtype not in HALF else join(weight, self.rounded_off)
 
     @torch.no_grad()
     def rebuild(self, exact: Tensor, weight: nn.Parameter) -> None:
@@ -118,44 +118,22 @@ class DenseRemainder(nn.Module):
         if self.rounded_off is None:
             weight.data.copy_(exact)
         else:
-            _split(exact.to(weight.device, torch.float32, copy=True), weight.data, self.rounded_off)
+            split(exact.to(weight.device, torch.float32, copy=True), weight.data, self.rounded_off)
 
-
-def _join(rounded: Tensor, low: Tensor) -> Tensor:
-    """The float32 numbers that `_split` was given: exactly for bfloat16, to 2⁻²⁶ relative for float16."""
-    exact = rounded.float()
-    if rounded.dtype == torch.bfloat16:
-        # bfloat16 is the upper half of a float32: adding the bits that were rounded off restores the float32. Numbers
-        # that round to 0 are never below it in magnitude, so a zero with a negative lower half is a weight that others
-        # have written to since; the bits below those of a zero would be a NaN's. Integer operations, because those on
-        # booleans take ten times as long on CPUs.
-        lowest = rounded.view(torch.int16).bitwise_and(0x7FFF).clamp_(max=1).bitwise_left_shift_(15)
-        exact.view(torch.int32).add_(torch.maximum(low, lowest))
-        return exact
-    return exact + low.float() / 32767 * _interval(rounded)
-
-
-def _split(exact: Tensor, rounded: Tensor, low: Tensor) -> None:
-    """Split float32 numbers into half-precision ones and their rounding errors. Overwrites `exact`."""
-    if rounded.dtype == torch.bfloat16:
-        # The lower half, read as a signed integer, is the distance of the float32 from the nearest bfloat16. Of two
-        # that are equally near it is the distance from the larger one, to which torch rounds once a lower bit is set.
-        bits = exact.view(torch.int32)
-        low.copy_(bits)
-        bits.bitwise_or_(low.clamp(-1, 0).neg_())
-        rounded.copy_(exact)
-        return
-    rounded.copy_(exact)
-    fraction = ((exact - rounded.float()) / _interval(rounded) * 32767).round()
-    low.copy_(fraction.nan_to_num(0, 0, 0).clamp(-32767, 32767))
-
-
-def _interval(rounded: Tensor) -> Tensor:
-    """Half the spacing of float16 at each entry, in float32: the largest possible rounding error."""
-    # Zero and the numbers below the smallest normal one are as far apart as those from it on.
-    limits = torch.finfo(torch.float16)
-    exponent = torch.frexp(rounded.float().abs_().clamp_(limits.tiny, limits.max)).exponent
-    return torch.ldexp(torch.ones((), device=rounded.device).expand(exponent.shape), exponent - _SIGNIFICAND - 1)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        key = f"{prefix}rounded_off"
+        saved, own = state_dict.get(key), self.rounded_off
+        # torch would convert one to the other, as if the bits were a number.
+        if isinstance(saved, Tensor) and own is not None and saved.dtype != own.dtype:
+            lists[-1].append(
+                f"{key!r} is {saved.dtype}, but this model keeps rounding errors in {own.dtype}: set the merge "
+                "('dense' or 'dense_8bit') that it was saved with"
+            )
+            state_dict = {name: value for name, value in state_dict.items() if name != key}
+            strict = False  # it is not missing
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
 
 class FactoredRemainder(nn.Module):

@@ -80,21 +80,29 @@ def _power_of_2(exponent):
 
 @triton.jit
 @no_type_check
-def _join_float16(rounded, low):
+def _join_float16(rounded, low, PARTS: tl.constexpr):
     interval = _power_of_2(_float16_exponent(rounded) - 26)
-    return rounded.to(tl.float32) + tl.div_rn(low.to(tl.float32), 32767.0) * interval
+    return rounded.to(tl.float32) + tl.div_rn(low.to(tl.float32), PARTS) * interval
 
 
 @triton.jit
 @no_type_check
-def _split_float16(exact):
+def _split_float16(exact, PARTS: tl.constexpr, MOST: tl.constexpr):
     rounded = exact.to(tl.float16)
     exponent = _float16_exponent(rounded)
-    fraction = (exact - rounded.to(tl.float32)) * _power_of_2(26 - exponent) * 32767.0
+    fraction = (exact - rounded.to(tl.float32)) * _power_of_2(26 - exponent) * PARTS
     # Adding and subtracting this rounds to integers, ties to even.
     fraction = (fraction + 12582912.0) - 12582912.0
-    fraction = tl.minimum(tl.maximum(fraction, -32767.0), 32767.0)
+    fraction = tl.minimum(tl.maximum(fraction, -MOST), MOST)
     return rounded, tl.where(exponent < 31, fraction, 0.0).to(tl.int16)
+
+
+@triton.jit
+@no_type_check
+def _with_sign_of_zero(exact, bits):
+    # Which -0 + 0 would lose.
+    own = exact.to(tl.int32, bitcast=True)
+    return tl.where((own & 0x7FFFFFFF) == 0, bits & -0x80000000, own).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -145,6 +153,7 @@ def merge_kernel(
     right_k,
     DTYPE: tl.constexpr,
     ROUNDING: tl.constexpr,
+    BITS: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -170,6 +179,7 @@ def merge_kernel(
         right_k: its stride from column to column of the factor.
         DTYPE: name of the weights' dtype.
         ROUNDING: ``"none"`` for float32; ``"kept"`` or ``"stochastic"``.
+        BITS: of a rounding error that is kept, 16 or 8.
         RANK: columns of the factors.
         BLOCK_M: rows of a tile.
         BLOCK_N: columns of a tile.
@@ -205,7 +215,10 @@ def merge_kernel(
         before = tl.load(weight, mask=inside, other=0)
         if ROUNDING == "kept":
             low_address = tl.load(table + layer * 3 + 1)
-            low = tl.multiple_of(low_address.to(tl.pointer_type(tl.int16)), 16) + start + offsets
+            if BITS == 8:
+                low = tl.multiple_of(low_address.to(tl.pointer_type(tl.int8)), 16) + start + offsets
+            else:
+                low = tl.multiple_of(low_address.to(tl.pointer_type(tl.int16)), 16) + start + offsets
             rounded_off = tl.load(low, mask=inside, other=0)
 
         change = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -230,10 +243,21 @@ def merge_kernel(
         if ROUNDING == "none":
             tl.store(weight, before + change, mask=inside)
         elif ROUNDING == "kept":
-            if DTYPE == "bfloat16":
+            if BITS == 8:
+                if DTYPE == "bfloat16":
+                    exact = _join_bfloat16(before, rounded_off.to(tl.int32) << 8) + change
+                    exact = _with_sign_of_zero(exact, before.to(tl.int32) << 16)
+                    rounded, distance = _split_bfloat16(exact)
+                    rest = tl.minimum((distance.to(tl.int32) + 128) >> 8, 127).to(tl.int8)
+                else:
+                    exact = _join_float16(before, rounded_off, 128.0) + change
+                    exact = _with_sign_of_zero(exact, before.to(tl.float32).to(tl.int32, bitcast=True))
+                    rounded, distance = _split_float16(exact, 128.0, 127.0)
+                    rest = distance.to(tl.int8)
+            elif DTYPE == "bfloat16":
                 rounded, rest = _split_bfloat16(_join_bfloat16(before, rounded_off) + change)
             else:
-                rounded, rest = _split_float16(_join_float16(before, rounded_off) + change)
+                rounded, rest = _split_float16(_join_float16(before, rounded_off, 32767.0) + change, 32767.0, 32767.0)
             tl.store(weight, rounded, mask=inside)
             tl.store(low, rest, mask=inside)
         else:

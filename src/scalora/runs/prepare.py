@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from scalora.config import DEFAULT_WEIGHT_RATE, LORA_DEFAULTS, ScaLoraConfig
+from scalora.config import DEFAULT_WEIGHT_RATE, LORA_DEFAULTS, MERGES_INTO_THE_BASE, ScaLoraConfig
 from scalora.parallel.job import from_first, is_first
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
@@ -299,7 +299,7 @@ def _examples(settings: Settings) -> dict[str, Dataset]:
 
 
 def _require_mergeable_base(settings: Settings, method: ScaLoraMethod) -> None:
-    if settings.quantization is not None and method.config.merge in ("dense", "stochastic"):
+    if settings.quantization is not None and method.config.merge in MERGES_INTO_THE_BASE:
         raise InputError(
             f"scalora.merge={method.config.merge!r}: can't merge into {settings.quantization} weights; set it to "
             "factored or auto"

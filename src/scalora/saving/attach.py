@@ -6,7 +6,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from scalora.config import STARTS_THAT_CHANGE_THE_BASE, Merge
+from scalora.config import MERGES_INTO_THE_BASE, STARTS_THAT_CHANGE_THE_BASE, Merge
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
 from scalora.model.attachment import Attachment, attachment_of
 from scalora.model.mixed_class import mix_in
@@ -25,8 +25,8 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
 
     Args:
         model: a model with PEFT LoRA layers, a wrapper around it, or the base model inside it; modified.
-        merge: kind of the remainders: ``"dense"``, ``"stochastic"``, ``"factored"``, or ``"auto"`` to choose by the
-            base weights.
+        merge: kind of the remainders: ``"dense"``, ``"dense_8bit"``, ``"stochastic"``, ``"factored"``, or ``"auto"`` to
+            choose by the base weights.
         remainder_rank: the most columns that a compression of a factored remainder keeps.
 
     Returns:
@@ -75,7 +75,7 @@ def _injected_model(model: nn.Module) -> nn.Module | None:
 
 def _merge_for_transformers(merge: Merge) -> Merge:
     """The setting for adapters that Transformers saves by itself, which can't be merged."""
-    if merge in ("dense", "stochastic"):
+    if merge in MERGES_INTO_THE_BASE:
         raise UnsupportedLayerError(
             f"merge={merge!r} is not supported for adapters of Transformers' add_adapter(), whose save_pretrained() "
             "would leave out what is merged into the base: set merge='factored', or use peft.get_peft_model()"

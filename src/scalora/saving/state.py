@@ -40,8 +40,8 @@ def gather(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Tensor]:
     Returns:
         ``trained.NAME`` for every parameter that has been trained (both factors, and heads or biases that are trained
         too), even if it is frozen now.
-        For each layer, ``weight.NAME`` if its remainder is dense or stochastic, and ``rounded_off.NAME`` if it is dense
-        and in half precision;
+        For each layer, ``weight.NAME`` if its remainder is merged into it, and ``rounded_off.NAME`` if it is dense and
+        in half precision: int16, or int8 with 8 bits;
         ``left.NAME``, ``right.NAME`` and ``discarded.NAME`` if it is factored.
     """
     tensors = {f"trained.{name}": p.detach() for name, p in _trained_parameters(model, pairs)}

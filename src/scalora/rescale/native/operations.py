@@ -1,7 +1,7 @@
 """`scalora.rescale.kernels` in C++: each operation takes all layers at once and passes once over memory.
 
 PyTorch's own operations are the reference, and do what the C++ can't: other dtypes, transposed weights, factored
-remainders, other devices.
+remainders, rounding errors in 8 bits, other devices.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def merge(
     upright = [r for r in remainders if isinstance(r, DenseRemainder) and not r.transposed]
     rounded_off = [r.rounded_off for r in upright if r.rounded_off is not None]
     of_half = len(rounded_off) == len(weights) and _are_plain(rounded_off, dtype=torch.int16)
-    weights_fit = _are_plain(weights, dtype=torch.bfloat16) if of_half else _are_plain(weights)
+    weights_fit = _are_plain(weights, dtype=torch.bfloat16) if of_half else not rounded_off and _are_plain(weights)
     if not (weights_fit and len(upright) == len(weights) and _are_plain(lora_B, lora_A)):
         kernels.merge(remainders, weights, lora_B, lora_A, coefficients)
         return
