@@ -101,6 +101,11 @@ class LoraPair:
         return sorted({*self.layer.lora_A, *self.layer.lora_embedding_A} - {self.adapter})
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether any of the layer's tensors is a DTensor, so that this process has a part of it only."""
+        return any(map(is_distributed, (self.weight, self.lora_A, self.lora_B)))
+
+    @property
     def has_gradients(self) -> bool:
         """Whether both factors have a gradient."""
         return self.lora_A.grad is not None and self.lora_B.grad is not None
@@ -127,11 +132,21 @@ class LoraPair:
         return matrix.mT if self.transposed else matrix
 
 
-def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor of torch.distributed, which is not imported for this.
+
+    Args:
+        tensor: any tensor.
+    """
+    return hasattr(tensor, "device_mesh")
+
+
+def find_lora_pairs(model: nn.Module, *, sharded: bool = False) -> list[LoraPair]:
     """Find all LoRA pairs of a model and check that each is supported.
 
     Args:
         model: a `PeftModel`, or any module into which PEFT has injected LoRA layers.
+        sharded: whether the caller can do with the shards of FSDP2. Few can, so by default these are refused.
 
     Raises:
         UnsupportedLayerError: there is no LoRA layer, or an unsupported one: DoRA and other variants, convolutions,
@@ -142,7 +157,7 @@ def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
     pairs = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            pairs.append(_checked_pair(name, module, owners))
+            pairs.append(_checked_pair(name, module, owners, sharded=sharded))
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             refuse(name, f"{type(module).__name__} is not a LoRA layer", "adapt the model with peft.LoraConfig")
     if not pairs:
@@ -191,11 +206,11 @@ def _owners_of_parameters(model: nn.Module) -> dict[int, list[str]]:
 
 def _memory_of(parameter: Tensor) -> int:
     """Identifies a parameter's memory: with ``ensure_weight_tying``, PEFT's tied factors are views of one another."""
-    has_memory = parameter.numel() and not parameter.is_meta and not hasattr(parameter, "device_mesh")
+    has_memory = parameter.numel() and not parameter.is_meta and not is_distributed(parameter)
     return parameter.data_ptr() if has_memory else -id(parameter)
 
 
-def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> LoraPair:
+def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]], *, sharded: bool) -> LoraPair:
     adapter = _only_adapter(name, layer)
     _check_plain_lora(name, layer, adapter)
     pair = _pair(name, layer, adapter, owners)
@@ -207,9 +222,13 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> 
             "freeze it (requires_grad_(False)), or leave the module out of target_modules",
         )
     for key, parameter in (("base weight", pair.weight), ("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
-        # In this order: FSDP2 and tensor parallelism; FSDP; ZeRO-3.
-        if hasattr(parameter, "device_mesh") or "_fsdp_wrapped_module" in name or parameter.numel() == 0:
-            refuse(name, f"its {key} is sharded", "train with DistributedDataParallel")
+        if parameter.is_meta:
+            refuse(name, f"its {key} is on the meta device, without values", "load or offload nothing of it to disk")
+        if is_distributed(parameter):
+            if not sharded:
+                refuse(name, f"its {key} is sharded", "call this before fully_shard(), or use DistributedDataParallel")
+        elif "_fsdp_wrapped_module" in name or parameter.numel() == 0:  # FSDP1, ZeRO-3
+            refuse(name, f"its {key} is sharded", "use fully_shard() (FSDP2) or DistributedDataParallel")
     for key, factor in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
         _check_factor(name, key, factor, owners)
     return pair
@@ -267,7 +286,8 @@ def _base_weight(name: str, layer: LoraLayer) -> tuple[Tensor, bool]:
     weight = next(base.parameters(), None) if packed else base.weight
     if weight is None:
         weight = next(base.buffers())
-    return weight, packed or type(weight) is not nn.Parameter or weight.dtype not in MERGEABLE
+    plain = type(weight) is nn.Parameter or is_distributed(weight)
+    return weight, packed or not plain or weight.dtype not in MERGEABLE
 
 
 def _check_factor(name: str, key: str, parameter: nn.Parameter, owners: dict[int, list[str]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scalora.config import STARTS_THAT_CHANGE_THE_BASE, Merge
@@ -15,6 +15,7 @@ from scalora.model.roots import peft_model_of
 from scalora.model.tuner import use_in_peft
 from scalora.model.whole_adapter import remainder_layers, write_as_whole
 from scalora.parallel.data_parallel import keep_out_of_broadcasts
+from scalora.parallel.shards import check_shards, local, reshard
 from scalora.rescale.remainder import FactoredRemainder
 from scalora.saving.fingerprint import base_fingerprint
 from scalora.saving.peft_model import SavesWholeUpdate
@@ -35,7 +36,9 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
     Raises:
         UnsupportedLayerError: a module is not supported; the message names it. The model has not been changed then.
     """
-    pairs = find_lora_pairs(model)
+    reshard(model)
+    pairs = find_lora_pairs(model, sharded=True)
+    check_shards(pairs)
     peft_model = peft_model_of(model)
     own = None if peft_model is not None else _injected_model(model)
     if isinstance(own, PreTrainedModel):
@@ -49,6 +52,9 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
     place_remainders(pairs, merge, remainder_rank)
     for pair in pairs:
         pair.layer.attachment = attachment
+    if any(pair.is_sharded for pair in pairs):
+        factors: list[Tensor] = [factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)]
+        pairs[0].layer.factor_guard.watch_parts(factors, local)
     keep_out_of_broadcasts(model)
     use_in_peft(peft_model.base_model if peft_model is not None else None)
     if own is not None:
