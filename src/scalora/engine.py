@@ -30,7 +30,14 @@ from scalora.pair_adamw import PairAdamW
 from scalora.parallel.data_parallel import keep_out_of_broadcasts, unwrapped
 from scalora.parallel.layout import Share, laid_out
 from scalora.parallel.processes import process_rank
-from scalora.parallel.shards import check_shards, reshard
+from scalora.parallel.shards import (
+    check_not_sharded_since,
+    check_optimizer_of_shards,
+    check_shards,
+    reshard,
+    state_split_as,
+    wholes_for,
+)
 from scalora.rescale import native
 from scalora.rescale.changes import Change, ColumnChange, MatrixChange, split
 from scalora.rescale.kernels import PYTORCH, Kernels
@@ -166,6 +173,7 @@ class ScaLora:
         reshard(self._model)
         pairs = find_lora_pairs(self._model, sharded=True)
         check_shards(pairs)
+        check_optimizer_of_shards(pairs, self.optimizer, self._kinds)
         check_places(pairs, self.config.merge, self.config.remainder_rank)
         merge = resolve_merge(pairs, self.config.merge, self.config.remainder_rank)
         if merge != "factored" and isinstance(self.optimizer, PairAdamW) and self.optimizer.decays:
@@ -185,6 +193,7 @@ class ScaLora:
         self._progress.restart(step=0, rescales=0)
         self._last: list[Rescaled] | None = None
         self._had_gradients = False
+        self._had_steps = False
         self._checked_states = False
         self._replaced = False
         self._left_alone = {reason: torch.zeros(()) for reason in LEFT_ALONE_BECAUSE}
@@ -259,6 +268,7 @@ class ScaLora:
         Tensors are not copied: use `copy.deepcopy` to keep a state beyond the next step.
         """
         self._notices.about_layers(self._left_alone)
+        reshard(self._model)
         if not self._replaced:
             self._progress.base_rates = self._rates.current()
         return state_of(self._model, self.pairs) | {
@@ -279,6 +289,7 @@ class ScaLora:
             StateError: the state belongs to another base model, adapter or settings, lacks an entry, or has NaN or
                 infinite entries. The model has not been changed then.
         """
+        reshard(self._model)
         check_content(state)
         check_base(state, self._progress.fingerprint)
         saved = saved_config(state)
@@ -291,7 +302,8 @@ class ScaLora:
             check_random_state(state["random"])
         if "optimizer" in state:
             try:
-                self.optimizer.load_state_dict(state["optimizer"])  # torch checks all of it before changing anything
+                # torch checks all of it before changing anything
+                self.optimizer.load_state_dict(state_split_as(state["optimizer"], self.optimizer))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise StateError(
                     f"the state's optimizer does not fit {type(self.optimizer).__name__}: {error}"
@@ -325,11 +337,16 @@ class ScaLora:
         Raises:
             OSError: the state can't be written; an earlier one is unchanged.
         """
+        rank = process_rank()
+        sharded = any(pair.is_sharded for pair in self.pairs)
+        state = self.state_dict() if rank == 0 or sharded else {}
+        if sharded:
+            state = wholes_for(state, keep=rank == 0)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        if rank := process_rank():
+        if rank:
             write_state(random_file(Path(folder), rank), {"step": self.step, "random": random_state()})
         else:
-            write_state(Path(folder) / STATE_FILE, self.state_dict())
+            write_state(Path(folder) / STATE_FILE, state)
 
     def load(self, folder: str | Path) -> None:
         """Restore a state that `save` wrote, or `save_pretrained` of a model with ScaLoRA attached.
@@ -355,6 +372,9 @@ class ScaLora:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self._had_steps:
+            check_not_sharded_since(self.pairs)
+            self._had_steps = True
         with_loss = evaluate_closure(args, kwargs)
         rescales = self.config.rescales_at(self.step + 1)
         if rescales:

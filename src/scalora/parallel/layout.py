@@ -7,7 +7,7 @@ as with FSDP2. The mathematics and the kernels see tensors without knowing which
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -44,6 +44,7 @@ class Share(NamedTuple):
     finish: Callable[[], None]
 
 
+@runtime_checkable
 class Layout(Protocol):
     """Where the tensors of layers of one rank are."""
 

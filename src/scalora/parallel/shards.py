@@ -20,9 +20,11 @@ from torch.optim import Optimizer
 
 from scalora.maths.scaling import Grams
 from scalora.model.adapters import LoraPair, by_rank, by_shape, is_distributed, refuse
+from scalora.model.layers import factors_of
 from scalora.parallel.layout import Shapes, Share
 from scalora.rescale.changes import Factors
-from scalora.rescale.optimizers import LINEAR, Kind
+from scalora.rescale.optimizers import LINEAR, Kind, UnsupportedOptimizerError
+from scalora.rescale.quantised_state import COMPANIONS
 from scalora.rescale.remainder import DenseRemainder, Remainder
 
 # Bytes that a collective gathers at once, beyond which the layers are rescaled in several goes. They are on every
@@ -129,6 +131,75 @@ def gathered(parts: Sequence[Tensor], totals: Sequence[int], axis: Axis) -> list
         for piece, total, width in zip(pieces, totals, widths, strict=True):
             wholes.append(piece.reshape(-1, width)[:total])
     return [whole.to(part) for whole, part in zip(wholes, parts, strict=True)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, with one collective if it is split, in which all processes must take part.
+
+    Args:
+        tensor: any tensor.
+    """
+    part, axis = local(tensor).detach(), axis_of(tensor)
+    if axis is None:
+        return part
+    # As bytes, because no backend sends int16.
+    as_bytes = part.reshape(len(part), tensor.numel() // tensor.shape[0]).contiguous().view(torch.uint8)
+    return gathered([as_bytes], [tensor.shape[0]], axis)[0].view(tensor.dtype).reshape(tensor.shape)
+
+
+def wholes_for(tree: Any, keep: bool) -> Any:
+    """A tree of dicts, lists and tensors with whole tensors on the CPU, gathered one by one in all processes.
+
+    Args:
+        tree: the tree, the same in all processes but for what their tensors hold; not modified.
+        keep: whether this process gets the tensors. The others get None in their places.
+    """
+    if isinstance(tree, Mapping):
+        return {key: wholes_for(value, keep) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(wholes_for(value, keep) for value in tree)
+    if isinstance(tree, Tensor) and is_distributed(tree):
+        found = whole(tree)
+        return found.cpu() if keep else None
+    return tree
+
+
+@torch.no_grad()
+def split_as(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as shards, without communication; the tensor itself if nothing is to be split.
+
+    Args:
+        value: a tensor of the whole shape, the same in all processes.
+        like: a tensor of this shape.
+    """
+    if not is_distributed(like) or is_distributed(value):
+        return value
+    axis = axis_of(like)
+    split = torch.empty_like(like, dtype=value.dtype, requires_grad=False)
+    local(split).copy_(value if axis is None else value[axis.rows(len(value))])
+    return split
+
+
+def state_split_as(state: Any, optimizer: Optimizer) -> Any:
+    """An optimizer's state dict with whole tensors, as one with shards.
+
+    Args:
+        state: what `Optimizer.state_dict` returns.
+        optimizer: an optimizer with the same parameters, which may be split.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(map(is_distributed, parameters)):
+        return state
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    split = dict(state["state"])
+    for number, parameter in zip(numbers, parameters, strict=True):
+        split[number] = {
+            key: split_as(value, parameter)
+            if isinstance(value, Tensor) and value.shape == parameter.shape
+            else value
+            for key, value in split.get(number, {}).items()
+        }
+    return {**state, "state": {number: entries for number, entries in split.items() if entries}}
 
 
 @torch.no_grad()
@@ -368,6 +439,42 @@ def check_shards(pairs: list[LoraPair]) -> None:
                 "of lora_A and lora_B one is split and the other not, or over other processes, as by tensor "
                 "parallelism",
                 "shard with fully_shard() (FSDP2), or train with DistributedDataParallel",
+            )
+
+
+def check_optimizer_of_shards(pairs: list[LoraPair], optimizer: Optimizer, kinds: Mapping[str, Kind]) -> None:
+    """Check that an optimizer's state can be carried over where factors are split.
+
+    Args:
+        pairs: the LoRA pairs of one model.
+        optimizer: the optimizer of their factors.
+        kinds: how each entry of its state depends on the gradients.
+
+    Raises:
+        UnsupportedOptimizerError: it can't.
+    """
+    if any(key in COMPANIONS for key in kinds) and any(pair.is_sharded for pair in pairs):
+        raise UnsupportedOptimizerError(
+            f"optimizer {type(optimizer).__name__} keeps its state in blocks of entries, which shards cut up: with "
+            "FSDP2 use torch.optim.AdamW, or train with DistributedDataParallel"
+        )
+
+
+def check_not_sharded_since(pairs: list[LoraPair]) -> None:
+    """Check that layers still have the parameters that they had when ScaLoRA was attached.
+
+    Args:
+        pairs: the LoRA pairs of one model.
+
+    Raises:
+        UnsupportedLayerError: they have been sharded since.
+    """
+    for pair in pairs:
+        if not is_distributed(pair.lora_A) and is_distributed(factors_of(pair.layer, pair.adapter)[0]):
+            refuse(
+                pair.name,
+                "it has been sharded since ScaLoRA was attached, whose parameters are no longer trained",
+                "attach ScaLoRA after fully_shard() or accelerator.prepare()",
             )
 
 

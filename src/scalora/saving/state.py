@@ -14,6 +14,7 @@ from scalora.config import Merge, ScaLoraConfig
 from scalora.model.adapters import LoraPair
 from scalora.model.layers import factor_keys
 from scalora.model.placement import kind_of
+from scalora.parallel.shards import local, split_as
 from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.errors import StateError, short_repr
 from scalora.saving.fingerprint import difference
@@ -185,7 +186,7 @@ def check_fit(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Ten
                 f"{name!r} is {saved.dtype} {tuple(saved.shape)} in the state, but {wanted.dtype} "
                 f"{tuple(wanted.shape)} in the model"
             )
-        if not saved.isfinite().all():
+        if not local(saved).isfinite().all():
             raise StateError(f"{name!r} in the state has NaN or infinite entries")
     for pair in pairs:
         if (left := tensors.get(f"left.{pair.name}")) is not None and (
@@ -204,12 +205,14 @@ def restore(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tenso
     """
     with torch.no_grad():
         for name, parameter in _trained_parameters(model, pairs):
-            parameter.copy_(tensors[f"trained.{name}"])
+            parameter.copy_(split_as(tensors[f"trained.{name}"], parameter))
         for pair in pairs:
             if isinstance(pair.remainder, DenseRemainder):
-                pair.weight.copy_(tensors[f"weight.{pair.name}"])
-            keys = pair.remainder.state_dict().keys()
-            pair.remainder.load_state_dict({key: tensors[f"{key}.{pair.name}"] for key in keys})
+                pair.weight.copy_(split_as(tensors[f"weight.{pair.name}"], pair.weight))
+            own = pair.remainder.state_dict()
+            pair.remainder.load_state_dict(
+                {key: split_as(tensors[f"{key}.{pair.name}"], value) for key, value in own.items()}
+            )
             pair.remainder.changed = pair.remainder.changed or isinstance(pair.remainder, DenseRemainder)
         pairs[0].layer.factor_guard.forget()
 
