@@ -42,14 +42,14 @@ class Axis(NamedTuple):
 
     Attributes:
         group: their group.
-        count: how many there are.
-        index: which of them this process is.
+        size: how many there are.
+        place: which of them this process is, from 0.
         device: where the group's backend takes tensors from.
     """
 
     group: Any
-    count: int
-    index: int
+    size: int
+    place: int
     device: torch.device
 
     def rows(self, total: int) -> slice:
@@ -59,7 +59,7 @@ class Axis(NamedTuple):
             total: rows of the whole tensor.
         """
         chunk = self.chunk(total)
-        return slice(min(self.index * chunk, total), min((self.index + 1) * chunk, total))
+        return slice(min(self.place * chunk, total), min((self.place + 1) * chunk, total))
 
     def chunk(self, total: int) -> int:
         """Rows of the first process.
@@ -67,7 +67,7 @@ class Axis(NamedTuple):
         Args:
             total: rows of the whole tensor.
         """
-        return -(-total // self.count)
+        return -(-total // self.size)
 
 
 def axis_of(tensor: Tensor) -> Axis | None:
@@ -115,19 +115,19 @@ def gathered(parts: Sequence[Tensor], totals: Sequence[int], axis: Axis) -> list
     exact = [total * width for total, width in zip(totals, widths, strict=True)]
     wholes = []
     # A sum moves every entry twice. So it is less where the rows are fewer than half of the processes.
-    if axis.count * sum(padded) > 2 * sum(exact):
+    if axis.size * sum(padded) > 2 * sum(exact):
         flat = torch.zeros(sum(exact), dtype=dtype, device=axis.device)
-        for part, total, piece in zip(parts, totals, flat.split(exact), strict=True):
+        for part, total, piece in zip(parts, totals, torch.split(flat, exact), strict=True):
             piece.view(total, -1)[axis.rows(total)] = part.to(flat)
         dist.all_reduce(flat, group=axis.group)
-        wholes = [piece.view(total, -1) for piece, total in zip(flat.split(exact), totals, strict=True)]
+        wholes = [piece.view(total, -1) for piece, total in zip(torch.split(flat, exact), totals, strict=True)]
     else:
         own = torch.zeros(sum(padded), dtype=dtype, device=axis.device)
-        for part, piece in zip(parts, own.split(padded), strict=True):
+        for part, piece in zip(parts, torch.split(own, padded), strict=True):
             piece[: part.numel()] = part.reshape(-1).to(own)
-        flat = own.new_empty(axis.count * len(own))
+        flat = own.new_empty(axis.size * len(own))
         _all_gather(flat, own, group=axis.group)
-        pieces = flat.view(axis.count, -1).split(padded, dim=1)
+        pieces = torch.split(flat.view(axis.size, -1), padded, dim=1)
         for piece, total, width in zip(pieces, totals, widths, strict=True):
             wholes.append(piece.reshape(-1, width)[:total])
     return [whole.to(part) for whole, part in zip(wholes, parts, strict=True)]
@@ -194,9 +194,7 @@ def state_split_as(state: Any, optimizer: Optimizer) -> Any:
     split = dict(state["state"])
     for number, parameter in zip(numbers, parameters, strict=True):
         split[number] = {
-            key: split_as(value, parameter)
-            if isinstance(value, Tensor) and value.shape == parameter.shape
-            else value
+            key: split_as(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
             for key, value in split.get(number, {}).items()
         }
     return {**state, "state": {number: entries for number, entries in split.items() if entries}}
@@ -235,7 +233,7 @@ def sampled(tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
             samples.append(sample)
         flat = torch.cat(samples).to(axis.device)
         dist.all_reduce(flat, group=axis.group)
-        for name, sample in zip(names, flat.cpu().split([len(sample) for sample in samples]), strict=True):
+        for name, sample in zip(names, torch.split(flat.cpu(), [len(sample) for sample in samples]), strict=True):
             dtype = tensors[name].dtype
             found[name] = sample.to(_INTEGERS[dtype.itemsize]).view(dtype)
     return found
@@ -293,7 +291,9 @@ class Rows:
         sums = torch.cat([grams.left.flatten(), grams.right.flatten(), present.to(grams.left.device)])
         reduced = sums.to(axis.device)
         dist.all_reduce(reduced, group=axis.group)
-        left, right, counts = reduced.to(sums.device).split([grams.left.numel(), grams.right.numel(), len(pairs)])
+        left, right, counts = torch.split(
+            reduced.to(sums.device), [grams.left.numel(), grams.right.numel(), len(pairs)]
+        )
         # Zero inner products have no optimum, so the layer is left alone.
         without = (counts == 0)[:, None, None]
         return Grams(
@@ -564,4 +564,3 @@ def _local_remainder(pair: LoraPair) -> Remainder:
     remainder.match(pair.weight)
     low = remainder.rounded_off
     return remainder.of_part(None if low is None else local(low), axis.rows(pair.weight.shape[0]).start)
-
