@@ -216,6 +216,11 @@ class ScaLora:
         """
         return target_norms(self.pairs, self._rates.current(), self.config)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process has only its shards of the model, as with FSDP2."""
+        return any(pair.is_sharded for pair in self.pairs)
+
     def detach(self) -> None:
         """Stop rescaling. From now on the model trains as plain LoRA on its current base and remainder.
 
@@ -338,9 +343,8 @@ class ScaLora:
             OSError: the state can't be written; an earlier one is unchanged.
         """
         rank = process_rank()
-        sharded = any(pair.is_sharded for pair in self.pairs)
-        state = self.state_dict() if rank == 0 or sharded else {}
-        if sharded:
+        state = self.state_dict() if rank == 0 or self.is_sharded else {}
+        if self.is_sharded:
             state = wholes_for(state, keep=rank == 0)
         Path(folder).mkdir(parents=True, exist_ok=True)
         if rank:

@@ -16,7 +16,15 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from scalora.model.layers import ADAPTABLE, QUANTISED, configured_scaling, factor_keys, factors_of, stored_transposed
+from scalora.model.layers import (
+    ADAPTABLE,
+    QUANTISED,
+    configured_scaling,
+    factor_keys,
+    factors_of,
+    is_distributed,
+    stored_transposed,
+)
 from scalora.model.mixed_class import plain_class
 from scalora.model.remainder_forward import WithRemainder
 from scalora.model.remainder_layer import REMAINDER, RemainderLayer
@@ -130,15 +138,6 @@ class LoraPair:
             matrix: in the storage order of the base weight, or (m, n).
         """
         return matrix.mT if self.transposed else matrix
-
-
-def is_distributed(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor of torch.distributed, which is not imported for this.
-
-    Args:
-        tensor: any tensor.
-    """
-    return hasattr(tensor, "device_mesh")
 
 
 def find_lora_pairs(model: nn.Module, *, sharded: bool = False) -> list[LoraPair]:

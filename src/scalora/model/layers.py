@@ -6,7 +6,7 @@ import math
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 LINEAR = (nn.Linear, Conv1D)
@@ -63,3 +63,12 @@ def stored_transposed(layer: LoraLayer) -> bool:
         layer: the PEFT layer.
     """
     return isinstance(layer, Embedding) or bool(getattr(layer, "fan_in_fan_out", False))
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor of torch.distributed, which is not imported for this.
+
+    Args:
+        tensor: any tensor.
+    """
+    return hasattr(tensor, "device_mesh")

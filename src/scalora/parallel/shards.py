@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scalora.maths.scaling import Grams
-from scalora.model.adapters import LoraPair, by_rank, by_shape, is_distributed, refuse
-from scalora.model.layers import factors_of
+from scalora.model.adapters import LoraPair, by_rank, by_shape, refuse
+from scalora.model.layers import factors_of, is_distributed
 from scalora.parallel.layout import Shapes, Share
 from scalora.rescale.changes import Factors
 from scalora.rescale.optimizers import LINEAR, Kind, UnsupportedOptimizerError
@@ -440,6 +440,21 @@ def check_shards(pairs: list[LoraPair]) -> None:
                 "parallelism",
                 "shard with fully_shard() (FSDP2), or train with DistributedDataParallel",
             )
+
+
+def keep_rounding_errors_with_weights(pairs: list[LoraPair]) -> None:
+    """Split what dense remainders keep beside weights as the weights are, also if these have been sharded since.
+
+    It is left out of state dicts, because no backend sends int16: `scalora.saving.state` has it.
+
+    Args:
+        pairs: the LoRA pairs of one model, with remainders.
+    """
+    for pair in pairs:
+        remainder = pair.remainder
+        if is_distributed(pair.weight) and isinstance(remainder, DenseRemainder) and remainder.rounded_off is not None:
+            low = split_as(remainder.rounded_off, pair.weight)
+            remainder.register_buffer("rounded_off", low, persistent=False)
 
 
 def check_optimizer_of_shards(pairs: list[LoraPair], optimizer: Optimizer, kinds: Mapping[str, Kind]) -> None:

@@ -15,7 +15,7 @@ from scalora.model.roots import peft_model_of
 from scalora.model.tuner import use_in_peft
 from scalora.model.whole_adapter import remainder_layers, write_as_whole
 from scalora.parallel.data_parallel import keep_out_of_broadcasts
-from scalora.parallel.shards import check_shards, local, reshard
+from scalora.parallel.shards import check_shards, keep_rounding_errors_with_weights, local, reshard
 from scalora.rescale.remainder import FactoredRemainder
 from scalora.saving.fingerprint import base_fingerprint
 from scalora.saving.peft_model import SavesWholeUpdate
@@ -53,6 +53,7 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
     for pair in pairs:
         pair.layer.attachment = attachment
     if any(pair.is_sharded for pair in pairs):
+        keep_rounding_errors_with_weights(pairs)
         factors: list[Tensor] = [factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)]
         pairs[0].layer.factor_guard.watch_parts(factors, local)
     keep_out_of_broadcasts(model)

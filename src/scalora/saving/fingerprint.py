@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from scalora.model.adapters import is_distributed
+from scalora.model.layers import is_distributed
 from scalora.parallel.shards import sampled
 
 # Entries of each weight that go into the fingerprint, evenly spaced. A training step changes nearly all entries, so a

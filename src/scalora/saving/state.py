@@ -15,7 +15,7 @@ from scalora.model.adapters import LoraPair
 from scalora.model.layers import factor_keys
 from scalora.model.placement import kind_of
 from scalora.parallel.shards import local, split_as
-from scalora.rescale.remainder import DenseRemainder
+from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
 from scalora.saving.errors import StateError, short_repr
 from scalora.saving.fingerprint import difference
 
@@ -49,8 +49,16 @@ def gather(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Tensor]:
     for pair in pairs:
         if isinstance(pair.remainder, DenseRemainder):
             tensors[f"weight.{pair.name}"] = pair.weight.detach()
-        tensors |= {f"{key}.{pair.name}": value for key, value in pair.remainder.state_dict().items()}
+        tensors |= {f"{key}.{pair.name}": value for key, value in _kept_beside(pair).items()}
     return tensors
+
+
+def _kept_beside(pair: LoraPair) -> dict[str, Tensor]:
+    """The tensors of a layer's remainder, also those that are not in the state dicts of shards."""
+    remainder = pair.remainder
+    if isinstance(remainder, DenseRemainder):
+        return {} if remainder.rounded_off is None else {"rounded_off": remainder.rounded_off}
+    return remainder.state_dict()
 
 
 def check_content(state: Mapping[str, Any]) -> None:
@@ -209,10 +217,11 @@ def restore(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tenso
         for pair in pairs:
             if isinstance(pair.remainder, DenseRemainder):
                 pair.weight.copy_(split_as(tensors[f"weight.{pair.name}"], pair.weight))
-            own = pair.remainder.state_dict()
-            pair.remainder.load_state_dict(
-                {key: split_as(tensors[f"{key}.{pair.name}"], value) for key, value in own.items()}
-            )
+            kept = {key: tensors[f"{key}.{pair.name}"] for key in _kept_beside(pair)}
+            if isinstance(pair.remainder, FactoredRemainder):
+                pair.remainder.load_state_dict(kept)
+            elif pair.remainder.rounded_off is not None:
+                pair.remainder.rounded_off.copy_(split_as(kept["rounded_off"], pair.remainder.rounded_off))
             pair.remainder.changed = pair.remainder.changed or isinstance(pair.remainder, DenseRemainder)
         pairs[0].layer.factor_guard.forget()
 
