@@ -1,10 +1,11 @@
-"""FSDP2: processes that have some rows of every tensor do what one does with the whole batch, without gathering weights.
+"""FSDP2: processes that have some rows of every tensor do what one does with the whole batch; no weight is gathered.
 
 Each number of processes is started once and runs all its cases, because starting takes longer than they do.
 """
 
 import os
 import re
+import shutil
 import socket
 import time
 import warnings
@@ -14,26 +15,37 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from datasets import Dataset
 from models import Mixed, tiny_llama, trainable, with_lora
 from torch import multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainingArguments
 
 from scalora import (
     PairAdamW,
     ScaLora,
+    ScaLoraCallback,
     ScaLoraConfig,
+    StateError,
     UnsupportedLayerError,
     UnsupportedOptimizerError,
     optimal_start,
 )
+from scalora.saving.checkpoints import why_not_resumable
+from scalora.saving.peft_model import ShardedModelError
+from scalora.saving.state_file import STATE_FILE, read_state
 
 STEPS, BATCH, SECONDS = 50, 8, 150
 
-# Ranks below the number of processes, and not divisible by it.
-RANKS = {"r": 4, "rank_pattern": {"conv1d": 3, "linear": 1, "extra": 2}}
+# Ranks below the number of processes, and not divisible by it; each rank of a model has collectives of its own.
+ODD = {"r": 3, "rank_pattern": {"linear": 1, "extra": 1}}
+EVEN = {"r": 4, "rank_pattern": {"conv1d": 2, "extra": 2}}
 
 
 class Layers(nn.Module):
@@ -48,12 +60,12 @@ class Layers(nn.Module):
         return self.extra(torch.tanh(self.mixed(tokens)))
 
 
-def adapted(dtype=torch.float64):
+def adapted(dtype=torch.float64, ranks=ODD):
     torch.manual_seed(0)
     targets = ["embed", "conv1d", "linear", "extra"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, about Conv1D
-        return with_lora(Layers(), dtype=dtype, target_modules=targets, lora_alpha=4, **RANKS)
+        return with_lora(Layers(), dtype=dtype, target_modules=targets, lora_alpha=4, **ranks)
 
 
 def sharded(model, processes, *, hsdp=False, **settings):
@@ -81,12 +93,14 @@ OPTIMIZERS = {
 
 CASES = {
     "every step": {},
-    "every tenth, accumulated, clipped": {"interval": 10, "accumulate": 2, "clip": 0.1},
+    "every tenth, accumulated, clipped": {"interval": 10, "ranks": EVEN, "accumulate": 2, "clip": 0.1},
     "replicas of shards": {"hsdp": True, "clip": 0.1},
     "scalar, sgd": {"mode": "scalar", "optimizer": "sgd"},
     "column, fused": {"mode": "column", "optimizer": "fused"},
     "foreach": {"optimizer": "foreach", "interval": 10},
-    "matrix, sgd": {"mode": "matrix", "optimizer": "sgd", "target_norm": 1.0},
+    "matrix, sgd": {"ranks": EVEN, "mode": "matrix", "optimizer": "sgd", "target_norm": 1.0},
+    "matrix, pairs": {"mode": "matrix", "optimizer": "pairs", "merge": "factored"},
+    "matrix, pairs that were there before the shards": {"mode": "matrix", "optimizer": "pairs early", "ranks": EVEN},
     "factored": {"merge": "factored", "remainder_rank": 64},
     "matrix, factored": {"mode": "matrix", "optimizer": "sgd", "target_norm": 1.0, "merge": "factored"},
     "adapter beside shards": {"ignored": True},
@@ -99,17 +113,32 @@ OF_FOUR = ("every step", "every tenth, accumulated, clipped", "replicas of shard
 TOLERANCE = {"matrix, factored": 1e-9}
 
 
+def switch_parameters(optimizer, model, names):
+    """What Accelerate does to an optimizer that was there before the shards."""
+    parameters = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [parameters[names[id(parameter)]] for parameter in group["params"]]
+
+
 class Run:
     """A training run, of this process's part of each batch."""
 
-    def __init__(self, rank=0, processes=1, *, optimizer="adamw", hsdp=False, ignored=False, **config):
+    def __init__(self, rank=0, processes=1, *, optimizer="adamw", hsdp=False, ignored=False, ranks=ODD, **config):
         self.rank, self.processes, self.ignored = rank, processes, ignored
         self.accumulate, self.clip = config.pop("accumulate", 1), config.pop("clip", None)
-        self.model = adapted()
+        self.model = adapted(ranks=ranks)
+        early = PairAdamW(self.model, lr=1e-3)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         if processes > 1:
             settings = {"ignored_params": set(trainable(self.model))} if ignored else {}
             sharded(self.model, processes, hsdp=hsdp, **settings)
-        self.optimizer = OPTIMIZERS[optimizer](trainable(self.model))
+        if optimizer == "pairs early":
+            self.optimizer = early
+            switch_parameters(early, self.model, names)
+        elif optimizer == "pairs":
+            self.optimizer = PairAdamW(self.model, lr=1e-3, weight_decay=0.1)
+        else:
+            self.optimizer = OPTIMIZERS[optimizer](trainable(self.model))
         self.engine = ScaLora(self.model, self.optimizer, ScaLoraConfig(warmup_steps=1, **config))
         for pair in self.engine.pairs:
             assert isinstance(pair.weight, DTensor) == (processes > 1)
@@ -222,6 +251,64 @@ def rescaled_halves(processes, dtype, merge):
     return bits
 
 
+def in_a_trainer(
+    folder, *, dtype=torch.float32, kind="SHARDED_STATE_DICT", fsdp=True, resume=None, steps=6, **settings
+):
+    """A training with the callback; in one process if it is not sharded."""
+    model = with_lora(tiny_llama(), r=3, target_modules="all-linear")
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+    rows = torch.randint(0, 64, (48, 10), generator=torch.Generator().manual_seed(0)).tolist()
+    if fsdp:
+        settings["fsdp"] = True
+        settings["fsdp_config"] = {
+            "fsdp_version": 2,
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "reshard_after_forward": True,
+            "state_dict_type": kind,
+        }
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=6, per_device_train_batch_size=2, use_cpu=True, ddp_backend="gloo",
+        report_to="none", save_steps=3, bf16=False, dataloader_pin_memory=False, disable_tqdm=True, logging_steps=1,
+        **settings,
+    )  # fmt: skip
+    if fsdp:  # Accelerate does not shard on CPUs, and says nothing
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    callback = ScaLoraCallback(ScaLoraConfig(warmup_steps=1, merge="dense"))
+    data = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)
+    assert callback.engine.is_sharded == fsdp
+    assert all(isinstance(pair.weight, DTensor) == fsdp for pair in callback.engine.pairs)
+    losses = torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    if fsdp:
+        with pytest.raises(ShardedModelError) as error:
+            trainer.model.save_pretrained(folder)
+        assert "ScaLora.save(folder) in all processes" in str(error.value)
+    return {"weights": effective(callback.engine), "losses": losses, "rescales": callback.engine.metrics()}
+
+
+TRAINERS = {"float32": {}, "bfloat16": {"dtype": torch.bfloat16, "kind": "FULL_STATE_DICT"}}
+
+
+def trainers(folder):
+    results = {}
+    for name, settings in TRAINERS.items():
+        whole = in_a_trainer(folder / name, **settings)
+        dist.barrier()
+        again = in_a_trainer(folder / name, **settings, resume=str(folder / name / "checkpoint-3"))
+        results[name] = {"whole": whole, "resumed": again}
+    dist.barrier()
+    with pytest.raises(StateError) as error:
+        in_a_trainer(folder / "best", load_best_model_at_end=True, eval_strategy="steps", eval_steps=3)
+    results["best"] = str(error.value)
+    PartialState._reset_state()
+    AcceleratorState._reset_state(True)
+    results["ddp"] = in_a_trainer(folder / "ddp", fsdp=False)
+    return results
+
+
 class Collectives(TorchDispatchMode):
     """Collects the names of collectives, and the bytes that each of them leaves in a process."""
 
@@ -293,10 +380,8 @@ def refusals(processes):
     optimizer = torch.optim.AdamW(trainable(too_early), lr=1e-3)
     ScaLora(too_early, optimizer, ScaLoraConfig(interval=100))
     names = {id(p): name for name, p in too_early.named_parameters()}
-    order = [names[id(p)] for p in optimizer.param_groups[0]["params"]]
     sharded(too_early, processes)
-    parameters = dict(too_early.named_parameters())
-    optimizer.param_groups[0]["params"] = [parameters[name] for name in order]  # as Accelerate does
+    switch_parameters(optimizer, too_early, names)
     x, y = data(0)
     (too_early(x) - y.double()).square().mean().backward()
     return {
@@ -307,7 +392,6 @@ def refusals(processes):
         "blocks": message(lambda: attach(sharded(adapted(), processes), blocks)),
         "too early": message(optimizer.step),
         "start": message(lambda: optimal_start(sharded(adapted(), processes), lambda: None)),
-        "pairs": message(lambda: PairAdamW(sharded(adapted(), processes))),
     }
 
 
@@ -362,6 +446,7 @@ def process(rank, processes, folder, port):
     else:
         results["llama"] = llama(rank, processes)
         results["resumed"] = resumed(rank, processes, folder / "saved")
+        results["trainers"] = trainers(folder)
         results["refusals"] = refusals(processes)
         results["evaluated"] = after_an_evaluation(processes)
     torch.save(results, folder / f"{processes}-{rank}.pt")
@@ -466,13 +551,41 @@ def test_a_run_goes_on_from_its_file_in_any_number_of_processes(processes, of_fo
 
 
 def test_a_file_of_shards_is_one_process_s_file(of_four, folder):
-    from scalora.saving.state_file import read_state
-
     alone, saved = Run().steps(0, STEPS // 2).engine.state_dict(), read_state(folder / "saved")
     assert saved["base"] == alone["base"]
     assert saved["tensors"].keys() == alone["tensors"].keys()
     for key, value in alone["tensors"].items():
         torch.testing.assert_close(saved["tensors"][key], value, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_s_checkpoint_is_resumed_to_the_bit(name, of_two, folder):
+    for result in of_two:
+        whole, again = (result["trainers"][name][key] for key in ("whole", "resumed"))
+        assert whole["rescales"]["scalora/rescales"] == 5
+        assert all(torch.equal(again["weights"][key], value) for key, value in whole["weights"].items())
+        assert torch.equal(again["losses"], whole["losses"])
+    assert why_not_resumable(folder / name / "checkpoint-6") is None
+
+
+def test_a_trainer_that_shards_trains_as_one_that_does_not(of_two):
+    for result in of_two:
+        found, wanted = result["trainers"]["float32"]["whole"], result["trainers"]["ddp"]
+        torch.testing.assert_close(found["losses"], wanted["losses"], rtol=1e-5, atol=0)
+        assert worst(found["weights"], wanted["weights"]) <= 1e-5
+
+
+def test_a_checkpoint_without_the_merges_is_not_resumed(of_two, folder, tmp_path):
+    shutil.copytree(folder / "float32" / "checkpoint-3", tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3" / STATE_FILE).unlink()
+    assert f"has no {STATE_FILE}" in why_not_resumable(tmp_path / "checkpoint-3")
+
+
+def test_the_best_model_is_not_loaded_without_its_base(of_two):
+    for result in of_two:
+        assert (
+            "load_best_model_at_end=True would load the best adapter onto the last base" in result["trainers"]["best"]
+        )
 
 
 REFUSED = {
@@ -483,7 +596,6 @@ REFUSED = {
     "blocks": "AdamW8bit keeps its state in blocks of entries.*with FSDP2 use torch.optim.AdamW",
     "too early": r"sharded since ScaLoRA was attached.*attach ScaLoRA after fully_shard\(\)",
     "start": "is sharded; ",
-    "pairs": "is sharded; ",
 }
 
 

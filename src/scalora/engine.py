@@ -308,7 +308,7 @@ class ScaLora:
         if "optimizer" in state:
             try:
                 # torch checks all of it before changing anything
-                self.optimizer.load_state_dict(state_split_as(state["optimizer"], self.optimizer))
+                self.optimizer.load_state_dict(state_split_as(state["optimizer"], self.optimizer, self._kinds))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise StateError(
                     f"the state's optimizer does not fit {type(self.optimizer).__name__}: {error}"

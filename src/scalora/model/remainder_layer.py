@@ -428,7 +428,8 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
     def _check_complete(self, state_dict: dict[str, Any], prefix: str) -> None:
         """The base weight, its rounding errors and the factors belong together."""
         together = [*factor_keys(self, self.trained_adapter), "base_layer.weight"]
-        if self.remainder.rounded_off is not None and not is_distributed(self.remainder.rounded_off):
+        low = self.remainder.rounded_off
+        if isinstance(low, Tensor) and not is_distributed(low):
             together.append(f"{REMAINDER}.rounded_off")
         present = [prefix + key in state_dict for key in together]
         if any(present) and not all(present):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from scalora.model.adapters import LoraPair, by_rank, by_shape, refuse
 from scalora.model.layers import factors_of, is_distributed
 from scalora.parallel.layout import Shapes, Share
 from scalora.rescale.changes import Factors
-from scalora.rescale.optimizers import LINEAR, Kind, UnsupportedOptimizerError
+from scalora.rescale.optimizers import LINEAR, MATRIX, Kind, UnsupportedOptimizerError
 from scalora.rescale.quantised_state import COMPANIONS
 from scalora.rescale.remainder import DenseRemainder, Remainder
 
@@ -180,12 +181,13 @@ def split_as(value: Tensor, like: Tensor) -> Tensor:
     return split
 
 
-def state_split_as(state: Any, optimizer: Optimizer) -> Any:
+def state_split_as(state: Any, optimizer: Optimizer, kinds: Mapping[str, Kind]) -> Any:
     """An optimizer's state dict with whole tensors, as one with shards.
 
     Args:
         state: what `Optimizer.state_dict` returns.
         optimizer: an optimizer with the same parameters, which may be split.
+        kinds: how each entry of its state depends on the gradients.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(map(is_distributed, parameters)):
@@ -194,7 +196,9 @@ def state_split_as(state: Any, optimizer: Optimizer) -> Any:
     split = dict(state["state"])
     for number, parameter in zip(numbers, parameters, strict=True):
         split[number] = {
-            key: split_as(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+            key: split_as(value, parameter)
+            if isinstance(value, Tensor) and value.shape == parameter.shape and kinds.get(key) != MATRIX
+            else value
             for key, value in split.get(number, {}).items()
         }
     return {**state, "state": {number: entries for number, entries in split.items() if entries}}
@@ -473,6 +477,20 @@ def check_optimizer_of_shards(pairs: list[LoraPair], optimizer: Optimizer, kinds
             f"optimizer {type(optimizer).__name__} keeps its state in blocks of entries, which shards cut up: with "
             "FSDP2 use torch.optim.AdamW, or train with DistributedDataParallel"
         )
+
+
+def with_their_shards(pairs: list[LoraPair]) -> list[LoraPair]:
+    """The pairs with the shards that have taken the places of their parameters.
+
+    Args:
+        pairs: the LoRA pairs of one model, found before it was sharded or after.
+    """
+    current = []
+    for pair in pairs:
+        lora_A, lora_B = factors_of(pair.layer, pair.adapter)
+        new = is_distributed(lora_A) and lora_A is not pair.lora_A
+        current.append(replace(pair, lora_A=lora_A, lora_B=lora_B) if new else pair)
+    return current
 
 
 def check_not_sharded_since(pairs: list[LoraPair]) -> None:
