@@ -37,11 +37,13 @@ from scalora import (
     UnsupportedOptimizerError,
     optimal_start,
 )
+from scalora.parallel import rows
 from scalora.saving.checkpoints import why_not_resumable
 from scalora.saving.peft_model import ShardedModelError
 from scalora.saving.state_file import STATE_FILE, read_state
 
 STEPS, BATCH, SECONDS = 50, 8, 150
+BUCKET = rows._BUCKET
 
 # Ranks below the number of processes, and not divisible by it; each rank of a model has collectives of its own.
 ODD = {"r": 3, "rank_pattern": {"linear": 1, "extra": 1}}
@@ -98,6 +100,7 @@ CASES = {
     "scalar, sgd": {"mode": "scalar", "optimizer": "sgd"},
     "column, fused": {"mode": "column", "optimizer": "fused"},
     "foreach": {"optimizer": "foreach", "interval": 10},
+    "a few layers at a time": {"bucket": 300},
     "matrix, sgd": {"ranks": EVEN, "mode": "matrix", "optimizer": "sgd", "target_norm": 1.0},
     "matrix, pairs": {"mode": "matrix", "optimizer": "pairs", "merge": "factored"},
     "matrix, pairs that were there before the shards": {"mode": "matrix", "optimizer": "pairs early", "ranks": EVEN},
@@ -123,10 +126,13 @@ def switch_parameters(optimizer, model, names):
 class Run:
     """A training run, of this process's part of each batch."""
 
-    def __init__(self, rank=0, processes=1, *, optimizer="adamw", hsdp=False, ignored=False, ranks=ODD, **config):
+    def __init__(
+        self, rank=0, processes=1, *, optimizer="adamw", hsdp=False, ignored=False, ranks=ODD, bucket=None, **config
+    ):
         self.rank, self.processes, self.ignored = rank, processes, ignored
         self.accumulate, self.clip = config.pop("accumulate", 1), config.pop("clip", None)
         self.model = adapted(ranks=ranks)
+        rows._BUCKET = config.pop("bucket", BUCKET)
         early = PairAdamW(self.model, lr=1e-3)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         if processes > 1:
@@ -259,7 +265,7 @@ def in_a_trainer(
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             parameter.data = parameter.data.to(dtype)
-    rows = torch.randint(0, 64, (48, 10), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = torch.randint(0, 64, (48, 10), generator=torch.Generator().manual_seed(0)).tolist()
     if fsdp:
         settings["fsdp"] = True
         settings["fsdp_config"] = {
@@ -276,7 +282,7 @@ def in_a_trainer(
     if fsdp:  # Accelerate does not shard on CPUs, and says nothing
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     callback = ScaLoraCallback(ScaLoraConfig(warmup_steps=1, merge="dense"))
-    data = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
+    data = Dataset.from_list([{"input_ids": row, "labels": row} for row in texts])
     trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume)
     assert callback.engine.is_sharded == fsdp

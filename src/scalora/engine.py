@@ -30,14 +30,8 @@ from scalora.pair_adamw import PairAdamW
 from scalora.parallel.data_parallel import keep_out_of_broadcasts, unwrapped
 from scalora.parallel.layout import Share, laid_out
 from scalora.parallel.processes import process_rank
-from scalora.parallel.shards import (
-    check_not_sharded_since,
-    check_optimizer_of_shards,
-    check_shards,
-    reshard,
-    state_split_as,
-    wholes_for,
-)
+from scalora.parallel.sharded_pairs import check_not_sharded_since, check_optimizer_of_shards, check_shards
+from scalora.parallel.shards import reshard, state_split_as, wholes_for
 from scalora.rescale import native
 from scalora.rescale.changes import Change, ColumnChange, MatrixChange, split
 from scalora.rescale.kernels import PYTORCH, Kernels

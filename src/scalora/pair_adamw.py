@@ -21,7 +21,8 @@ from scalora.maths.pair_moments import directions, update_moments
 from scalora.maths.scaling import solver_dtype
 from scalora.maths.weight_steps import step_sizes
 from scalora.model.adapters import LoraPair, find_lora_pairs
-from scalora.parallel.shards import axis_of, check_shards, gathered, local, with_their_shards
+from scalora.parallel.sharded_pairs import check_shards, with_their_shards
+from scalora.parallel.shards import axis_of, gathered, local
 from scalora.rescale.optimizers import loss_of
 
 _Group = dict[str, Any]

@@ -23,6 +23,7 @@ from scalora.model.layers import (
     factor_keys,
     factors_of,
     is_distributed,
+    plain_name,
     stored_transposed,
 )
 from scalora.model.mixed_class import plain_class
@@ -44,7 +45,7 @@ class LoraPair:
     """One adapted layer: ``W + s·A·Bᵀ``.
 
     Attributes:
-        name: the module's name in the model.
+        name: the module's name in the model, without wrappers (`scalora.model.layers.plain_name`).
         lora_A: PEFT's ``lora_A.weight``, (r, n): the paper's Bᵀ.
         lora_B: PEFT's ``lora_B.weight``, (m, r): the paper's A.
         weight: the frozen base weight, (m, n), or (n, m) if `transposed`; in a packed format if `quantised`.
@@ -93,7 +94,7 @@ class LoraPair:
 
     @property
     def keys(self) -> tuple[str, str]:
-        """The names of `lora_A` and `lora_B` in ``model.named_parameters()``."""
+        """The names of `lora_A` and `lora_B` in ``model.named_parameters()``, as `plain_name` gives them."""
         key_A, key_B = factor_keys(self.layer, self.adapter)
         return f"{self.name}.{key_A}", f"{self.name}.{key_B}"
 
@@ -238,7 +239,7 @@ def _pair(name: str, layer: LoraLayer, adapter: str, owners: dict[int, list[str]
     lora_A, lora_B = factors_of(layer, adapter)
     names = owners[_memory_of(weight)]
     tied = tuple(names) if len(names) > 1 else ()
-    return LoraPair(name, lora_A, lora_B, weight, quantised, tied, stored_transposed(layer), layer, adapter)
+    return LoraPair(plain_name(name), lora_A, lora_B, weight, quantised, tied, stored_transposed(layer), layer, adapter)
 
 
 def _only_adapter(name: str, layer: LoraLayer) -> str:

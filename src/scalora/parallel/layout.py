@@ -1,6 +1,6 @@
 """Which part of each layer's tensors is in this process, so that a rescale gets plain tensors: the seam.
 
-`Whole`: all of them, as with one process or DistributedDataParallel. `scalora.parallel.shards.Rows`: some rows of each,
+`Whole`: all of them, as with one process or DistributedDataParallel. `scalora.parallel.rows.Rows`: some rows of each,
 as with FSDP2. The mathematics and the kernels see tensors without knowing which part of a matrix they are.
 """
 
@@ -131,7 +131,7 @@ def laid_out(
     """
     if not any(pair.is_sharded for pair in pairs):
         return [(Whole(optimizer), by_shape(of_rank)) for of_rank in by_rank(pairs)]
-    from scalora.parallel.shards import Rows, groups_of_shards  # here, because it needs torch.distributed.tensor
+    from scalora.parallel.rows import Rows, groups_of_shards  # here, because it imports this
 
     return [(Rows(optimizer, kinds, by_matrices), shapes) for shapes in groups_of_shards(pairs)]
 

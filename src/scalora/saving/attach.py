@@ -9,13 +9,15 @@ from transformers import PreTrainedModel
 from scalora.config import STARTS_THAT_CHANGE_THE_BASE, Merge
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
 from scalora.model.attachment import Attachment, attachment_of
+from scalora.model.layers import plain_name
 from scalora.model.mixed_class import mix_in
 from scalora.model.placement import place_remainders
 from scalora.model.roots import peft_model_of
 from scalora.model.tuner import use_in_peft
 from scalora.model.whole_adapter import remainder_layers, write_as_whole
 from scalora.parallel.data_parallel import keep_out_of_broadcasts
-from scalora.parallel.shards import check_shards, keep_rounding_errors_with_weights, local, reshard
+from scalora.parallel.sharded_pairs import check_shards, keep_rounding_errors_with_weights
+from scalora.parallel.shards import local, reshard
 from scalora.rescale.remainder import FactoredRemainder
 from scalora.saving.fingerprint import base_fingerprint
 from scalora.saving.peft_model import SavesWholeUpdate
@@ -47,7 +49,7 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
     if attachment is None:
         root = peft_model or own or model
         _check_start(root, pairs[0].adapter)
-        trained = frozenset(name for name, p in root.named_parameters() if p.requires_grad)
+        trained = frozenset(plain_name(name) for name, p in root.named_parameters() if p.requires_grad)
         attachment = Attachment(base_fingerprint(root), trained)
     place_remainders(pairs, merge, remainder_rank)
     for pair in pairs:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scalora.config import Merge, ScaLoraConfig
 from scalora.model.adapters import LoraPair
-from scalora.model.layers import factor_keys
+from scalora.model.layers import factor_keys, plain_name
 from scalora.model.placement import kind_of
 from scalora.parallel.shards import local, split_as
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
@@ -236,6 +236,7 @@ def _trained_parameters(model: nn.Module, pairs: list[LoraPair]) -> Iterator[tup
         for other in pair.other_adapters
         for key in factor_keys(pair.layer, other)
     }
-    for name, parameter in model.named_parameters():
+    for full_name, parameter in model.named_parameters():
+        name = plain_name(full_name)
         if name in own or (parameter.requires_grad and name not in others):
             yield name, parameter
