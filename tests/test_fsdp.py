@@ -42,6 +42,8 @@ from scalora.saving.checkpoints import why_not_resumable
 from scalora.saving.peft_model import ShardedModelError
 from scalora.saving.state_file import STATE_FILE, read_state
 
+pytestmark = pytest.mark.slow
+
 STEPS, BATCH, SECONDS = 50, 8, 150
 BUCKET = rows._BUCKET
 

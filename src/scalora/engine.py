@@ -111,7 +111,9 @@ class ScaLora:
     Nothing has been changed if an error is raised.
 
     Several processes of one data-parallel run have an engine each. What they do is equal to the bit as long as their
-    gradients are, as those of `DistributedDataParallel`, and their devices of one kind; nothing is sent around.
+    gradients are, as those of `DistributedDataParallel`, and their devices of one kind; nothing is sent around. With
+    FSDP2 (`fully_shard`), which has to come first, each rescales its own rows, and all must take every step
+    (docs/distributed.md).
 
     Args:
         model: a model with PEFT LoRA layers and one adapter, which is active. With `DistributedDataParallel`, the model
@@ -264,7 +266,7 @@ class ScaLora:
         That is the base weights with the remainders merged into them, or the factored remainders; the trained
         parameters; the optimizer's state; counters, settings and base learning rates; the states of this process's
         random number generators. The learning rate scheduler and the position in the data belong to the training loop.
-        Tensors are not copied: use `copy.deepcopy` to keep a state beyond the next step.
+        Tensors are not copied: use `copy.deepcopy` to keep a state beyond the next step. With FSDP2 they are DTensors.
         """
         self._notices.about_layers(self._left_alone)
         reshard(self._model)
@@ -327,7 +329,8 @@ class ScaLora:
         """Write `state_dict` to ``scalora_state.safetensors`` in a folder, atomically.
 
         Of several processes, the first one writes it. The others write the states of their random number generators
-        beside it, ``scalora_random_1.safetensors`` and so on, and no process waits for another.
+        beside it, ``scalora_random_1.safetensors`` and so on, and no process waits for another. With FSDP2 all must
+        take part, and the file is still one whole file.
 
         Args:
             folder: the folder; created if it does not exist. An earlier state in it is replaced once the new one is

@@ -89,7 +89,7 @@ class DenseRemainder(nn.Module):
             first_row: number of the first of them.
         """
         part = copy.copy(self)
-        part._buffers = {"rounded_off": rounded_off}
+        part._buffers = self._buffers | {"rounded_off": rounded_off}
         part.first_row = first_row
         return part
 
