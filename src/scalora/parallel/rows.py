@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from scalora.maths.scaling import Grams
 from scalora.model.adapters import LoraPair, by_rank, by_shape
 from scalora.parallel.layout import Shapes, Share
-from scalora.parallel.shards import Axis, axis_key, axis_of, gathered, local
+from scalora.parallel.shards import Axis, axis_key, axis_of, copy_all, gathered, local
 from scalora.rescale.changes import Factors
 from scalora.rescale.optimizers import LINEAR, Kind
 from scalora.rescale.remainder import DenseRemainder, Remainder
@@ -60,12 +60,11 @@ class Rows:
         Args:
             shapes: the layers.
         """
-        wanted = [tensor for pairs in shapes for pair in pairs for tensor in self._to_gather(pair)]
-        axis = axis_of(shapes[0][0].lora_A)
+        axis, found = axis_of(shapes[0][0].lora_A), {}
         if axis is not None:
-            parts = [part for _, part, _ in wanted]
-            wholes = gathered(parts, [total for _, _, total in wanted], axis)
-        found = {key: whole for (key, _, _), whole in zip(wanted, wholes if axis else [], strict=True)}
+            wanted = [piece for pairs in shapes for piece in self._to_gather(pairs)]
+            wholes = gathered([part for _, part, _ in wanted], [total for _, _, total in wanted], axis)
+            found = {key: whole for (key, _, _), whole in zip(wanted, wholes, strict=True)}
         return [self._share(pairs, found, axis) for pairs in shapes]
 
     def total(self, grams: Grams, shapes: Shapes) -> Grams:
@@ -91,17 +90,17 @@ class Rows:
             left.view_as(grams.left).masked_fill(without, 0), right.view_as(grams.right).masked_fill(without, 0)
         )
 
-    def _to_gather(self, pair: LoraPair) -> Iterator[tuple[tuple[int, str], Tensor, int]]:
-        """What is needed whole of a layer: a key, the part that is here, and the number of rows."""
-        if axis_of(pair.lora_A) is None:
-            return
-        yield (id(pair), "lora_A"), local(pair.lora_A), pair.r
-        yield (id(pair), "grad"), _gradient(pair.lora_A), pair.r
-        if self._by_matrices:
-            for key, value in self._linear_state(pair.lora_A):
-                yield (id(pair), f"state {key}"), local(value), pair.r
-        if not _has_its_rows(pair):
-            yield (id(pair), "lora_B"), local(pair.lora_B), pair.m
+    def _to_gather(self, pairs: list[LoraPair]) -> Iterator[tuple[tuple[int, str], Tensor, int]]:
+        """What is needed whole of layers of one shape: a key, the part that is here, and the number of rows."""
+        whole_B = not _has_its_rows(pairs[0])
+        for pair in pairs:
+            yield (id(pair), "lora_A"), local(pair.lora_A), pair.r
+            yield (id(pair), "grad"), _gradient(pair.lora_A), pair.r
+            if self._by_matrices:
+                for key, value in self._linear_state(pair.lora_A):
+                    yield (id(pair), f"state {key}"), local(value), pair.r
+            if whole_B:
+                yield (id(pair), "lora_B"), local(pair.lora_B), pair.m
 
     def _linear_state(self, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
         for key, value in self._optimizer.state.get(parameter, {}).items():
@@ -126,7 +125,7 @@ class Rows:
             whole_A,
             whole_B,
             [local(pair.weight) for pair in pairs],
-            [_local_remainder(pair) for pair in pairs],
+            _local_remainders(pairs),
             rows_here,
             columns_here,
         )
@@ -147,20 +146,22 @@ class Rows:
 
     def _finish(self, pairs: list[LoraPair], found: Mapping[tuple[int, str], Tensor], axis: Axis | None) -> None:
         """Copy the rows that are here of what has been changed as a whole, back to where they came from."""
+        changed: list[tuple[Tensor, Tensor]] = []
         for pair in pairs:
             if isinstance(pair.remainder, DenseRemainder):
                 pair.remainder.changed = True
             if axis is None:
                 continue
-            changed = [("lora_A", local(pair.lora_A), pair.r)]
+            parts: dict[str, Tensor] = {"lora_A": pair.lora_A}
             if self._by_matrices:
-                changed += [(f"state {key}", local(value), pair.r) for key, value in self._linear_state(pair.lora_A)]
+                parts |= {f"state {key}": value for key, value in self._linear_state(pair.lora_A)}
                 if pair.lora_A.grad is not None:
-                    changed.append(("grad", local(pair.lora_A.grad), pair.r))
+                    parts["grad"] = pair.lora_A.grad
             if (id(pair), "lora_B") in found:
-                changed.append(("lora_B", local(pair.lora_B), pair.m))
-            for key, part, total in changed:
-                part.copy_(found[id(pair), key][axis.rows(total)])
+                parts["lora_B"] = pair.lora_B
+            for key, tensor in parts.items():
+                changed.append((local(tensor), found[id(pair), key][axis.rows(tensor.shape[0])]))
+        copy_all([part for part, _ in changed], [rows for _, rows in changed])
 
 
 class _State:
@@ -243,11 +244,16 @@ def _part_of_weight(pair: LoraPair) -> tuple[slice, slice]:
     return (everything if axis_key(pair.lora_B) == axis_key(pair.weight) else here), everything
 
 
-def _local_remainder(pair: LoraPair) -> Remainder:
-    """The remainder of the part of the weight that is here."""
-    remainder, axis = pair.remainder, axis_of(pair.weight)
-    if axis is None or not isinstance(remainder, DenseRemainder):
-        return remainder
-    remainder.match(pair.weight)
-    low = remainder.rounded_off
-    return remainder.of_part(None if low is None else local(low), axis.rows(pair.weight.shape[0]).start)
+def _local_remainders(pairs: list[LoraPair]) -> list[Remainder]:
+    """The remainders of the part of the weights that is here, for layers of one shape."""
+    axis = axis_of(pairs[0].weight)
+    first_row = 0 if axis is None else axis.rows(pairs[0].weight.shape[0]).start
+    remainders: list[Remainder] = []
+    for pair in pairs:
+        remainder = pair.remainder
+        if axis is not None and isinstance(remainder, DenseRemainder):
+            remainder.match(pair.weight)
+            low = remainder.rounded_off
+            remainder = remainder.of_part(None if low is None else local(low), first_row)
+        remainders.append(remainder)
+    return remainders

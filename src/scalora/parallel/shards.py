@@ -107,24 +107,35 @@ def gathered(parts: Sequence[Tensor], totals: Sequence[int], axis: Axis) -> list
     widths = [part.shape[1] for part in parts]
     padded = [axis.chunk(total) * width for total, width in zip(totals, widths, strict=True)]
     exact = [total * width for total, width in zip(totals, widths, strict=True)]
-    wholes = []
     # A sum moves every entry twice. So it is less where the rows are fewer than half of the processes.
     if axis.size * sum(padded) > 2 * sum(exact):
         flat = torch.zeros(sum(exact), dtype=dtype, device=axis.device)
-        for part, total, piece in zip(parts, totals, torch.split(flat, exact), strict=True):
-            piece.view(total, -1)[axis.rows(total)] = part.to(flat)
-        dist.all_reduce(flat, group=axis.group)
         wholes = [piece.view(total, -1) for piece, total in zip(torch.split(flat, exact), totals, strict=True)]
+        copy_all([whole[axis.rows(total)] for whole, total in zip(wholes, totals, strict=True)], parts)
+        dist.all_reduce(flat, group=axis.group)
     else:
         own = torch.zeros(sum(padded), dtype=dtype, device=axis.device)
-        for part, piece in zip(parts, torch.split(own, padded), strict=True):
-            piece[: part.numel()] = part.reshape(-1).to(own)
+        places = zip(torch.split(own, padded), parts, strict=True)
+        copy_all([piece[: part.numel()].view(part.shape) for piece, part in places], parts)
         flat = own.new_empty(axis.size * len(own))
         _all_gather(flat, own, group=axis.group)
         pieces = torch.split(flat.view(axis.size, -1), padded, dim=1)
-        for piece, total, width in zip(pieces, totals, widths, strict=True):
-            wholes.append(piece.reshape(-1, width)[:total])
+        sizes = zip(pieces, totals, widths, strict=True)
+        wholes = [piece.reshape(-1, width)[:total] for piece, total, width in sizes]
     return [whole.to(part) for whole, part in zip(wholes, parts, strict=True)]
+
+
+def copy_all(to: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    """Copy tensors, in one operation if they are on one device.
+
+    Args:
+        to: the tensors to overwrite; some may be empty.
+        parts: tensors of their shapes.
+    """
+    full = [(target, part) for target, part in zip(to, parts, strict=True) if part.numel()]
+    if full:
+        targets, sources = zip(*full, strict=True)
+        torch._foreach_copy_(list(targets), list(sources))
 
 
 def whole(tensor: Tensor) -> Tensor:
