@@ -191,8 +191,8 @@ def worst(found, wanted):
     return max(((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted)
 
 
-def resumed(rank, processes, folder):
-    run = Run(rank, processes)
+def resumed(rank, processes, folder, **settings):
+    run = Run(rank, processes, **settings)
     run.engine.load(folder)
     assert run.engine.step == STEPS // 2
     return run.steps(STEPS // 2, STEPS).result()
@@ -453,6 +453,8 @@ def process(rank, processes, folder, port):
         results["collectives"] = collectives_of_a_rescale(processes)
     else:
         results["llama"] = llama(rank, processes)
+        pairs = Run(rank, processes, **CASES["matrix, pairs"]).steps(0, STEPS // 2)
+        pairs.engine.save(folder / "pairs")
         results["resumed"] = resumed(rank, processes, folder / "saved")
         results["trainers"] = trainers(folder)
         results["refusals"] = refusals(processes)
@@ -556,6 +558,13 @@ def test_a_run_goes_on_from_its_file_in_any_number_of_processes(processes, of_fo
         warnings.simplefilter("ignore")  # of the generators of another number of processes
         found = resumed(0, 1, folder / "saved") if processes == 1 else {4: of_four, 2: of_two}[processes][0]["resumed"]
     assert worst(found["weights"], of_one["weights"]) <= 1e-12
+
+
+def test_the_moments_of_pairs_go_on_too(of_two, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = resumed(0, 1, folder / "pairs", **CASES["matrix, pairs"])
+    assert worst(found["weights"], of_two[0]["matrix, pairs"]["weights"]) <= 1e-12
 
 
 def test_a_file_of_shards_is_one_process_s_file(of_four, folder):

@@ -222,8 +222,9 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]], *, 
             "freeze it (requires_grad_(False)), or leave the module out of target_modules",
         )
     for key, parameter in (("base weight", pair.weight), ("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
-        if parameter.is_meta:
-            refuse(name, f"its {key} is on the meta device, without values", "load or offload nothing of it to disk")
+        # A model that is there as a whole for its shapes has all of them there.
+        if parameter.is_meta and not (pair.weight.is_meta and pair.lora_A.is_meta and pair.lora_B.is_meta):
+            refuse(name, f"its {key} is on the meta device, without values", "load the model without offloading")
         if is_distributed(parameter):
             if not sharded:
                 refuse(name, f"its {key} is sharded", "call this before fully_shard(), or use DistributedDataParallel")
