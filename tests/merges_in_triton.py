@@ -119,6 +119,28 @@ def random_sums(dtype, m, n, r):
     return joined, exact.numpy(), launches
 
 
+def of_rows(dtype, kind):
+    """The last rows of a weight, after a merge into these alone by the kernel, and into all by PyTorch; launches."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(48, 40, generator=generator).to(dtype)
+    lora_B, lora_A = (torch.randint(-8, 9, shape, generator=generator) / 64 for shape in ((48, 2), (2, 40)))
+    own, ones = weight.clone(), torch.ones(1, 2, dtype=torch.float64)
+    remainders = []
+    for tensor in (weight, own):
+        if kind == "stochastic":
+            remainders.append(StochasticRemainder(tensor, transposed=False, name="layer"))
+        else:
+            remainders.append(DenseRemainder(tensor, transposed=False))
+    low = remainders[1].rounded_off
+    part, calls, launch = remainders[1].of_part(None if low is None else low[16:], 16), [], one_pass._launch
+    one_pass._launch = lambda *args: (calls.append(1), launch(*args))
+    kernels.merge([part], [own[16:]], [lora_B[16:]], [lora_A], ones)
+    one_pass._launch = launch
+    remainders[0].add(weight, lora_B, lora_A.mT)
+    found, wanted = ((t[16:].view(torch.int16).numpy()) for t in (own, weight))
+    return found, wanted, len(calls)
+
+
 def layouts():
     """For weights that the kernel leaves to PyTorch, the number of launches; for one that it takes, too."""
     storage = torch.zeros(16 * 40 + 8, dtype=torch.bfloat16)

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from models import tiny_llama, trainable, with_lora
 from torch import multiprocessing
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -100,10 +99,6 @@ def refusal(shard):
 
 def fsdp(model):
     return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-
-
-def fsdp2(model):
-    return fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)))
 
 
 STARTS = {
@@ -193,7 +188,7 @@ def process(rank, folder, port):
     }
     results["trainer"] = in_a_trainer(f"{folder}/trainer")
     results["resumed"] = in_a_trainer(f"{folder}/trainer", f"{folder}/trainer/checkpoint-{STEPS // 2}")
-    results["refusals"] = [refusal(fsdp), refusal(fsdp2)]
+    results["refusals"] = [refusal(fsdp)]
     results["starts"] = {name: start(name, rank, seed=rank) for name in STARTS}
     results["random"] = saved_in_all_processes(Path(folder) / "saved", rank)
     torch.save(results, f"{folder}/{rank}.pt")

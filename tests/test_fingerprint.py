@@ -6,8 +6,10 @@ import pytest
 import torch
 from models import TwoLayers, tiny_llama, trainable, with_lora
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
+from scalora import ScaLora
 from scalora.saving.fingerprint import base_fingerprint, difference
 
 # Of version 1 of the format, for the model of the test below.
@@ -148,3 +150,17 @@ def test_quantised_bases_of_equal_codes_and_other_scales_are_told_apart(quantisa
     assert difference(before, base_fingerprint(model)) is None
     # Earlier versions saved the first hash alone.
     assert difference(before.split("-")[0], before) is None
+
+
+def test_what_is_put_around_layers_is_not_in_the_names():
+    model, wrapped = (with_lora(tiny_llama(), r=2, target_modules=["q_proj", "down_proj"]) for _ in range(2))
+    layers = wrapped.base_model.model.model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    layers[1].mlp = torch.compile(layers[1].mlp, backend="eager")
+    layers[1].self_attn.q_proj = checkpoint_wrapper(layers[1].self_attn.q_proj)
+    assert base_fingerprint(wrapped) == base_fingerprint(model)
+    engines = [ScaLora(m, torch.optim.AdamW(trainable(m), lr=1e-3)) for m in (model, wrapped)]
+    plain, other = (engine.state_dict() for engine in engines)
+    assert other["tensors"].keys() == plain["tensors"].keys()
+    assert [pair.name for pair in engines[1].pairs] == [pair.name for pair in engines[0].pairs]
+    engines[1].load_state_dict(plain)

@@ -60,6 +60,20 @@ def relative(found, wanted):
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
+def test_a_process_may_have_no_rows_of_a_matrix():
+    lora_B, grad_B, lora_A, grad_A = adapters(layers=2, m=0, n=5, r=2)
+    found = operations.grams(lora_B, grad_B, lora_A, grad_A)
+    assert not found.left.any()
+    assert found.right.any()
+    weights = [torch.zeros(0, 5), torch.zeros(0, 5)]
+    remainders = [DenseRemainder(weight, transposed=False) for weight in weights]
+    operations.merge(remainders, weights, lora_B, lora_A, torch.ones(2, 2, dtype=torch.float64))
+    no_rows = [torch.zeros(0, 5), torch.zeros(0, 5)]
+    operations.multiply(no_rows, operations.expand_factors(torch.ones(2, 0, 1), no_rows))
+    operations.multiply(lora_B, operations.expand_factors(torch.ones(2, 1, 2), lora_B))
+    assert all(tensor.shape == (0, 5) for tensor in (*weights, *no_rows))
+
+
 @settings(max_examples=60, deadline=None)
 @given(LAYERS)
 def test_grams(shape):

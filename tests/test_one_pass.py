@@ -8,7 +8,17 @@ import numpy
 import pytest
 import torch
 from merge_speed import bytes_moved, floor_bytes
-from merges_in_triton import by_chance, bytes_read, dyadic, every_half, interpreter, layouts, random_sums, tables
+from merges_in_triton import (
+    by_chance,
+    bytes_read,
+    dyadic,
+    every_half,
+    interpreter,
+    layouts,
+    of_rows,
+    random_sums,
+    tables,
+)
 
 from scalora.rescale import kernels, one_pass
 from scalora.rescale.eight_bit import EightBitRemainder
@@ -100,6 +110,14 @@ def test_products_are_added_to_float32s_rounding(interpreted, dtype, r):
 def test_weights_that_the_kernel_can_not_take_are_left_to_pytorch(interpreted):
     counts = interpreted(layouts)
     assert counts == {name: (int(name == "plain"), True) for name in counts}
+
+
+@pytest.mark.parametrize("kind", ["dense", "stochastic"])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
+def test_rows_alone_are_merged_as_in_the_whole_weight(interpreted, dtype, kind):
+    found, wanted, launches = interpreted(of_rows, dtype, kind)
+    assert launches == 1
+    assert numpy.array_equal(found, wanted)
 
 
 def test_addresses_are_sent_to_the_device_once(interpreted):

@@ -246,7 +246,7 @@ def test_gradients_of_fewer_directions_than_columns_move_all_rows_alike(r, share
     (step,) = directions([first], [second], [row_weights], step=1, betas=(0.9, 0.999), eps=1e-12)
     # The mean of g·V⁻¹·gᵀ over rows is the rank of V.
     torch.testing.assert_close(row_weights.mean(-1) / (1 - 0.999), torch.full((3,), rank / r), rtol=0.01, atol=0)
-    torch.testing.assert_close(step.square().mean(-1).sqrt(), torch.ones(3, 256), rtol=0.05, atol=0)
+    torch.testing.assert_close(step.square().mean(-1).sqrt(), torch.ones(3, 256), rtol=0.15, atol=0)
 
 
 def test_a_gradient_of_rank_one_moves_the_weight_by_a_finite_step():

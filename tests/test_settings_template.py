@@ -229,3 +229,11 @@ def test_the_page_of_the_docs_is_what_the_declarations_give():
     if any(version(library) != pinned[library] for library in script["LIBRARIES"]):
         pytest.skip("the page is of the pinned versions, and others are installed")
     assert page == script["page"](), "run `python docs/config_page.py`"
+
+
+def test_train_refuses_to_shard_before_it_trains(tmp_path):
+    settings = loaded(tmp_path, "task: sft\ntraining: {fsdp: full_shard, fsdp_config: {fsdp_version: 2}}")
+    with pytest.raises(
+        InputError, match=r"training\.fsdp=.full_shard.: .*use ScaLoraCallback in a Trainer of your own"
+    ):
+        training_arguments(settings, prepare.method_of(settings), evaluates=False)

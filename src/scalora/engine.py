@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,18 @@ from torch.optim import Optimizer
 from scalora.config import ScaLoraConfig
 from scalora.maths.matrix import MatrixScaling, matrix_scaling_of_grams
 from scalora.maths.scaling import Grams, Scaling, scaling_of_grams
-from scalora.model.adapters import LoraPair, by_rank, by_shape, find_lora_pairs
+from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.model.placement import check_places, resolve_merge
 from scalora.model.solve_constants import ConstantsOnDevice
 from scalora.model.target_norms import BaseRates, target_norms
 from scalora.pair_adamw import PairAdamW
 from scalora.parallel.data_parallel import keep_out_of_broadcasts, unwrapped
+from scalora.parallel.layout import Share, laid_out
 from scalora.parallel.processes import process_rank
+from scalora.parallel.sharded_pairs import check_not_sharded_since, check_optimizer_of_shards, check_shards
+from scalora.parallel.shards import reshard, state_split_as, wholes_for
 from scalora.rescale import native
-from scalora.rescale.changes import Change, ColumnChange, Factors, MatrixChange, split
+from scalora.rescale.changes import Change, ColumnChange, MatrixChange, split
 from scalora.rescale.kernels import PYTORCH, Kernels
 from scalora.rescale.metrics import (
     LEFT_ALONE_BECAUSE,
@@ -51,6 +54,7 @@ from scalora.rescale.other_optimizers import WatchOfOtherOptimizers
 from scalora.rescale.remainder import FactoredRemainder, compress_full
 from scalora.rescale.stochastic import StochasticRemainder
 from scalora.rescale.transport import (
+    HoldsState,
     check_states,
     scale_gradients_and_states,
     transform_gradients_and_states,
@@ -107,7 +111,9 @@ class ScaLora:
     Nothing has been changed if an error is raised.
 
     Several processes of one data-parallel run have an engine each. What they do is equal to the bit as long as their
-    gradients are, as those of `DistributedDataParallel`, and their devices of one kind; nothing is sent around.
+    gradients are, as those of `DistributedDataParallel`, and their devices of one kind; nothing is sent around. With
+    FSDP2 (`fully_shard`), which has to come first, each rescales its own rows, and all must take every step
+    (docs/distributed.md).
 
     Args:
         model: a model with PEFT LoRA layers and one adapter, which is active. With `DistributedDataParallel`, the model
@@ -160,7 +166,10 @@ class ScaLora:
                 f"mode='matrix' with {type(self.optimizer).__name__} needs target_norm, the norm of the orthonormal "
                 "columns: only with scalora.PairAdamW is it known from the learning rate"
             )
-        pairs = find_lora_pairs(self._model)
+        reshard(self._model)
+        pairs = find_lora_pairs(self._model, sharded=True)
+        check_shards(pairs)
+        check_optimizer_of_shards(pairs, self.optimizer, self._kinds)
         check_places(pairs, self.config.merge, self.config.remainder_rank)
         merge = resolve_merge(pairs, self.config.merge, self.config.remainder_rank)
         if merge != "factored" and isinstance(self.optimizer, PairAdamW) and self.optimizer.decays:
@@ -173,13 +182,14 @@ class ScaLora:
         self.pairs, self._progress = attach(self._model, self.config.merge, self.config.remainder_rank)
         keep_out_of_broadcasts(model)
         self._replace_earlier_engines()
-        self._groups = [by_shape(pairs) for pairs in by_rank(self.pairs)]
-        self._constants = [ConstantsOnDevice(shapes, self.config) for shapes in self._groups]
+        self._groups = laid_out(self.pairs, self.optimizer, self._kinds, by_matrices=by_matrices)
+        self._constants = [ConstantsOnDevice(shapes, self.config) for _, shapes in self._groups]
         self._progress.config = self.config
         self._progress.base_rates = self._rates.current()
         self._progress.restart(step=0, rescales=0)
         self._last: list[Rescaled] | None = None
         self._had_gradients = False
+        self._had_steps = False
         self._checked_states = False
         self._replaced = False
         self._left_alone = {reason: torch.zeros(()) for reason in LEFT_ALONE_BECAUSE}
@@ -201,6 +211,11 @@ class ScaLora:
         With `smoothness`, they follow PEFT's scalings and the base learning rates (`scalora.model.target_norms`).
         """
         return target_norms(self.pairs, self._rates.current(), self.config)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process has only its shards of the model, as with FSDP2."""
+        return any(pair.is_sharded for pair in self.pairs)
 
     def detach(self) -> None:
         """Stop rescaling. From now on the model trains as plain LoRA on its current base and remainder.
@@ -251,9 +266,10 @@ class ScaLora:
         That is the base weights with the remainders merged into them, or the factored remainders; the trained
         parameters; the optimizer's state; counters, settings and base learning rates; the states of this process's
         random number generators. The learning rate scheduler and the position in the data belong to the training loop.
-        Tensors are not copied: use `copy.deepcopy` to keep a state beyond the next step.
+        Tensors are not copied: use `copy.deepcopy` to keep a state beyond the next step. With FSDP2 they are DTensors.
         """
         self._notices.about_layers(self._left_alone)
+        reshard(self._model)
         if not self._replaced:
             self._progress.base_rates = self._rates.current()
         return state_of(self._model, self.pairs) | {
@@ -274,6 +290,7 @@ class ScaLora:
             StateError: the state belongs to another base model, adapter or settings, lacks an entry, or has NaN or
                 infinite entries. The model has not been changed then.
         """
+        reshard(self._model)
         check_content(state)
         check_base(state, self._progress.fingerprint)
         saved = saved_config(state)
@@ -286,7 +303,8 @@ class ScaLora:
             check_random_state(state["random"])
         if "optimizer" in state:
             try:
-                self.optimizer.load_state_dict(state["optimizer"])  # torch checks all of it before changing anything
+                # torch checks all of it before changing anything
+                self.optimizer.load_state_dict(state_split_as(state["optimizer"], self.optimizer, self._kinds))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise StateError(
                     f"the state's optimizer does not fit {type(self.optimizer).__name__}: {error}"
@@ -311,7 +329,8 @@ class ScaLora:
         """Write `state_dict` to ``scalora_state.safetensors`` in a folder, atomically.
 
         Of several processes, the first one writes it. The others write the states of their random number generators
-        beside it, ``scalora_random_1.safetensors`` and so on, and no process waits for another.
+        beside it, ``scalora_random_1.safetensors`` and so on, and no process waits for another. With FSDP2 all must
+        take part, and the file is still one whole file.
 
         Args:
             folder: the folder; created if it does not exist. An earlier state in it is replaced once the new one is
@@ -320,11 +339,15 @@ class ScaLora:
         Raises:
             OSError: the state can't be written; an earlier one is unchanged.
         """
+        rank = process_rank()
+        state = self.state_dict() if rank == 0 or self.is_sharded else {}
+        if self.is_sharded:
+            state = wholes_for(state, keep=rank == 0)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        if rank := process_rank():
+        if rank:
             write_state(random_file(Path(folder), rank), {"step": self.step, "random": random_state()})
         else:
-            write_state(Path(folder) / STATE_FILE, self.state_dict())
+            write_state(Path(folder) / STATE_FILE, state)
 
     def load(self, folder: str | Path) -> None:
         """Restore a state that `save` wrote, or `save_pretrained` of a model with ScaLoRA attached.
@@ -350,6 +373,9 @@ class ScaLora:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self._had_steps:
+            check_not_sharded_since(self.pairs)
+            self._had_steps = True
         with_loss = evaluate_closure(args, kwargs)
         rescales = self.config.rescales_at(self.step + 1)
         if rescales:
@@ -393,8 +419,10 @@ class ScaLora:
         for pair in self.pairs:
             if isinstance(pair.remainder, StochasticRemainder):
                 pair.remainder.step = self.step
-        active = [(i, shapes) for i, group in enumerate(self._groups) if (shapes := _with_gradients(group))]
-        self._had_gradients = self._had_gradients or bool(active)
+        active = [
+            (i, shapes) for i, (layout, group) in enumerate(self._groups) if (shapes := layout.taking_part(group))
+        ]
+        self._had_gradients = self._had_gradients or any(pair.has_gradients for pair in self.pairs)
         self._last = [self._rescale_group(i, shapes, skipped) for i, shapes in active]
         self._progress.count_rescale(skipped)
         self.pairs[0].layer.factor_guard.forget()
@@ -409,18 +437,20 @@ class ScaLora:
         which takes one operation per weight.
         """
         sizes = [len(pairs) for pairs in shapes]
+        layout, _ = self._groups[index]
         with record_function(PARTS[0]):
+            shares = layout.shares(shapes)
             rates = self._progress.base_rates or {}
             constants = self._constants[index].of([pair for pairs in shapes for pair in pairs], rates)
-            parts = [self._kernels.grams(*_factors_and_gradients(pairs)) for pairs in shapes]
-            grams = Grams(*map(torch.cat, zip(*parts, strict=True)))
+            parts = [self._kernels.grams(*share.grams) for share in shares]
+            grams = layout.total(Grams(*map(torch.cat, zip(*parts, strict=True))), shapes)
             scaling = self._scaling_rule(grams, target_norm=constants.target_norms)
             if skipped is not None:
                 scaling = scaling.unless(skipped.to(grams.left.device) > 0)
             change = self._change_of(scaling, shapes[0][0].lora_A.dtype)
         scalings = torch.split(constants.merge_scaling, sizes)
-        for pairs, of_shape, merge_scaling in zip(shapes, split(change, sizes), scalings, strict=True):
-            self._apply(pairs, of_shape, merge_scaling)
+        for share, of_shape, merge_scaling in zip(shares, split(change, sizes), scalings, strict=True):
+            self._apply(share, of_shape, merge_scaling)
         with record_function(PARTS[1]):
             compress_full(pair.remainder for pairs in shapes for pair in pairs)
         return Rescaled(scaling, remainder_energy(grams, constants.scaling[..., None] * change.merged_matrix))
@@ -431,24 +461,22 @@ class ScaLora:
         change = ColumnChange.of(scaling, dtype)
         return change.as_matrices() if MATRIX in self._kinds.values() else change
 
-    def _apply(self, pairs: list[LoraPair], change: Change, scaling: Tensor) -> None:
+    def _apply(self, share: Share, change: Change, scaling: Tensor) -> None:
         """Merge the remainders of layers of one shape, then change their factors, gradients and optimizer state."""
-        lora_A: list[Tensor] = [p.lora_A for p in pairs]
-        lora_B: list[Tensor] = [p.lora_B for p in pairs]
-        factors = Factors(lora_A, lora_B, [p.weight for p in pairs], [p.remainder for p in pairs])
         with record_function(PARTS[1]):
-            change.apply(factors, self._kernels, scaling)
+            change.apply(share.factors, self._kernels, scaling)
         with record_function(PARTS[2]):
             if isinstance(change, MatrixChange):
-                transform_gradients_and_states(self.optimizer, self._kinds, lora_B, change.Q, tall=True)
-                transform_gradients_and_states(self.optimizer, self._kinds, lora_A, change.P, tall=False)
+                transform_gradients_and_states(share.optimizer, self._kinds, share.lora_B, change.Q, tall=True)
+                transform_gradients_and_states(share.optimizer, self._kinds, share.lora_A, change.P, tall=False)
             else:
-                self._carry_over(lora_B, change.beta[:, None, :])
-                self._carry_over(lora_A, change.alpha[:, :, None])
+                self._carry_over(share.optimizer, share.lora_B, change.beta[:, None, :])
+                self._carry_over(share.optimizer, share.lora_A, change.alpha[:, share.rows_of_A, None])
+            share.finish()
 
-    def _carry_over(self, parameters: list[Tensor], factors: Tensor) -> None:
+    def _carry_over(self, optimizer: HoldsState, parameters: list[Tensor], factors: Tensor) -> None:
         expanded = self._kernels.expand_factors(factors, parameters)
-        self._transport(self.optimizer, self._kinds, parameters, expanded, self._kernels.multiply)
+        self._transport(optimizer, self._kinds, parameters, expanded, self._kernels.multiply)
 
     def _chosen_kernels(self, pairs: list[LoraPair]) -> Kernels:
         on_cpu = any(pair.lora_A.is_cpu for pair in pairs)
@@ -467,14 +495,3 @@ def _rule_of(config: ScaLoraConfig) -> ScalingRule:
     if config.mode == "matrix":
         return partial(matrix_scaling_of_grams, optimum=config.optimum)
     return partial(scaling_of_grams, mode=config.mode)
-
-
-def _with_gradients(shapes: list[list[LoraPair]]) -> list[list[LoraPair]]:
-    return list(filter(None, ([pair for pair in pairs if pair.has_gradients] for pairs in shapes)))
-
-
-def _factors_and_gradients(pairs: list[LoraPair]) -> Iterator[list[Tensor]]:
-    """All lora_B, their gradients, all lora_A, their gradients."""
-    for parameters in ([pair.lora_B for pair in pairs], [pair.lora_A for pair in pairs]):
-        yield list(parameters)
-        yield [p.grad for p in parameters if p.grad is not None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from scalora.maths.pair_moments import directions, update_moments
 from scalora.maths.scaling import solver_dtype
 from scalora.maths.weight_steps import step_sizes
 from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.parallel.sharded_pairs import check_shards, with_their_shards
+from scalora.parallel.shards import axis_of, gathered, local
 from scalora.rescale.optimizers import loss_of
 
 _Group = dict[str, Any]
@@ -53,11 +56,20 @@ class _Alike(NamedTuple):
         return cls(pair.m, pair.n, pair.r, pair.lora_A.dtype, pair.lora_A.device, *moments)
 
 
+class _Tensors(NamedTuple):
+    """The tensors of a parameter that a step changes, or needs: whole ones, if the parameter is split (FSDP2)."""
+
+    value: Tensor
+    gradient: Tensor
+    first: Tensor
+
+
 class _Factors(NamedTuple):
     """The factors of one shape, A or B, of pairs that are alike.
 
     Attributes:
         parameters: the parameters.
+        tensors: their tensors.
         values: the parameters with r columns each, (layers, d, r); may be overwritten.
         tall: whether the parameters themselves have r columns, as ``lora_B``, and not r rows, as ``lora_A``.
         groups: the parameter groups that they are in.
@@ -65,19 +77,24 @@ class _Factors(NamedTuple):
     """
 
     parameters: list[nn.Parameter]
+    tensors: list[_Tensors]
     values: Float[Tensor, "layers d r"]
     tall: bool
     groups: Sequence[_Group]
     sizes: Float[Tensor, " layers"]
 
     @classmethod
-    def of(cls, members: list[_Member]) -> tuple[_Factors, _Factors]:
+    def of(cls, members: list[_Member], tensors: Callable[[nn.Parameter], _Tensors]) -> tuple[_Factors, _Factors]:
         """The two factors of pairs."""
         pairs, groups_A, groups_B = zip(*members, strict=True)
         of_A, of_B = [pair.lora_A for pair in pairs], [pair.lora_B for pair in pairs]
-        A, B = torch.stack(of_B), torch.stack(of_A).mT
+        tensors_A, tensors_B = list(map(tensors, of_A)), list(map(tensors, of_B))
+        A, B = torch.stack([t.value for t in tensors_B]), torch.stack([t.value for t in tensors_A]).mT
         sizes = step_sizes(A, B, _of_layers([pair.scaling for pair in pairs], A))
-        return cls(of_A, B, False, groups_A, sizes), cls(of_B, A, True, groups_B, sizes)
+        return (
+            cls(of_A, tensors_A, B, False, groups_A, sizes),
+            cls(of_B, tensors_B, A, True, groups_B, sizes),
+        )
 
     def stacked(self, tensors: list[Tensor]) -> Float[Tensor, "layers d r"]:
         """Tensors of the parameters' shape as `values` are."""
@@ -94,7 +111,7 @@ class _Factors(NamedTuple):
             kept = _of_layers([_kept(group) for group in self.groups], self.values)
             self.values.mul_(kept[:, None, None])
         lengths = _of_layers([group["lr"] for group in self.groups], self.values) * self.sizes
-        self.store(self.parameters, directions.mul_(-lengths[:, None, None]).add_(self.values))
+        self.store([t.value for t in self.tensors], directions.mul_(-lengths[:, None, None]).add_(self.values))
 
 
 class PairAdamW(Optimizer):
@@ -148,7 +165,8 @@ class PairAdamW(Optimizer):
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {betas!r}")
-        self._pairs = find_lora_pairs(model)
+        self._pairs = find_lora_pairs(model, sharded=True)
+        check_shards(self._pairs)
         given = [p for p in model.parameters() if p.requires_grad] if params is None else params
         super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         held = {id(p) for group in self.param_groups for p in group["params"]}
@@ -171,18 +189,27 @@ class PairAdamW(Optimizer):
         """
         loss = loss_of(closure)
         alike: dict[_Alike, list[_Member]] = defaultdict(list)
+        self._pairs = with_their_shards(self._pairs)
         members = self._members()
         self._count_steps([pair for pair, *_ in members])
         for pair, group_A, group_B in members:
             counts = [int(self.state[factor]["step"].item()) for factor in (pair.lora_A, pair.lora_B)]
             alike[_Alike.of(pair, (group_A, group_B), counts)].append((pair, group_A, group_B))
+        wholes = self._wholes([pair for pair, *_ in members])
+        tensors = partial(self._tensors, wholes)
         together: dict[tuple[Any, ...], list[_Factors]] = defaultdict(list)
         for kind, alike_members in alike.items():
-            for factors, moments in zip(_Factors.of(alike_members), (kind.of_A, kind.of_B), strict=True):
+            for factors, moments in zip(_Factors.of(alike_members, tensors), (kind.of_A, kind.of_B), strict=True):
                 together[moments, kind.r, kind.dtype, kind.device].append(factors)
         for (moments, *_), of_all_shapes in together.items():
             for factors, found in zip(of_all_shapes, self._directions(of_all_shapes, moments), strict=True):
                 factors.move(found)
+        for parameter, whole in wholes.items():
+            axis = axis_of(parameter)
+            assert axis is not None
+            rows = axis.rows(parameter.shape[0])
+            local(parameter).copy_(whole.value[rows])
+            local(self.state[parameter]["exp_avg"]).copy_(whole.first[rows])
         in_pairs = {id(p) for pair in self._pairs for p in (pair.lora_A, pair.lora_B)}
         for group in self.param_groups:
             self._step_others([p for p in group["params"] if id(p) not in in_pairs and p.grad is not None], group)
@@ -223,6 +250,27 @@ class PairAdamW(Optimizer):
             if pair.has_gradients and id(pair.lora_A) in group_of
         ]
 
+    def _wholes(self, pairs: list[LoraPair]) -> dict[nn.Parameter, _Tensors]:
+        """The whole tensors of factors that are split over processes, with one collective for each group of them."""
+        of_axis: dict[Any, list[nn.Parameter]] = defaultdict(list)
+        for parameter in (factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)):
+            if (axis := axis_of(parameter)) is not None:
+                of_axis[axis].append(parameter)
+        found: dict[nn.Parameter, _Tensors] = {}
+        for axis, parameters in of_axis.items():
+            parts = [t for p in parameters for t in self._tensors({}, p)]
+            totals = [p.shape[0] for p in parameters for _ in _Tensors._fields]
+            of_all = iter(gathered([local(part) for part in parts], totals, axis))
+            found |= {p: _Tensors(next(of_all), next(of_all), next(of_all)) for p in parameters}
+        return found
+
+    def _tensors(self, wholes: dict[nn.Parameter, _Tensors], parameter: nn.Parameter) -> _Tensors:
+        """The tensors of a parameter that has a gradient: whole ones, if there are."""
+        if parameter in wholes:
+            return wholes[parameter]
+        assert parameter.grad is not None
+        return _Tensors(parameter, parameter.grad, self.state[parameter]["exp_avg"])
+
     def _count_steps(self, pairs: list[LoraPair]) -> None:
         """Count a step in the states of factors, which are created before their first one."""
         for pair in pairs:
@@ -230,8 +278,9 @@ class PairAdamW(Optimizer):
                 if not (state := self.state[parameter]):
                     state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, as AdamW's
                     state["exp_avg"] = torch.zeros_like(parameter)
-                    state["second_moment"] = parameter.new_zeros(r, r, dtype=solver_dtype(parameter.device))
-                    state["row_weights"] = parameter.new_zeros(rows)
+                    # Whole in every process, also where the parameter is split.
+                    state["second_moment"] = local(parameter).new_zeros(r, r, dtype=solver_dtype(parameter.device))
+                    state["row_weights"] = local(parameter).new_zeros(rows)
         if pairs:
             torch._foreach_add_([self.state[f]["step"] for pair in pairs for f in (pair.lora_A, pair.lora_B)], 1)
 
@@ -241,15 +290,15 @@ class PairAdamW(Optimizer):
         step, betas, eps = moments
         gradients, firsts, seconds, row_weights = [], [], [], []
         for factors, of_shape in zip(of_all_shapes, states, strict=True):
-            gradients.append(factors.stacked([p.grad for p in factors.parameters if p.grad is not None]))
-            firsts.append(factors.stacked([state["exp_avg"] for state in of_shape]))
+            gradients.append(factors.stacked([t.gradient for t in factors.tensors]))
+            firsts.append(factors.stacked([t.first for t in factors.tensors]))
             seconds.append(torch.stack([state["second_moment"] for state in of_shape]))
             row_weights.append(torch.stack([state["row_weights"] for state in of_shape]))
         update_moments(gradients, firsts, seconds, row_weights, step=step, betas=betas)
         for factors, of_shape, first, second, weights in zip(
             of_all_shapes, states, firsts, seconds, row_weights, strict=True
         ):
-            factors.store([state["exp_avg"] for state in of_shape], first)
+            factors.store([t.first for t in factors.tensors], first)
             torch._foreach_copy_([state["second_moment"] for state in of_shape], list(second.unbind()))
             torch._foreach_copy_([state["row_weights"] for state in of_shape], list(weights.unbind()))
         return directions(firsts, seconds, row_weights, step=step, betas=betas, eps=eps)

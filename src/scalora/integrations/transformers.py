@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
 from scalora.model.adapters import promote_adapters
+from scalora.model.attachment import attachment_of
 from scalora.parallel.data_parallel import keep_out_of_broadcasts
 from scalora.saving.attach import fingerprint_of
 from scalora.saving.checkpoints import set_broken_checkpoints_aside, why_not_resumable
@@ -70,6 +71,7 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._make_engine = make_engine
         self.engine: ScaLora | None = None
         self._checkpoint: Path | None = None
+        self._resumed_from: Path | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Have the Trainer find complete checkpoints only, and load them through the engine.
@@ -84,13 +86,32 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             kwargs: other arguments of the event, with the model.
         """
         if (trainer := _caller(Trainer)) is not None:
-            trainer.train = _from_whole_checkpoints(trainer)
+            trainer.train = self._from_whole_checkpoints(trainer)
         model: nn.Module = kwargs["model"]
         keep_out_of_broadcasts(model)  # now, because the engine can't reach the wrapper from the model inside it
         if isinstance(model, PeftModel):
             promote_adapters(model)
             load_adapter = partial(self._load_adapter, model, model.load_adapter)
             object.__setattr__(model, "load_adapter", load_adapter)
+
+    def _from_whole_checkpoints(self, trainer: Trainer) -> Callable[..., Any]:
+        """The Trainer's `train`, which sets broken checkpoints aside first if it shall find the one to resume from."""
+        train = trainer.train
+
+        @wraps(train)
+        def from_whole_checkpoints(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+            checkpoint = resume_from_checkpoint
+            if checkpoint is True:
+                if trainer.is_world_process_zero():
+                    set_broken_checkpoints_aside(Path(trainer.args.output_dir))
+                trainer.accelerator.wait_for_everyone()
+                checkpoint = get_last_checkpoint(trainer.args.output_dir)
+            if checkpoint and (flaw := why_not_resumable(Path(checkpoint))) is not None:
+                raise StateError(f"can't resume from {str(checkpoint)!r}: {flaw}")
+            self._resumed_from = Path(checkpoint) if checkpoint else None
+            return train(resume_from_checkpoint, *args, **kwargs)
+
+        return from_whole_checkpoints
 
     def _load_adapter(
         self, model: PeftModel, load_adapter: Callable[..., Any], model_id: str | Path, *args: Any, **kwargs: Any
@@ -131,6 +152,8 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         model: nn.Module = kwargs["model"]
         optimizer: Optimizer = kwargs["optimizer"]
         self.engine = self._make_engine(model, optimizer, self.config)
+        if self.engine.is_sharded:
+            self._prepare_shards(args, model)
         if self._checkpoint is not None:
             self.engine.load(self._checkpoint)
         elif state.global_step:
@@ -140,6 +163,30 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             )
         train_no_further(state, control)
         warn_if_plain_lora(self.config, state.max_steps)
+
+    def _prepare_shards(self, args: TrainingArguments, model: nn.Module) -> None:
+        """With FSDP2, the Trainer's own checkpoints have the adapter alone, and it resumes without `load_adapter`."""
+        if args.load_best_model_at_end:
+            raise StateError(
+                "load_best_model_at_end=True would load the best adapter onto the last base weights, because the "
+                "Trainer loads the adapter alone with FSDP2: set it to False, and load the best checkpoint afterwards"
+            )
+        if (attachment := attachment_of(model)) is not None:
+            attachment.saved_by_callback = True
+        if self._resumed_from is not None and (self._resumed_from / STATE_FILE).is_file():
+            self._checkpoint = self._resumed_from
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """With FSDP2, write the whole state into the checkpoint, which takes all processes.
+
+        Args:
+            args: the Trainer's arguments.
+            state: the Trainer's state.
+            control: the Trainer's control flags; not used.
+            kwargs: other arguments of the event; not used.
+        """
+        if self.engine is not None and self.engine.is_sharded:
+            self.engine.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_log(
         self,
@@ -178,6 +225,8 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._checkpoint = None
         if self.engine is not None:
             self.engine.detach()
+            if (attachment := attachment_of(kwargs["model"])) is not None:
+                attachment.saved_by_callback = False
 
 
 def warn_if_plain_lora(config: ScaLoraConfig, steps: int) -> None:
@@ -212,25 +261,6 @@ def train_no_further(state: TrainerState, control: TrainerControl) -> None:
     control.should_training_stop = True
     # The Trainer looks at that flag only after a step, and has no public way to take none (checked with 5.23).
     trainer._run_epoch = lambda **_: None
-
-
-def _from_whole_checkpoints(trainer: Trainer) -> Callable[..., Any]:
-    """The Trainer's `train`, which sets broken checkpoints aside first if it shall find the one to resume from."""
-    train = trainer.train
-
-    @wraps(train)
-    def from_whole_checkpoints(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            if trainer.is_world_process_zero():
-                set_broken_checkpoints_aside(Path(trainer.args.output_dir))
-            trainer.accelerator.wait_for_everyone()
-            checkpoint = get_last_checkpoint(trainer.args.output_dir)
-        if checkpoint and (flaw := why_not_resumable(Path(checkpoint))) is not None:
-            raise StateError(f"can't resume from {str(checkpoint)!r}: {flaw}")
-        return train(resume_from_checkpoint, *args, **kwargs)
-
-    return from_whole_checkpoints
 
 
 def _move_before_reporters(callback: TrainerCallback) -> None:

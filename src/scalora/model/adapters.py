@@ -16,7 +16,16 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from scalora.model.layers import ADAPTABLE, QUANTISED, configured_scaling, factor_keys, factors_of, stored_transposed
+from scalora.model.layers import (
+    ADAPTABLE,
+    QUANTISED,
+    configured_scaling,
+    factor_keys,
+    factors_of,
+    is_distributed,
+    plain_name,
+    stored_transposed,
+)
 from scalora.model.mixed_class import plain_class
 from scalora.model.remainder_forward import WithRemainder
 from scalora.model.remainder_layer import REMAINDER, RemainderLayer
@@ -36,7 +45,7 @@ class LoraPair:
     """One adapted layer: ``W + s·A·Bᵀ``.
 
     Attributes:
-        name: the module's name in the model.
+        name: the module's name in the model, without wrappers (`scalora.model.layers.plain_name`).
         lora_A: PEFT's ``lora_A.weight``, (r, n): the paper's Bᵀ.
         lora_B: PEFT's ``lora_B.weight``, (m, r): the paper's A.
         weight: the frozen base weight, (m, n), or (n, m) if `transposed`; in a packed format if `quantised`.
@@ -85,7 +94,7 @@ class LoraPair:
 
     @property
     def keys(self) -> tuple[str, str]:
-        """The names of `lora_A` and `lora_B` in ``model.named_parameters()``."""
+        """The names of `lora_A` and `lora_B` in ``model.named_parameters()``, as `plain_name` gives them."""
         key_A, key_B = factor_keys(self.layer, self.adapter)
         return f"{self.name}.{key_A}", f"{self.name}.{key_B}"
 
@@ -99,6 +108,11 @@ class LoraPair:
     def other_adapters(self) -> list[str]:
         """The names of the layer's other adapters, which are inactive."""
         return sorted({*self.layer.lora_A, *self.layer.lora_embedding_A} - {self.adapter})
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether any of the layer's tensors is a DTensor, so that this process has a part of it only."""
+        return any(map(is_distributed, (self.weight, self.lora_A, self.lora_B)))
 
     @property
     def has_gradients(self) -> bool:
@@ -127,11 +141,12 @@ class LoraPair:
         return matrix.mT if self.transposed else matrix
 
 
-def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
+def find_lora_pairs(model: nn.Module, *, sharded: bool = False) -> list[LoraPair]:
     """Find all LoRA pairs of a model and check that each is supported.
 
     Args:
         model: a `PeftModel`, or any module into which PEFT has injected LoRA layers.
+        sharded: whether the caller can do with the shards of FSDP2. Few can, so by default these are refused.
 
     Raises:
         UnsupportedLayerError: there is no LoRA layer, or an unsupported one: DoRA and other variants, convolutions,
@@ -142,7 +157,7 @@ def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
     pairs = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            pairs.append(_checked_pair(name, module, owners))
+            pairs.append(_checked_pair(name, module, owners, sharded=sharded))
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             refuse(name, f"{type(module).__name__} is not a LoRA layer", "adapt the model with peft.LoraConfig")
     if not pairs:
@@ -191,11 +206,11 @@ def _owners_of_parameters(model: nn.Module) -> dict[int, list[str]]:
 
 def _memory_of(parameter: Tensor) -> int:
     """Identifies a parameter's memory: with ``ensure_weight_tying``, PEFT's tied factors are views of one another."""
-    has_memory = parameter.numel() and not parameter.is_meta and not hasattr(parameter, "device_mesh")
+    has_memory = parameter.numel() and not parameter.is_meta and not is_distributed(parameter)
     return parameter.data_ptr() if has_memory else -id(parameter)
 
 
-def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> LoraPair:
+def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]], *, sharded: bool) -> LoraPair:
     adapter = _only_adapter(name, layer)
     _check_plain_lora(name, layer, adapter)
     pair = _pair(name, layer, adapter, owners)
@@ -207,9 +222,14 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]]) -> 
             "freeze it (requires_grad_(False)), or leave the module out of target_modules",
         )
     for key, parameter in (("base weight", pair.weight), ("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
-        # In this order: FSDP2 and tensor parallelism; FSDP; ZeRO-3.
-        if hasattr(parameter, "device_mesh") or "_fsdp_wrapped_module" in name or parameter.numel() == 0:
-            refuse(name, f"its {key} is sharded", "train with DistributedDataParallel")
+        # A model that is there as a whole for its shapes has all of them there.
+        if parameter.is_meta and not (pair.weight.is_meta and pair.lora_A.is_meta and pair.lora_B.is_meta):
+            refuse(name, f"its {key} is on the meta device, without values", "load the model without offloading")
+        if is_distributed(parameter):
+            if not sharded:
+                refuse(name, f"its {key} is sharded", "call this before fully_shard(), or use DistributedDataParallel")
+        elif "_fsdp_wrapped_module" in name or parameter.numel() == 0:  # FSDP1, ZeRO-3
+            refuse(name, f"its {key} is sharded", "use fully_shard() (FSDP2) or DistributedDataParallel")
     for key, factor in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
         _check_factor(name, key, factor, owners)
     return pair
@@ -220,7 +240,7 @@ def _pair(name: str, layer: LoraLayer, adapter: str, owners: dict[int, list[str]
     lora_A, lora_B = factors_of(layer, adapter)
     names = owners[_memory_of(weight)]
     tied = tuple(names) if len(names) > 1 else ()
-    return LoraPair(name, lora_A, lora_B, weight, quantised, tied, stored_transposed(layer), layer, adapter)
+    return LoraPair(plain_name(name), lora_A, lora_B, weight, quantised, tied, stored_transposed(layer), layer, adapter)
 
 
 def _only_adapter(name: str, layer: LoraLayer) -> str:
@@ -267,7 +287,8 @@ def _base_weight(name: str, layer: LoraLayer) -> tuple[Tensor, bool]:
     weight = next(base.parameters(), None) if packed else base.weight
     if weight is None:
         weight = next(base.buffers())
-    return weight, packed or type(weight) is not nn.Parameter or weight.dtype not in MERGEABLE
+    plain = type(weight) is nn.Parameter or is_distributed(weight)
+    return weight, packed or not plain or weight.dtype not in MERGEABLE
 
 
 def _check_factor(name: str, key: str, parameter: nn.Parameter, owners: dict[int, list[str]]) -> None:

@@ -19,6 +19,7 @@ class Attachment:
         trained: the names of the parameters that were trained when ScaLoRA was first attached.
         config: settings of the engine that was attached last; None before the first.
         step: number of optimizer steps of the run.
+        saved_by_callback: whether a Trainer's callback writes the state of a sharded model into checkpoints.
         base_rates: for each layer's name, the base learning rates of lora_A and lora_B; None before the first engine.
     """
 
@@ -26,6 +27,7 @@ class Attachment:
     trained: frozenset[str] = frozenset()
     config: ScaLoraConfig | None = None
     step: int = 0
+    saved_by_callback: bool = False
     base_rates: dict[str, tuple[float, float]] | None = None
     _rescales: int = 0
     _skipped: Tensor | int = 0

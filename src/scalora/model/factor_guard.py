@@ -9,7 +9,7 @@ was overwritten through ``.data``, as most of these do, so the factors' norms ar
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -52,6 +52,7 @@ class FactorGuard:
 
     def __init__(self, layers: Sequence[Guarded]) -> None:
         self._layers = layers
+        self._parts_of: tuple[Callable[[Tensor], Tensor], list[Tensor]] | None = None
         self.forget()
         _watch(self)
 
@@ -64,6 +65,16 @@ class FactorGuard:
     def leader(self) -> Guarded:
         """The layer that has the check made in its forward pass, for all of them."""
         return self._layers[0]
+
+    def watch_parts(self, factors: list[Tensor], part: Callable[[Tensor], Tensor]) -> None:
+        """Look at this process's part of factors that are split over processes. The layers hold whole ones at times.
+
+        Args:
+            factors: the factors of all layers.
+            part: gives this process's part of one, in the same memory.
+        """
+        self._parts_of = part, factors
+        self.forget()
 
     def retire(self) -> None:
         """Stop watching: the adapter is being deleted."""
@@ -92,7 +103,7 @@ class FactorGuard:
         if self._norms is None:
             self.record()
             return
-        factors = self._present_factors()
+        factors = self._present_factors() if self._parts_of is None else self._factors
         by_device: dict[torch.device, list[Tensor]] = {}
         for now, before in zip(torch._foreach_norm(factors), self._norms, strict=True):
             by_device.setdefault(now.device, []).append((now != before) & ~(now.isnan() & before.isnan()))
@@ -111,6 +122,9 @@ class FactorGuard:
         return bool(self._scalings) and self._scalings != [layer.trained_scaling for layer in self._layers]
 
     def _present_factors(self) -> list[Tensor]:
+        if self._parts_of is not None:
+            part, factors = self._parts_of
+            return [part(factor) for factor in factors]
         return [factor for layer in self._layers for factor in layer.trained_factors]
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -121,7 +135,7 @@ class FactorGuard:
         """
         if not self.leader.has_remainder:
             return
-        own = {id(factor) for factor in self.leader.trained_factors}
+        own = {id(factor) for factor in (self._parts_of[1] if self._parts_of else self.leader.trained_factors)}
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             self.record()
 

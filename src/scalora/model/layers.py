@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+# Checked with torch 2.13.
+_AROUND = re.compile(r"(^|\.)(_checkpoint_wrapped_module|_orig_mod)(?=\.|$)")
 
 LINEAR = (nn.Linear, Conv1D)
 """Linear layers. Conv1D (GPT-2) stores its weight transposed."""
@@ -63,3 +67,21 @@ def stored_transposed(layer: LoraLayer) -> bool:
         layer: the PEFT layer.
     """
     return isinstance(layer, Embedding) or bool(getattr(layer, "fan_in_fan_out", False))
+
+
+def plain_name(name: str) -> str:
+    """A name in a model without what activation checkpointing and compilation put around modules.
+
+    Args:
+        name: name of a module or parameter.
+    """
+    return _AROUND.sub("", name).removeprefix(".")
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor of torch.distributed, which is not imported for this.
+
+    Args:
+        tensor: any tensor.
+    """
+    return hasattr(tensor, "device_mesh")

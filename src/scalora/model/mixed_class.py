@@ -30,12 +30,20 @@ def mix_in(obj: object, mixin: type) -> None:
 
 
 def plain_class(obj: object) -> type:
-    """The class that an object had before `mix_in`, or has.
+    """The class that an object had before `mix_in` and FSDP2, which does the same, or has.
 
     Args:
         obj: the object.
     """
-    return type(obj).__bases__[1] if isinstance(obj, MixedIn) else type(obj)
+    kind = type(obj)
+    while len(kind.__bases__) == 2 and (issubclass(kind.__bases__[0], MixedIn) or _is_of_fsdp(kind.__bases__[0])):
+        kind = kind.__bases__[1]
+    return kind
+
+
+def _is_of_fsdp(kind: type) -> bool:
+    # By name, because torch.distributed is not imported for this (checked with torch 2.13).
+    return kind.__name__ == "FSDPModule"
 
 
 def _mixed(mixin: type, plain: type) -> type:

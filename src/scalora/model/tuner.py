@@ -55,7 +55,8 @@ class RemainderLoraModel(LoraModel):  # type: ignore[misc]
             prefix = f"{name.removeprefix('_fsdp_wrapped_module.')}."
             for key in [key for key in entries if key.startswith(f"{prefix}{REMAINDER}.")]:
                 del entries[key]
-            if layer.trained_adapter == adapter_name and layer.has_remainder and not _AS_GIVEN.get():
+            saved_whole = _AS_GIVEN.get() or layer.attachment.saved_by_callback
+            if layer.trained_adapter == adapter_name and layer.has_remainder and not saved_whole:
                 _check_whole(entries, prefix, layer)
         return entries
 

@@ -1,1 +1,1 @@
-"""Training in several processes: DistributedDataParallel. May import `model` and below."""
+"""Training in several processes: DistributedDataParallel and FSDP2. May import `model` and below."""

@@ -22,14 +22,33 @@ class Factors(NamedTuple):
     Attributes:
         lora_A: the layers' ``lora_A`` weights, the paper's Bᵀ.
         lora_B: the layers' ``lora_B`` weights, the paper's A.
-        weights: the layers' base weights, as they are stored.
-        remainders: the layers' remainders.
+        weights: the layers' base weights, as they are stored, or the part of them that is here.
+        remainders: the layers' remainders, of the same part.
+        rows: which rows of W that part is, of those that `lora_B` has.
+        columns: which columns of W, of those that `lora_A` has.
     """
 
     lora_A: Sequence[Tensor]
     lora_B: Sequence[Tensor]
     weights: Sequence[Tensor]
     remainders: Sequence[Remainder]
+    rows: slice = slice(None)
+    columns: slice = slice(None)
+
+    def merge(self, kernels: Kernels, left: Sequence[Tensor], coefficients: Float[Tensor, "layers r"]) -> None:
+        """Add ``left · diag(coefficients) · lora_A`` to the remainders.
+
+        Args:
+            kernels: the operations to use.
+            left: (m, r) of each layer.
+            coefficients: (layers, r).
+        """
+        lora_A = self.lora_A
+        if self.rows != slice(None):
+            left = [of_layer[self.rows] for of_layer in left]
+        if self.columns != slice(None):
+            lora_A = [of_layer[:, self.columns] for of_layer in lora_A]
+        kernels.merge(self.remainders, self.weights, left, lora_A, coefficients)
 
 
 class ColumnChange(NamedTuple):
@@ -76,7 +95,7 @@ class ColumnChange(NamedTuple):
             scaling: what each layer's remainder is added at.
         """
         lora_A, lora_B = list(factors.lora_A), list(factors.lora_B)
-        kernels.merge(factors.remainders, factors.weights, lora_B, lora_A, scaling * self.merged)
+        factors.merge(kernels, lora_B, scaling * self.merged)
         kernels.multiply(lora_B, kernels.expand_factors(self.alpha[:, None, :], lora_B))
         kernels.multiply(lora_A, kernels.expand_factors(self.beta[:, :, None], lora_A))
 
@@ -121,7 +140,7 @@ class MatrixChange(NamedTuple):
         left = A @ inverse.mT - new_A.to(A.dtype)
         left = (scaling[..., None] * left).to(factors.lora_A[0].dtype)
         moved = (self.merged_matrix != 0).any(-1).any(-1, keepdim=True).expand(-1, left.shape[-1])
-        kernels.merge(factors.remainders, factors.weights, list(left.unbind()), factors.lora_A, moved.to(self.P.dtype))
+        factors.merge(kernels, list(left.unbind()), moved.to(self.P.dtype))
 
 
 Change = ColumnChange | MatrixChange

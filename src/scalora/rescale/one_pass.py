@@ -218,6 +218,7 @@ def _launch(
             right,
             coefficients.float().contiguous(),
             remainder.step if isinstance(remainder, StochasticRemainder) else 0,
+            remainder.first_row,
             rows,
             columns,
             *left.stride(),

@@ -7,6 +7,7 @@ keeps it beside the unchanged base weight, as a frozen low-rank product that the
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
@@ -42,6 +43,7 @@ class DenseRemainder(nn.Module):
     Attributes:
         transposed: whether the base weight is stored transposed.
         changed: whether anything has been added, so that the base weight is no longer the original one.
+        first_row: number of the first row of the stored weight that is here, if it is one process's part.
         rounded_off: the rounding error of each entry, int16 (int8 in an `EightBitRemainder`), of the weight's shape;
             None for a float32 or float64 weight.
     """
@@ -54,6 +56,7 @@ class DenseRemainder(nn.Module):
         super().__init__()
         self.transposed = transposed
         self.changed = False
+        self.first_row = 0
         self.register_buffer("rounded_off", self._no_errors_yet(weight))
 
     @torch.no_grad()
@@ -77,6 +80,18 @@ class DenseRemainder(nn.Module):
         for start in range(0, len(weight), rows):
             part = slice(start, start + rows)
             self._add_to_rows(weight, part, left[part], right)
+
+    def of_part(self, rounded_off: Int[Tensor, "rows columns"] | None, first_row: int) -> DenseRemainder:
+        """The remainder of some rows of the weight, which shares their memory.
+
+        Args:
+            rounded_off: these rows' rounding errors.
+            first_row: number of the first of them.
+        """
+        part = copy.copy(self)
+        part._buffers = self._buffers | {"rounded_off": rounded_off}
+        part.first_row = first_row
+        return part
 
     def match(self, weight: Tensor) -> None:
         """Begin to keep rounding errors, or stop, if the weight's dtype asks for it.

@@ -47,7 +47,7 @@ class StochasticRemainder(DenseRemainder):
     def _add_to_rows(self, weight: Tensor, part: slice, left: Tensor, right: Tensor) -> None:
         block = weight[part]
         exact = block.float().addmm_(left, right)
-        block.copy_(rounded_by(exact, block, draws(self.name_hash, self.step, part.start, block)))
+        block.copy_(rounded_by(exact, block, draws(self.name_hash, self.step, self.first_row + part.start, block)))
 
 
 def draws(name_hash: int, step: int, first_row: int, like: Tensor) -> Int[Tensor, "rows columns"]:

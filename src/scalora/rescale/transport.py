@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.optim import Optimizer
 
 from scalora.rescale.kernels import Multiply, multiply
 from scalora.rescale.optimizers import (
@@ -31,9 +30,18 @@ from scalora.rescale.optimizers import (
 from scalora.rescale.quantised_state import COMPANIONS, scale_block_quantised
 
 
+@runtime_checkable
+class HoldsState(Protocol):
+    """What the transport needs of an optimizer."""
+
+    @property
+    def state(self) -> Mapping[Any, Any]:
+        """The state of each parameter."""
+
+
 @torch.no_grad()
 def scale_gradients_and_states(
-    optimizer: Optimizer,
+    optimizer: HoldsState,
     kinds: Mapping[str, Kind],
     parameters: Sequence[Tensor],
     factors: Sequence[Tensor],
@@ -82,7 +90,7 @@ def scale_gradients_and_states(
 
 @torch.no_grad()
 def transform_gradients_and_states(
-    optimizer: Optimizer,
+    optimizer: HoldsState,
     kinds: Mapping[str, Kind],
     parameters: Sequence[Tensor],
     matrices: Float[Tensor, "layers r r"],
@@ -164,7 +172,7 @@ def _chosen(entries: list[tuple[Tensor, int]], matrices: Tensor) -> tuple[list[T
 
 
 def check_states(
-    optimizer: Optimizer, kinds: Mapping[str, Kind], parameters: Sequence[Tensor], *, matrix: bool = False
+    optimizer: HoldsState, kinds: Mapping[str, Kind], parameters: Sequence[Tensor], *, matrix: bool = False
 ) -> bool:
     """Check that the state that parameters have by now can be transported.
 

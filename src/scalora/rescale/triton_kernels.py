@@ -135,7 +135,7 @@ def _float16_by_draws(exact, draws):
     return tl.where(finite, signed, exact).to(tl.float16)
 
 
-@triton.jit(do_not_specialize=["step"])
+@triton.jit(do_not_specialize=["step", "rows_before"])
 @no_type_check
 def merge_kernel(
     table,
@@ -143,6 +143,7 @@ def merge_kernel(
     right,
     coefficients,
     step,
+    rows_before,
     rows,
     columns,
     left_layer,
@@ -169,6 +170,7 @@ def merge_kernel(
         right: factor of the weights' columns, float32.
         coefficients: float32, (layers, RANK).
         step: number of the optimizer step, for stochastic rounding.
+        rows_before: rows of the weights before those that are here, for stochastic rounding.
         rows: rows of each weight.
         columns: columns of each weight.
         left_layer: stride of `left` from layer to layer.
@@ -261,7 +263,7 @@ def merge_kernel(
             tl.store(weight, rounded, mask=inside)
             tl.store(low, rest, mask=inside)
         else:
-            draws = _draws(key, row, column)
+            draws = _draws(key, row + rows_before, column)
             if DTYPE == "bfloat16":
                 old = (before.to(tl.int32) << 16).to(tl.float32, bitcast=True)
                 exact = old + change

@@ -166,7 +166,7 @@ def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -
         evaluates: whether there are examples for evaluation.
 
     Raises:
-        InputError: the library refuses a value.
+        InputError: the library refuses a value, or ScaLoRA is to train shards (FSDP).
     """
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     defaults = TRAINING_DEFAULTS | {
@@ -186,9 +186,15 @@ def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -
     if settings.task == "sft" and settings.data.text != "text":
         defaults["dataset_text_field"] = settings.data.text
     try:
-        return training_class(settings.task)(**defaults | settings.training)
+        arguments = training_class(settings.task)(**defaults | settings.training)
     except (TypeError, ValueError) as error:
         raise InputError(f"training arguments: {error}") from None
+    if arguments.fsdp and isinstance(method, ScaLoraMethod):
+        raise InputError(
+            f"training.fsdp={settings.training.get('fsdp')!r}: scalora train writes what it has trained from one "
+            "process, which has only its shards; leave it out, or use ScaLoraCallback in a Trainer of your own"
+        )
+    return arguments
 
 
 def trainer_maker(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scalora.config import MERGES_INTO_THE_BASE, STARTS_THAT_CHANGE_THE_BASE, Merge
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
 from scalora.model.attachment import Attachment, attachment_of
+from scalora.model.layers import plain_name
 from scalora.model.mixed_class import mix_in
 from scalora.model.placement import place_remainders
 from scalora.model.roots import peft_model_of
 from scalora.model.tuner import use_in_peft
 from scalora.model.whole_adapter import remainder_layers, write_as_whole
 from scalora.parallel.data_parallel import keep_out_of_broadcasts
+from scalora.parallel.sharded_pairs import check_shards, keep_rounding_errors_with_weights
+from scalora.parallel.shards import local, reshard
 from scalora.rescale.remainder import FactoredRemainder
 from scalora.saving.fingerprint import base_fingerprint
 from scalora.saving.peft_model import SavesWholeUpdate
@@ -35,7 +38,9 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
     Raises:
         UnsupportedLayerError: a module is not supported; the message names it. The model has not been changed then.
     """
-    pairs = find_lora_pairs(model)
+    reshard(model)
+    pairs = find_lora_pairs(model, sharded=True)
+    check_shards(pairs)
     peft_model = peft_model_of(model)
     own = None if peft_model is not None else _injected_model(model)
     if isinstance(own, PreTrainedModel):
@@ -44,11 +49,15 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
     if attachment is None:
         root = peft_model or own or model
         _check_start(root, pairs[0].adapter)
-        trained = frozenset(name for name, p in root.named_parameters() if p.requires_grad)
+        trained = frozenset(plain_name(name) for name, p in root.named_parameters() if p.requires_grad)
         attachment = Attachment(base_fingerprint(root), trained)
     place_remainders(pairs, merge, remainder_rank)
     for pair in pairs:
         pair.layer.attachment = attachment
+    if any(pair.is_sharded for pair in pairs):
+        keep_rounding_errors_with_weights(pairs)
+        factors: list[Tensor] = [factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)]
+        pairs[0].layer.factor_guard.watch_parts(factors, local)
     keep_out_of_broadcasts(model)
     use_in_peft(peft_model.base_model if peft_model is not None else None)
     if own is not None:

@@ -19,6 +19,9 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 _TO_RESUME = ("optimizer.pt", "scheduler.pt")
 
+# What a Trainer with FSDP writes in place of the model's and the optimizer's files, before its state.
+_OF_FSDP = "pytorch_model_fsdp*"
+
 # The Trainer writes this file last, so if it is complete, the others have been written too.
 _WRITTEN_LAST = "trainer_state.json"
 
@@ -130,6 +133,9 @@ def _flaw(folder: Path) -> str | None:
             check_state(folder)
         except StateError as error:
             return str(error)
+    sharded = any(folder.glob(_OF_FSDP))
+    if sharded and not os.path.lexists(folder / STATE_FILE):  # which is written after the Trainer's state then
+        return f"it has no {STATE_FILE}: it was cut off while it was written, or written without ScaLoRA"
     for path in folder.glob("*.safetensors"):
         if not path.is_file():
             return f"its {path.name} is not a file"
@@ -139,7 +145,7 @@ def _flaw(folder: Path) -> str | None:
         except (SafetensorError, OSError) as error:
             return f"its {path.name} is not a complete safetensors file: {error}"
     for name in () if _is_model_only(folder) else _TO_RESUME:
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() and not (sharded and name == "optimizer.pt"):
             return f"it has no {name}"
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
         if not _can_be_loaded(path):

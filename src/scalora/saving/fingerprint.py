@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from scalora.model.layers import is_distributed, plain_name
+from scalora.parallel.shards import sampled
+
 # Entries of each weight that go into the fingerprint, evenly spaced. A training step changes nearly all entries, so a
 # few of each weight are enough to tell models apart, and cheap for models of any size.
 _SAMPLES = 64
@@ -39,14 +42,20 @@ def base_fingerprint(model: nn.Module) -> str:
     # for inference on a CPU.
     tensors = model.state_dict()
     of_parameters = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        # PEFT keeps the original of a head that it trains a copy of. A new head is random and differs with every load.
-        if not parameter.requires_grad and ".original_module." not in name:
-            _add(of_parameters, name, tensors.get(name, parameter))
+    # PEFT keeps the original of a head that it trains a copy of. A new head is random and differs with every load.
+    named = sorted((plain_name(name), name, parameter) for name, parameter in model.named_parameters())
+    frozen = {
+        name: tensors.get(full_name, tensors.get(name, parameter))
+        for name, full_name, parameter in named
+        if not parameter.requires_grad and ".original_module." not in name
+    }
+    samples = sampled(frozen, _SAMPLES) if any(map(is_distributed, frozen.values())) else {}
+    for name, tensor in frozen.items():
+        _add(of_parameters, name, tensor, samples.get(name))
     others = _beside_parameters(model, tensors)
     if not others or any(name.endswith(".absmax") and t.dtype == torch.bfloat16 for name, t in others.items()):
         return of_parameters.hexdigest()
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    buffers = {plain_name(name) for name, _ in model.named_buffers(remove_duplicate=False)}
     of_others = hashlib.sha256()
     for name, tensor in sorted(others.items()):
         if name in buffers:
@@ -75,20 +84,24 @@ def difference(saved: str, present: str) -> tuple[str, str] | None:
 def _beside_parameters(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a state dict that are no parameters, heads or statistics."""
     left_out = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(_statistics(model))
+    left_out = set(map(plain_name, left_out))
     return {
         name: value
-        for name, value in tensors.items()
+        for name, value in ((plain_name(name), value) for name, value in tensors.items())
         if isinstance(value, Tensor) and name not in left_out and not any(part in name for part in _HEADS)
     }
 
 
-def _add(digest: Any, name: str, tensor: Tensor) -> None:
-    if hasattr(tensor, "__tensor_flatten__"):  # a quantised weight of torchao: a tensor made of tensors
+def _add(digest: Any, name: str, tensor: Tensor, sample: Tensor | None = None) -> None:
+    if sample is None and hasattr(
+        tensor, "__tensor_flatten__"
+    ):  # a quantised weight of torchao: a tensor made of tensors
         for part in tensor.__tensor_flatten__()[0]:
             _add(digest, f"{name}.{part}", getattr(tensor, part))
         return
-    flat = tensor.reshape(-1)
-    sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].contiguous().cpu()
+    if sample is None:
+        flat = tensor.reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].contiguous().cpu()
     digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
     digest.update(sample.view(torch.uint8).numpy().tobytes())
 

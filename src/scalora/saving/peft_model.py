@@ -32,6 +32,10 @@ _NOT_AN_ADAPTER = (
 )
 
 
+class ShardedModelError(RuntimeError):
+    """One process alone can't save a model whose weights are split over processes. The message says what can."""
+
+
 class SavesWholeUpdate(MixedIn, PeftModel):  # type: ignore[misc]
     """Mixed into the class of a PeftModel when ScaLoRA is attached."""
 
@@ -65,6 +69,7 @@ class SavesWholeUpdate(MixedIn, PeftModel):  # type: ignore[misc]
                 `path_initial_model_for_weight_conversion` is given.
             ChangedBaseError: the adapter is merged into a base that ScaLoRA has changed.
             ChangedFactorsError: something other than an optimizer has overwritten the factors.
+            ShardedModelError: the weights are split over processes (FSDP2).
             OSError: the folder can't be written to.
         """
         pairs = pairs_with_remainders(self)
@@ -86,9 +91,17 @@ class SavesWholeUpdate(MixedIn, PeftModel):  # type: ignore[misc]
             )
         if trained not in selected or not is_main_process:
             return
+        sharded = any(pair.is_sharded for pair in pairs)
+        if sharded and not pairs[0].layer.attachment.saved_by_callback:
+            raise ShardedModelError(
+                "the model's weights are split over processes, and save_pretrained() has one of them: call "
+                "ScaLora.save(folder) in all processes, and make an adapter of it with scalora.export_adapter()"
+            )
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{str(folder)!r} is a file: choose a folder to save the model in")
+        if sharded:
+            return  # the callback writes the state in all processes
         state = state_of(self, pairs)
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(pairs[0].remainder, FactoredRemainder):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from scalora.config import Merge, ScaLoraConfig
 from scalora.model.adapters import LoraPair
-from scalora.model.layers import factor_keys
+from scalora.model.layers import factor_keys, plain_name
 from scalora.model.placement import kind_of
-from scalora.rescale.remainder import DenseRemainder
+from scalora.parallel.shards import local, split_as
+from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
 from scalora.saving.errors import StateError, short_repr
 from scalora.saving.fingerprint import difference
 
@@ -48,8 +49,16 @@ def gather(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Tensor]:
     for pair in pairs:
         if isinstance(pair.remainder, DenseRemainder):
             tensors[f"weight.{pair.name}"] = pair.weight.detach()
-        tensors |= {f"{key}.{pair.name}": value for key, value in pair.remainder.state_dict().items()}
+        tensors |= {f"{key}.{pair.name}": value for key, value in _kept_beside(pair).items()}
     return tensors
+
+
+def _kept_beside(pair: LoraPair) -> dict[str, Tensor]:
+    """The tensors of a layer's remainder, also those that are not in the state dicts of shards."""
+    remainder = pair.remainder
+    if isinstance(remainder, DenseRemainder):
+        return {} if remainder.rounded_off is None else {"rounded_off": remainder.rounded_off}
+    return remainder.state_dict()
 
 
 def check_content(state: Mapping[str, Any]) -> None:
@@ -185,7 +194,7 @@ def check_fit(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Ten
                 f"{name!r} is {saved.dtype} {tuple(saved.shape)} in the state, but {wanted.dtype} "
                 f"{tuple(wanted.shape)} in the model"
             )
-        if not saved.isfinite().all():
+        if not local(saved).isfinite().all():
             raise StateError(f"{name!r} in the state has NaN or infinite entries")
     for pair in pairs:
         if (left := tensors.get(f"left.{pair.name}")) is not None and (
@@ -204,12 +213,15 @@ def restore(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tenso
     """
     with torch.no_grad():
         for name, parameter in _trained_parameters(model, pairs):
-            parameter.copy_(tensors[f"trained.{name}"])
+            parameter.copy_(split_as(tensors[f"trained.{name}"], parameter))
         for pair in pairs:
             if isinstance(pair.remainder, DenseRemainder):
-                pair.weight.copy_(tensors[f"weight.{pair.name}"])
-            keys = pair.remainder.state_dict().keys()
-            pair.remainder.load_state_dict({key: tensors[f"{key}.{pair.name}"] for key in keys})
+                pair.weight.copy_(split_as(tensors[f"weight.{pair.name}"], pair.weight))
+            kept = {key: tensors[f"{key}.{pair.name}"] for key in _kept_beside(pair)}
+            if isinstance(pair.remainder, FactoredRemainder):
+                pair.remainder.load_state_dict(kept)
+            elif pair.remainder.rounded_off is not None:
+                pair.remainder.rounded_off.copy_(split_as(kept["rounded_off"], pair.remainder.rounded_off))
             pair.remainder.changed = pair.remainder.changed or isinstance(pair.remainder, DenseRemainder)
         pairs[0].layer.factor_guard.forget()
 
@@ -224,6 +236,7 @@ def _trained_parameters(model: nn.Module, pairs: list[LoraPair]) -> Iterator[tup
         for other in pair.other_adapters
         for key in factor_keys(pair.layer, other)
     }
-    for name, parameter in model.named_parameters():
+    for full_name, parameter in model.named_parameters():
+        name = plain_name(full_name)
         if name in own or (parameter.requires_grad and name not in others):
             yield name, parameter

@@ -1,0 +1,107 @@
+"""LoRA pairs of a sharded model (FSDP2): which can be trained, and what goes with their shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch.optim import Optimizer
+
+from scalora.model.adapters import LoraPair, refuse
+from scalora.model.layers import factors_of, is_distributed
+from scalora.parallel.shards import axis_key, split_as, unusual_placements
+from scalora.rescale.optimizers import Kind, UnsupportedOptimizerError
+from scalora.rescale.quantised_state import COMPANIONS
+from scalora.rescale.remainder import DenseRemainder
+
+
+def check_shards(pairs: list[LoraPair]) -> None:
+    """Check that tensors are sharded as FSDP2 shards them, and as few ways as are supported.
+
+    Args:
+        pairs: the LoRA pairs of one model.
+
+    Raises:
+        UnsupportedLayerError: they are sharded in another way; the message names the module.
+    """
+    for pair in pairs:
+        tensors = {"base weight": pair.weight, "lora_A": pair.lora_A, "lora_B": pair.lora_B}
+        for key, tensor in tensors.items():
+            if is_distributed(tensor) and (placements := unusual_placements(tensor)):
+                refuse(
+                    pair.name,
+                    f"its {key} is split as {placements}, as by tensor parallelism",
+                    "shard by rows, with fully_shard() (FSDP2), or train with DistributedDataParallel",
+                )
+        if axis_key(pair.lora_A) != axis_key(pair.lora_B):
+            refuse(
+                pair.name,
+                "of lora_A and lora_B one is split and the other not, or over other processes, as by tensor "
+                "parallelism",
+                "shard with fully_shard() (FSDP2), or train with DistributedDataParallel",
+            )
+
+
+def check_optimizer_of_shards(pairs: list[LoraPair], optimizer: Optimizer, kinds: Mapping[str, Kind]) -> None:
+    """Check that an optimizer's state can be carried over where factors are split.
+
+    Args:
+        pairs: the LoRA pairs of one model.
+        optimizer: the optimizer of their factors.
+        kinds: how each entry of its state depends on the gradients.
+
+    Raises:
+        UnsupportedOptimizerError: it can't.
+    """
+    if any(key in COMPANIONS for key in kinds) and any(pair.is_sharded for pair in pairs):
+        raise UnsupportedOptimizerError(
+            f"optimizer {type(optimizer).__name__} keeps its state in blocks of entries, which shards cut up: with "
+            "FSDP2 use torch.optim.AdamW, or train with DistributedDataParallel"
+        )
+
+
+def check_not_sharded_since(pairs: list[LoraPair]) -> None:
+    """Check that layers still have the parameters that they had when ScaLoRA was attached.
+
+    Args:
+        pairs: the LoRA pairs of one model.
+
+    Raises:
+        UnsupportedLayerError: they have been sharded since.
+    """
+    for pair in pairs:
+        if not is_distributed(pair.lora_A) and is_distributed(factors_of(pair.layer, pair.adapter)[0]):
+            refuse(
+                pair.name,
+                "it has been sharded since ScaLoRA was attached, whose parameters are no longer trained",
+                "attach ScaLoRA after fully_shard() or accelerator.prepare()",
+            )
+
+
+def with_their_shards(pairs: list[LoraPair]) -> list[LoraPair]:
+    """The pairs with the shards that have taken the places of their parameters.
+
+    Args:
+        pairs: the LoRA pairs of one model, found before it was sharded or after.
+    """
+    current = []
+    for pair in pairs:
+        lora_A, lora_B = factors_of(pair.layer, pair.adapter)
+        new = is_distributed(lora_A) and lora_A is not pair.lora_A
+        current.append(replace(pair, lora_A=lora_A, lora_B=lora_B) if new else pair)
+    return current
+
+
+def keep_rounding_errors_with_weights(pairs: list[LoraPair]) -> None:
+    """Split what dense remainders keep beside weights as the weights are, also if these have been sharded since.
+
+    It is left out of state dicts, because no backend sends int16: `scalora.saving.state` has it.
+
+    Args:
+        pairs: the LoRA pairs of one model, with remainders.
+    """
+    for pair in pairs:
+        remainder = pair.remainder
+        if is_distributed(pair.weight) and isinstance(remainder, DenseRemainder) and remainder.rounded_off is not None:
+            low = split_as(remainder.rounded_off, pair.weight)
+            remainder.register_buffer("rounded_off", low, persistent=False)
