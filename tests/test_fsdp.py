@@ -223,7 +223,8 @@ def llama(rank, processes):
     return {"weights": effective(engine), "losses": torch.tensor(losses)}
 
 
-HALVES = [(dtype, merge) for dtype in (torch.bfloat16, torch.float16) for merge in ("dense", "dense_8bit", "stochastic")]
+HALF_MERGES = ("dense", "dense_8bit", "stochastic")
+HALVES = [(dtype, merge) for dtype in (torch.bfloat16, torch.float16) for merge in HALF_MERGES]
 
 
 def rescaled_halves(processes, dtype, merge):
