@@ -185,16 +185,15 @@ def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -
         raise InputError(f"method={settings.method!r}: {error}") from None
     if settings.task == "sft" and settings.data.text != "text":
         defaults["dataset_text_field"] = settings.data.text
+    if (fsdp := settings.training.get("fsdp")) and isinstance(method, ScaLoraMethod):
+        raise InputError(
+            f"training.fsdp={fsdp!r}: scalora train writes what it has trained from one process, which has only its "
+            "shards; leave it out, or use ScaLoraCallback in a Trainer of your own"
+        )
     try:
-        arguments = training_class(settings.task)(**defaults | settings.training)
+        return training_class(settings.task)(**defaults | settings.training)
     except (TypeError, ValueError) as error:
         raise InputError(f"training arguments: {error}") from None
-    if arguments.fsdp and isinstance(method, ScaLoraMethod):
-        raise InputError(
-            f"training.fsdp={settings.training.get('fsdp')!r}: scalora train writes what it has trained from one "
-            "process, which has only its shards; leave it out, or use ScaLoraCallback in a Trainer of your own"
-        )
-    return arguments
 
 
 def trainer_maker(
