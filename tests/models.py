@@ -85,3 +85,19 @@ def backward(model, seed=3):
     model.zero_grad()
     loss.backward()
     return loss.item()
+
+
+def with_adapter_in_float32(model):
+    """A half-precision model whose trained parameters are in float32, as PEFT keeps adapters."""
+    for parameter in trainable(model):
+        parameter.data = parameter.data.float()
+    return model
+
+
+def take_random_steps(model, optimizer, steps):
+    """Steps with random gradients."""
+    for seed in range(steps):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in trainable(model):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()

@@ -7,7 +7,7 @@ import torch
 from drift import drift, train
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Mixed, tiny_llama, trainable, with_lora
+from models import Mixed, take_random_steps, tiny_llama, trainable, with_adapter_in_float32, with_lora
 from test_stochastic import HALVES, trained
 from torch import nn
 
@@ -239,9 +239,9 @@ def test_a_conversion_keeps_what_was_rounded_off_and_merges_go_on(dtype):
 
 
 def test_embeddings_and_transposed_weights_take_merges():
-    model = with_lora(Mixed(), r=2, target_modules=["embed", "conv", "linear"], random_B=False).bfloat16()
-    for parameter in trainable(model):
-        parameter.data = parameter.data.float()
+    model = with_adapter_in_float32(
+        with_lora(Mixed(), r=2, target_modules=["embed", "conv", "linear"], random_B=False).bfloat16()
+    )
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=1, merge="dense_8bit"))
     assert any(pair.transposed for pair in engine.pairs)
@@ -260,16 +260,12 @@ def test_embeddings_and_transposed_weights_take_merges():
 
 def test_exports_hold_the_exact_update(tmp_path):
     base = tiny_llama(tie_word_embeddings=False).bfloat16()
-    model = with_lora(copy.deepcopy(base), r=2, target_modules="all-linear", random_B=False, dtype=torch.bfloat16)
-    for parameter in trainable(model):
-        parameter.data = parameter.data.float()
+    model = with_adapter_in_float32(
+        with_lora(copy.deepcopy(base), r=2, target_modules="all-linear", random_B=False, dtype=torch.bfloat16)
+    )
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0, merge="dense_8bit"))
-    for seed in range(6):
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in trainable(model):
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
+    take_random_steps(model, optimizer, 6)
     model.save_pretrained(tmp_path / "saved")
     scalora.export_adapter(copy.deepcopy(base), tmp_path / "saved", tmp_path / "adapter", rtol=1e-5)
     merged_model = scalora.export_merged(copy.deepcopy(base), tmp_path / "saved", tmp_path / "merged")

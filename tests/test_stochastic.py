@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Mixed, TwoLayers, tiny_llama, trainable, with_lora
+from models import Mixed, TwoLayers, take_random_steps, tiny_llama, trainable, with_adapter_in_float32, with_lora
 from test_rescale_cost import Operations
 from torch import nn
 
@@ -223,18 +223,14 @@ def test_a_tied_weight_and_weight_decay_of_pairs_are_refused_as_for_dense():
 
 
 def test_embeddings_and_transposed_weights_take_merges():
-    model = with_lora(Mixed(), r=2, target_modules=["embed", "conv", "linear"], random_B=False).bfloat16()
-    for parameter in trainable(model):
-        parameter.data = parameter.data.float()
+    model = with_adapter_in_float32(
+        with_lora(Mixed(), r=2, target_modules=["embed", "conv", "linear"], random_B=False).bfloat16()
+    )
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=1, merge="stochastic"))
     before = [pair.weight.clone() for pair in engine.pairs]
     assert any(pair.transposed for pair in engine.pairs)
-    for seed in range(6):
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in trainable(model):
-            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-        optimizer.step()
+    take_random_steps(model, optimizer, 6)
     assert all(not torch.equal(pair.weight, old) for pair, old in zip(engine.pairs, before, strict=True))
 
 
@@ -254,16 +250,12 @@ def test_a_conversion_rounds_once_and_merges_go_on():
 
 def test_exports_hold_the_update_of_the_rounded_weights(tmp_path):
     base = tiny_llama(tie_word_embeddings=False).bfloat16()
-    model = with_lora(copy.deepcopy(base), r=2, target_modules="all-linear", random_B=False, dtype=torch.bfloat16)
-    for parameter in trainable(model):
-        parameter.data = parameter.data.float()
+    model = with_adapter_in_float32(
+        with_lora(copy.deepcopy(base), r=2, target_modules="all-linear", random_B=False, dtype=torch.bfloat16)
+    )
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0, merge="stochastic"))
-    for seed in range(6):
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in trainable(model):
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
+    take_random_steps(model, optimizer, 6)
     model.save_pretrained(tmp_path / "saved")
     scalora.export_adapter(copy.deepcopy(base), tmp_path / "saved", tmp_path / "adapter", rtol=1e-5)
     merged_model = scalora.export_merged(copy.deepcopy(base), tmp_path / "saved", tmp_path / "merged")

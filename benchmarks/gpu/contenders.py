@@ -12,8 +12,8 @@ from torch.optim import AdamW, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scalora import PairAdamW, ScaLora, ScaLoraConfig
+from scalora.bench.case import fill_remainders
 from scalora.config import Merge
-from scalora.rescale.remainder import FactoredRemainder
 from scalora.rivals.full_weights import Full
 
 # Any rate at which training does not diverge will do: only time and memory are measured.
@@ -175,7 +175,7 @@ class Contender:
         )
         if spec.scalora is not None:
             ScaLora(self.model, self.optimizer, ScaLoraConfig.from_dict({"warmup_steps": 0} | spec.scalora))
-            _fill_remainders(self.model)
+            fill_remainders(self.model)
         generator = torch.Generator().manual_seed(0)
         shape = (size.batch, size.sequence)
         self._tokens: Tensor = torch.randint(size.vocabulary, shape, generator=generator).to(size.device)
@@ -203,11 +203,3 @@ class Contender:
         self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def _fill_remainders(model: nn.Module) -> None:
-    """Give factored remainders as many columns as a compression leaves them in a long run."""
-    for module in model.modules():
-        if isinstance(module, FactoredRemainder):
-            left, right = module.used
-            module.append(*(1e-4 * torch.randn(len(f), module.max_rank).to(f) for f in (left, right)))

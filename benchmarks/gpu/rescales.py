@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Any
 
 import torch
@@ -10,11 +9,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from gpu.contenders import Contender, Size
-from scalora.bench.floor import RescaleWork, rescale_work
+from scalora.bench.floor import seconds_of_parts
 from scalora.bench.measure import Machine, rescale_parts
 from scalora.engine import PARTS
-from scalora.model.adapters import LoraPair, find_lora_pairs
-from scalora.rescale.remainder import FactoredRemainder
+from scalora.model.adapters import find_lora_pairs
 
 _REPEATS = 5
 
@@ -34,24 +32,8 @@ def rescale(contender: Contender, machine: Machine) -> dict[str, Any]:
         contender.step()
     pairs = find_lora_pairs(contender.model)
     moments = 1 if contender.spec.pair_adamw else 2
-    work = reduce(RescaleWork.__add__, (_work(pair, moments) for pair in pairs))
-    solve = work.grams.seconds(*machine) + work.solve.seconds(*machine)
-    floor = (solve, work.merge.seconds(*machine), work.transport.seconds(*machine))
-    parts = rescale_parts(contender, _REPEATS)
-    return {"parts": parts, "floor": dict(zip(PARTS, floor, strict=True))}
-
-
-def _work(pair: LoraPair, moments: int) -> RescaleWork:
-    factored = isinstance(pair.remainder, FactoredRemainder)
-    rounded_off = getattr(pair.remainder, "rounded_off", None)
-    return rescale_work(
-        pair.m,
-        pair.n,
-        pair.r,
-        weight_bytes=pair.weight.element_size() + (0 if rounded_off is None else rounded_off.element_size()),
-        moments=moments,
-        remainder_rank=pair.remainder.max_rank if factored else None,
-    )
+    floor = seconds_of_parts(pairs, *machine, moments=moments)
+    return {"parts": rescale_parts(contender, _REPEATS), "floor": floor}
 
 
 def launches(contender: Contender, size: Size) -> dict[str, Any]:

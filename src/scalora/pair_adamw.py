@@ -167,6 +167,7 @@ class PairAdamW(Optimizer):
             raise ValueError(f"betas must be at least 0 and below 1, got {betas!r}")
         self._pairs = find_lora_pairs(model, sharded=True)
         check_shards(self._pairs)
+        self._had_steps = False
         given = [p for p in model.parameters() if p.requires_grad] if params is None else params
         super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         held = {id(p) for group in self.param_groups for p in group["params"]}
@@ -189,7 +190,9 @@ class PairAdamW(Optimizer):
         """
         loss = loss_of(closure)
         alike: dict[_Alike, list[_Member]] = defaultdict(list)
-        self._pairs = with_their_shards(self._pairs)
+        if not self._had_steps:  # Accelerate shards a model that has its optimizer already
+            self._pairs = with_their_shards(self._pairs)
+            self._had_steps = True
         members = self._members()
         self._count_steps([pair for pair, *_ in members])
         for pair, group_A, group_B in members:
@@ -204,12 +207,7 @@ class PairAdamW(Optimizer):
         for (moments, *_), of_all_shapes in together.items():
             for factors, found in zip(of_all_shapes, self._directions(of_all_shapes, moments), strict=True):
                 factors.move(found)
-        for parameter, whole in wholes.items():
-            axis = axis_of(parameter)
-            assert axis is not None
-            rows = axis.rows(parameter.shape[0])
-            local(parameter).copy_(whole.value[rows])
-            local(self.state[parameter]["exp_avg"]).copy_(whole.first[rows])
+        self._keep_rows(wholes)
         in_pairs = {id(p) for pair in self._pairs for p in (pair.lora_A, pair.lora_B)}
         for group in self.param_groups:
             self._step_others([p for p in group["params"] if id(p) not in in_pairs and p.grad is not None], group)
@@ -263,6 +261,15 @@ class PairAdamW(Optimizer):
             of_all = iter(gathered([local(part) for part in parts], totals, axis))
             found |= {p: _Tensors(next(of_all), next(of_all), next(of_all)) for p in parameters}
         return found
+
+    def _keep_rows(self, wholes: dict[nn.Parameter, _Tensors]) -> None:
+        """Copy what a step has changed of whole tensors to the rows that are in this process."""
+        for parameter, whole in wholes.items():
+            axis = axis_of(parameter)
+            assert axis is not None
+            rows = axis.rows(parameter.shape[0])
+            local(parameter).copy_(whole.value[rows])
+            local(self.state[parameter]["exp_avg"]).copy_(whole.first[rows])
 
     def _tensors(self, wholes: dict[nn.Parameter, _Tensors], parameter: nn.Parameter) -> _Tensors:
         """The tensors of a parameter that has a gradient: whole ones, if there are."""

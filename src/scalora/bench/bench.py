@@ -15,14 +15,12 @@ from typing import Any
 import torch
 
 from scalora.bench.case import Case, Contender
-from scalora.bench.floor import rescale_work_of
+from scalora.bench.floor import seconds_of_parts
 from scalora.bench.measure import Machine, interleaved_steps, measure_machine, peak_memory, rescale_parts
 from scalora.bench.results import BASELINE, Rescale, Steps, rescales_table, steps_table
 from scalora.bench.settings import BenchSettings
-from scalora.engine import PARTS
 from scalora.model.adapters import find_lora_pairs
 from scalora.model.placement import kind_of
-from scalora.rescale.remainder import FactoredRemainder
 from scalora.runs.errors import InputError
 from scalora.runs.run_folder import write_json
 from scalora.saving.files import atomic_write
@@ -122,14 +120,9 @@ def _measure(
 
 
 def _rescale(name: str, contender: Contender, machine: Machine) -> Rescale:
-    """The parts of a rescale and their lower bounds. The Grams count as part of the solve, as in the profiler."""
+    """The parts of a rescale and their lower bounds."""
     pairs = find_lora_pairs(contender.model)
-    remainder = pairs[0].remainder
-    kept = remainder.max_rank if isinstance(remainder, FactoredRemainder) else 0
-    work = rescale_work_of(pairs, kind_of(remainder), kept)
-    solve = work.grams.seconds(*machine) + work.solve.seconds(*machine)
-    floor = dict(zip(PARTS, (solve, work.merge.seconds(*machine), work.transport.seconds(*machine)), strict=True))
-    return Rescale(name, kind_of(remainder), rescale_parts(contender), floor)
+    return Rescale(name, kind_of(pairs[0].remainder), rescale_parts(contender), seconds_of_parts(pairs, *machine))
 
 
 def _environment(settings: BenchSettings, machine: Machine) -> dict[str, Any]:

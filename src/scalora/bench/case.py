@@ -127,7 +127,7 @@ class Contender:
                 model=self.model,
                 optimizer=self.optimizer,
             )
-        _fill_remainders(self.model)
+        fill_remainders(self.model)
 
     def _backward(self, model: nn.Module) -> None:
         half = self._case.dtype != "float32"
@@ -172,8 +172,12 @@ def _method(name: ContenderName, case: Case) -> Method:
     return kind(config=config)
 
 
-def _fill_remainders(model: nn.Module) -> None:
-    """Give factored remainders as many columns as a compression leaves them in a long run."""
+def fill_remainders(model: nn.Module) -> None:
+    """Give factored remainders as many columns as a compression leaves them in a long run.
+
+    Args:
+        model: a model with ScaLoRA attached.
+    """
     for module in model.modules():
         if isinstance(module, FactoredRemainder):
             left, right = module.used

@@ -11,8 +11,10 @@ from functools import reduce
 from typing import NamedTuple
 
 from scalora.config import Merge
+from scalora.engine import PARTS
 from scalora.model.adapters import LoraPair
-from scalora.model.placement import bytes_beside
+from scalora.model.placement import bytes_beside, kind_of
+from scalora.rescale.remainder import FactoredRemainder
 
 
 class Work(NamedTuple):
@@ -119,13 +121,14 @@ def rescale_work(
     return RescaleWork(grams, solve, merge, transport)
 
 
-def rescale_work_of(pairs: list[LoraPair], merge: Merge, remainder_rank: int) -> RescaleWork:
-    """Lower bound on the cost of one rescale of all layers of a model, with Adam's two moments.
+def rescale_work_of(pairs: list[LoraPair], merge: Merge, remainder_rank: int, *, moments: int = 2) -> RescaleWork:
+    """Lower bound on the cost of one rescale of all layers of a model.
 
     Args:
         pairs: the layers, at least one.
         merge: where their remainders go. Dense ones keep bytes beside each entry of a half-precision weight.
         remainder_rank: rank that factored remainders are compressed to; not used for others.
+        moments: statistics of the factors' shapes that the optimizer keeps; Adam has two.
     """
     return reduce(
         RescaleWork.__add__,
@@ -135,8 +138,28 @@ def rescale_work_of(pairs: list[LoraPair], merge: Merge, remainder_rank: int) ->
                 pair.n,
                 pair.r,
                 weight_bytes=pair.weight.element_size() + bytes_beside(merge, pair.weight.dtype),
+                moments=moments,
                 remainder_rank=remainder_rank if merge == "factored" else None,
             )
             for pair in pairs
         ),
     )
+
+
+def seconds_of_parts(pairs: list[LoraPair], bandwidth: float, rate: float, *, moments: int = 2) -> dict[str, float]:
+    """Lower bounds on the seconds of a rescale, for the parts in `scalora.engine.PARTS`.
+
+    The Grams count as part of the solve, as in the profiler.
+
+    Args:
+        pairs: the layers, at least one, with remainders of one kind.
+        bandwidth: memory bandwidth in bytes per second.
+        rate: floating-point operations per second.
+        moments: as in `rescale_work_of`.
+    """
+    remainder = pairs[0].remainder
+    kept = remainder.max_rank if isinstance(remainder, FactoredRemainder) else 0
+    work = rescale_work_of(pairs, kind_of(remainder), kept, moments=moments)
+    solve = work.grams.seconds(bandwidth, rate) + work.solve.seconds(bandwidth, rate)
+    others = (part.seconds(bandwidth, rate) for part in (work.merge, work.transport))
+    return dict(zip(PARTS, (solve, *others), strict=True))

@@ -93,13 +93,11 @@ def _beside_parameters(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str
 
 
 def _add(digest: Any, name: str, tensor: Tensor, sample: Tensor | None = None) -> None:
-    if sample is None and hasattr(
-        tensor, "__tensor_flatten__"
-    ):  # a quantised weight of torchao: a tensor made of tensors
-        for part in tensor.__tensor_flatten__()[0]:
-            _add(digest, f"{name}.{part}", getattr(tensor, part))
-        return
     if sample is None:
+        if hasattr(tensor, "__tensor_flatten__"):  # a quantised weight of torchao: a tensor made of tensors
+            for part in tensor.__tensor_flatten__()[0]:
+                _add(digest, f"{name}.{part}", getattr(tensor, part))
+            return
         flat = tensor.reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].contiguous().cpu()
     digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
