@@ -37,15 +37,15 @@ from scalora import (
     UnsupportedOptimizerError,
     optimal_start,
 )
-from scalora.parallel import rows
+from scalora.parallel import buckets
 from scalora.saving.checkpoints import why_not_resumable
 from scalora.saving.peft_model import ShardedModelError
-from scalora.saving.state_file import STATE_FILE, read_state
+from scalora.saving.state_file import SHARDED_STATE, STATE_FILE, read_state
 
 pytestmark = pytest.mark.slow
 
 STEPS, BATCH, SECONDS = 50, 8, 150
-BUCKET = rows._BUCKET
+BUCKET = buckets.BUCKET
 
 # Ranks below the number of processes, and not divisible by it; each rank of a model has collectives of its own.
 ODD = {"r": 3, "rank_pattern": {"linear": 1, "extra": 1}}
@@ -134,7 +134,7 @@ class Run:
         self.rank, self.processes, self.ignored = rank, processes, ignored
         self.accumulate, self.clip = config.pop("accumulate", 1), config.pop("clip", None)
         self.model = adapted(ranks=ranks)
-        rows._BUCKET = config.pop("bucket", BUCKET)
+        buckets.BUCKET = config.pop("bucket", BUCKET)
         early = PairAdamW(self.model, lr=1e-3)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         if processes > 1:
@@ -261,7 +261,7 @@ def rescaled_halves(processes, dtype, merge):
 
 
 def in_a_trainer(
-    folder, *, dtype=torch.float32, kind="SHARDED_STATE_DICT", fsdp=True, resume=None, steps=6, **settings
+    folder, *, dtype=torch.float32, kind="SHARDED_STATE_DICT", fsdp=True, resume=None, batch=2, **settings
 ):
     """A training with the callback; in one process if it is not sharded."""
     model = with_lora(tiny_llama(), r=3, target_modules="all-linear")
@@ -278,7 +278,7 @@ def in_a_trainer(
             "state_dict_type": kind,
         }
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=6, per_device_train_batch_size=2, use_cpu=True, ddp_backend="gloo",
+        output_dir=str(folder), max_steps=6, per_device_train_batch_size=batch, use_cpu=True, ddp_backend="gloo",
         report_to="none", save_steps=3, bf16=False, dataloader_pin_memory=False, disable_tqdm=True, logging_steps=1,
         **settings,
     )  # fmt: skip
@@ -434,11 +434,15 @@ def after_an_evaluation(processes):
     }
 
 
-def process(rank, processes, folder, port):
+def start(rank, processes, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+
+
+def process(rank, processes, folder, port):
+    start(rank, processes, port)
     folder = Path(folder)
     results = {}
     for name, settings in CASES.items():
@@ -464,14 +468,15 @@ def process(rank, processes, folder, port):
     dist.destroy_process_group()
 
 
-def results_of(processes, folder):
+def results_of(processes, folder, work=process):
+    """What processes have saved, each under its number, that do some work within `SECONDS`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     # From a process that has imported everything, which takes longer than the cases.
-    forkserver.set_forkserver_preload([__name__])
+    forkserver.set_forkserver_preload([work.__module__])
     started = multiprocessing.start_processes(
-        process, (processes, str(folder), port), nprocs=processes, join=False, start_method="forkserver"
+        work, (processes, str(folder), port), nprocs=processes, join=False, start_method="forkserver"
     )
     deadline = time.monotonic() + SECONDS
     try:
@@ -595,8 +600,8 @@ def test_a_trainer_that_shards_trains_as_one_that_does_not(of_two):
 
 def test_a_checkpoint_without_the_merges_is_not_resumed(of_two, folder, tmp_path):
     shutil.copytree(folder / "float32" / "checkpoint-3", tmp_path / "checkpoint-3")
-    (tmp_path / "checkpoint-3" / STATE_FILE).unlink()
-    assert f"has no {STATE_FILE}" in why_not_resumable(tmp_path / "checkpoint-3")
+    shutil.rmtree(tmp_path / "checkpoint-3" / SHARDED_STATE)
+    assert f"has neither {STATE_FILE} nor" in why_not_resumable(tmp_path / "checkpoint-3")
 
 
 def test_the_best_model_is_not_loaded_without_its_base(of_two):

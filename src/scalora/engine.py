@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from torch.optim import Optimizer
 from scalora.config import ScaLoraConfig
 from scalora.maths.matrix import MatrixScaling, matrix_scaling_of_grams
 from scalora.maths.scaling import Grams, Scaling, scaling_of_grams
-from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.model.adapters import LoraPair, find_lora_pairs, rank_key
 from scalora.model.placement import check_places, resolve_merge
 from scalora.model.solve_constants import ConstantsOnDevice
 from scalora.model.target_norms import BaseRates, target_norms
 from scalora.pair_adamw import PairAdamW
 from scalora.parallel.data_parallel import keep_out_of_broadcasts, unwrapped
-from scalora.parallel.layout import Share, laid_out
-from scalora.parallel.processes import process_rank
+from scalora.parallel.layout import Shapes, Share, laid_out
+from scalora.parallel.processes import failing_together, process_rank
 from scalora.parallel.sharded_pairs import check_not_sharded_since, check_optimizer_of_shards, check_shards
 from scalora.parallel.shards import reshard, state_split_as, wholes_for
 from scalora.rescale import native
@@ -62,23 +63,9 @@ from scalora.rescale.transport import (
 from scalora.saving.attach import attach
 from scalora.saving.errors import StateError
 from scalora.saving.model_state import state_of
-from scalora.saving.random_state import (
-    check_random_state,
-    random_file,
-    random_state,
-    set_random_state,
-    why_of_another_process,
-)
-from scalora.saving.state import (
-    check_base,
-    check_base_rates,
-    check_content,
-    check_fit,
-    check_merge,
-    restore,
-    saved_config,
-)
-from scalora.saving.state_file import STATE_FILE, read_state, write_state
+from scalora.saving.random_state import random_state, set_random_state, why_of_another_process
+from scalora.saving.run_state import check_run, read_own, shards_to_be_like, write_sharded, write_whole
+from scalora.saving.state import gather, restore
 
 PARTS = ("scalora::solve", "scalora::merge", "scalora::transport")
 """Names of the parts of a rescale in a profiler's trace."""
@@ -183,7 +170,9 @@ class ScaLora:
         keep_out_of_broadcasts(model)
         self._replace_earlier_engines()
         self._groups = laid_out(self.pairs, self.optimizer, self._kinds, by_matrices=by_matrices)
-        self._constants = [ConstantsOnDevice(shapes, self.config) for _, shapes in self._groups]
+        self._constants = [
+            [ConstantsOnDevice(of_rank, self.config) for of_rank in _ranks_in(shapes)] for _, shapes in self._groups
+        ]
         self._progress.config = self.config
         self._progress.base_rates = self._rates.current()
         self._progress.restart(step=0, rescales=0)
@@ -291,16 +280,11 @@ class ScaLora:
                 infinite entries. The model has not been changed then.
         """
         reshard(self._model)
-        check_content(state)
-        check_base(state, self._progress.fingerprint)
-        saved = saved_config(state)
-        if saved is not None and saved != self.config:
-            raise StateError(f"the state was saved with {saved}, but this run has {self.config}: use the same settings")
-        check_merge(state, self.pairs)
-        check_fit(self._model, self.pairs, state["tensors"])
-        check_base_rates(state, [pair.name for pair in self.pairs])
-        if "random" in state:
-            check_random_state(state["random"])
+        check_run(state, self._model, self.pairs, self.config)
+        self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Restore a state that has passed `check_run`."""
         if "optimizer" in state:
             try:
                 # torch checks all of it before changing anything
@@ -325,7 +309,7 @@ class ScaLora:
         self._progress.restart(step=state["step"], rescales=state["rescales"])
         self._checked_states = False
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, sharded: bool = False) -> None:
         """Write `state_dict` to ``scalora_state.safetensors`` in a folder, atomically.
 
         Of several processes, the first one writes it. The others write the states of their random number generators
@@ -335,39 +319,45 @@ class ScaLora:
         Args:
             folder: the folder; created if it does not exist. An earlier state in it is replaced once the new one is
                 complete.
+            sharded: with FSDP2, whether every process writes its own shards instead, at the same time, to a folder
+                ``scalora_state`` in the folder, which all processes must see. The first process then needs no memory
+                for the whole state. Whatever reads the file reads the shards too. False: one file, because that is
+                easier to handle.
 
         Raises:
             OSError: the state can't be written; an earlier one is unchanged.
         """
         rank = process_rank()
         state = self.state_dict() if rank == 0 or self.is_sharded else {}
+        if sharded and self.is_sharded:
+            write_sharded(Path(folder), state, self.step)
+            return
         if self.is_sharded:
             state = wholes_for(state, keep=rank == 0)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        if rank:
-            write_state(random_file(Path(folder), rank), {"step": self.step, "random": random_state()})
-        else:
-            write_state(Path(folder) / STATE_FILE, state)
+        write_whole(Path(folder), state, self.step)
 
     def load(self, folder: str | Path) -> None:
         """Restore a state that `save` wrote, or `save_pretrained` of a model with ScaLoRA attached.
 
         Args:
-            folder: a folder with a ``scalora_state.safetensors``. With several processes, all load it, and each
-                restores its own random number generators.
+            folder: a folder with a ``scalora_state.safetensors``, or with the shards that a sharded run has saved in
+                any number of processes. With several processes, all load it, and each restores its own random number
+                generators.
 
         Raises:
             StateError: the file is missing, damaged or of another format version; or the state belongs to another base
                 model, adapter or settings, lacks an entry, or has NaN or infinite entries. The model has not been
                 changed then.
         """
-        state = read_state(Path(folder))
-        if "random" in state and (rank := process_rank()) and (own := random_file(Path(folder), rank)).is_file():
-            of_process = read_state(own)
-            # A run that is killed while it saves may leave files of two steps behind.
-            if of_process.get("step") == state.get("step"):
-                state["random"] = of_process.get("random")
-        self.load_state_dict(state)
+        if not self.is_sharded:
+            self.load_state_dict(read_own(Path(folder)))
+            return
+        reshard(self._model)
+        with failing_together(StateError):  # an infinite entry is in the shards of one process only
+            like = dict(shards_to_be_like(gather(self._model, self.pairs), self.optimizer))
+            state = read_own(Path(folder), like)
+            check_run(state, self._model, self.pairs, self.config)
+        self._restore(state)
 
     @torch.no_grad()
     def _before_step(
@@ -423,27 +413,55 @@ class ScaLora:
             (i, shapes) for i, (layout, group) in enumerate(self._groups) if (shapes := layout.taking_part(group))
         ]
         self._had_gradients = self._had_gradients or any(pair.has_gradients for pair in self.pairs)
-        self._last = [self._rescale_group(i, shapes, skipped) for i, shapes in active]
+        self._last = []
+        if active:
+            self._begin(*active[0])
+        for position, (i, shapes) in enumerate(active):
+            self._last += self._rescale_group(i, shapes, active[position + 1 : position + 2], skipped)
         self._progress.count_rescale(skipped)
         self.pairs[0].layer.factor_guard.forget()
         for scaling, _ in self._last:
             for reason, count in self._left_alone.items():
                 self._left_alone[reason] = count.to(scaling.choice.device) + getattr(scaling, reason).sum()
 
-    def _rescale_group(self, index: int, shapes: list[list[LoraPair]], skipped: Tensor | None) -> Rescaled:
+    def _begin(self, index: int, shapes: Shapes) -> None:
+        with record_function(PARTS[0]):
+            self._groups[index][0].begin(shapes)
+
+    def _rescale_group(
+        self, index: int, shapes: Shapes, following: list[tuple[int, Shapes]], skipped: Tensor | None
+    ) -> list[Rescaled]:
+        """Solve, merge and transport for layers that are rescaled together, while the following ones' tensors come."""
+        layout, _ = self._groups[index]
+        with record_function(PARTS[0]):
+            shares = layout.shares(shapes)
+            grams = layout.total([self._kernels.grams(*share.grams) for share in shares], shapes)
+        for group in following:
+            self._begin(*group)
+        rescaled, done = [], 0
+        for of_rank, constants in zip(_ranks_in(shapes), self._constants[index], strict=True):
+            here = slice(done, done := done + len(of_rank))
+            rescaled.append(self._rescale_rank(of_rank, shares[here], grams[here], constants, skipped))
+        return rescaled
+
+    def _rescale_rank(
+        self,
+        shapes: Shapes,
+        shares: list[Share],
+        parts: list[Grams],
+        constants_of: ConstantsOnDevice,
+        skipped: Tensor | None,
+    ) -> Rescaled:
         """Solve, merge and transport for layers of one rank.
 
         The solve is batched over all layers, the other operations over the layers of each shape, except for the merge,
         which takes one operation per weight.
         """
         sizes = [len(pairs) for pairs in shapes]
-        layout, _ = self._groups[index]
         with record_function(PARTS[0]):
-            shares = layout.shares(shapes)
             rates = self._progress.base_rates or {}
-            constants = self._constants[index].of([pair for pairs in shapes for pair in pairs], rates)
-            parts = [self._kernels.grams(*share.grams) for share in shares]
-            grams = layout.total(Grams(*map(torch.cat, zip(*parts, strict=True))), shapes)
+            constants = constants_of.of([pair for pairs in shapes for pair in pairs], rates)
+            grams = Grams(*map(torch.cat, zip(*parts, strict=True)))
             scaling = self._scaling_rule(grams, target_norm=constants.target_norms)
             if skipped is not None:
                 scaling = scaling.unless(skipped.to(grams.left.device) > 0)
@@ -489,6 +507,11 @@ class ScaLora:
             if of_model or earlier.optimizer is self.optimizer:
                 earlier._replaced = True
                 earlier.detach()
+
+
+def _ranks_in(shapes: Shapes) -> list[Shapes]:
+    """Layers in lists whose scalings can be solved for together."""
+    return [list(of_rank) for _, of_rank in groupby(shapes, key=lambda pairs: rank_key(pairs[0]))]
 
 
 def _rule_of(config: ScaLoraConfig) -> ScalingRule:

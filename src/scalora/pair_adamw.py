@@ -22,7 +22,7 @@ from scalora.maths.scaling import solver_dtype
 from scalora.maths.weight_steps import step_sizes
 from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.parallel.sharded_pairs import check_shards, with_their_shards
-from scalora.parallel.shards import axis_of, gathered, local
+from scalora.parallel.shards import axis_of, gathering, local
 from scalora.rescale.optimizers import loss_of
 
 _Group = dict[str, Any]
@@ -258,7 +258,7 @@ class PairAdamW(Optimizer):
         for axis, parameters in of_axis.items():
             parts = [t for p in parameters for t in self._tensors({}, p)]
             totals = [p.shape[0] for p in parameters for _ in _Tensors._fields]
-            of_all = iter(gathered([local(part) for part in parts], totals, axis))
+            of_all = iter(gathering([local(part) for part in parts], totals, axis)())
             found |= {p: _Tensors(next(of_all), next(of_all), next(of_all)) for p in parameters}
         return found
 

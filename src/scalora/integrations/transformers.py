@@ -25,7 +25,7 @@ from scalora.saving.attach import fingerprint_of
 from scalora.saving.checkpoints import set_broken_checkpoints_aside, why_not_resumable
 from scalora.saving.errors import StateError
 from scalora.saving.state import check_base, check_content
-from scalora.saving.state_file import STATE_FILE, read_state
+from scalora.saving.state_file import holds_state, read_state
 
 _T = TypeVar("_T")
 
@@ -120,7 +120,7 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
 
         The Trainer resumes before the event `on_train_begin`, and loads the best model after it.
         """
-        if not (Path(model_id) / STATE_FILE).is_file():
+        if not holds_state(Path(model_id)):
             return load_adapter(model_id, *args, **kwargs)
         self._checkpoint = Path(model_id)
         if self.engine is not None:
@@ -173,11 +173,13 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             )
         if (attachment := attachment_of(model)) is not None:
             attachment.saved_by_callback = True
-        if self._resumed_from is not None and (self._resumed_from / STATE_FILE).is_file():
+        if self._resumed_from is not None and holds_state(self._resumed_from):
             self._checkpoint = self._resumed_from
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """With FSDP2, write the whole state into the checkpoint, which takes all processes.
+        """With FSDP2, write the state into the checkpoint, which takes all processes.
+
+        As shards, unless FSDP's ``state_dict_type`` asks for one file.
 
         Args:
             args: the Trainer's arguments.
@@ -186,7 +188,8 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             kwargs: other arguments of the event; not used.
         """
         if self.engine is not None and self.engine.is_sharded:
-            self.engine.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.engine.save(folder, sharded=not _saves_one_file())
 
     def on_log(
         self,
@@ -261,6 +264,13 @@ def train_no_further(state: TrainerState, control: TrainerControl) -> None:
     control.should_training_stop = True
     # The Trainer looks at that flag only after a step, and has no public way to take none (checked with 5.23).
     trainer._run_epoch = lambda **_: None
+
+
+def _saves_one_file() -> bool:
+    """Whether the Trainer is set to save whole weights of a model that FSDP has sharded."""
+    trainer = _caller(Trainer)
+    plugin = None if trainer is None else getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    return str(getattr(plugin, "state_dict_type", "")).endswith("FULL_STATE_DICT")
 
 
 def _move_before_reporters(callback: TrainerCallback) -> None:

@@ -322,6 +322,15 @@ def promote_adapters(model: nn.Module) -> None:
                         parameter.data = parameter.data.float()
 
 
+def rank_key(pair: LoraPair) -> tuple[int, torch.dtype, torch.device]:
+    """What pairs have in common whose scalings can be solved for together: rank, dtype and device.
+
+    Args:
+        pair: the LoRA pair.
+    """
+    return pair.r, pair.lora_A.dtype, pair.lora_A.device
+
+
 def by_rank(pairs: list[LoraPair]) -> list[list[LoraPair]]:
     """Group pairs whose scalings can be solved for together, by rank, dtype and device.
 
@@ -330,7 +339,7 @@ def by_rank(pairs: list[LoraPair]) -> list[list[LoraPair]]:
     """
     groups: dict[tuple[int, torch.dtype, torch.device], list[LoraPair]] = defaultdict(list)
     for pair in pairs:
-        groups[pair.r, pair.lora_A.dtype, pair.lora_A.device].append(pair)
+        groups[rank_key(pair)].append(pair)
     return list(groups.values())
 
 

@@ -19,7 +19,7 @@ from scalora.rescale.optimizers import Kind
 from scalora.rescale.transport import HoldsState
 
 Shapes = list[list[LoraPair]]
-"""Layers of one rank, in lists of equal shapes."""
+"""Layers that are rescaled together, in lists of equal shapes."""
 
 
 class Share(NamedTuple):
@@ -46,7 +46,7 @@ class Share(NamedTuple):
 
 @runtime_checkable
 class Layout(Protocol):
-    """Where the tensors of layers of one rank are."""
+    """Where the tensors of layers are that are rescaled together."""
 
     def taking_part(self, shapes: Shapes) -> Shapes:
         """The layers that take part in this rescale.
@@ -55,18 +55,25 @@ class Layout(Protocol):
             shapes: all layers.
         """
 
-    def shares(self, shapes: Shapes) -> list[Share]:
-        """What this process works on, for the layers of each shape.
+    def begin(self, shapes: Shapes) -> None:
+        """Start to bring what this process has not got, without waiting for it.
 
         Args:
             shapes: the layers that take part.
         """
 
-    def total(self, grams: Grams, shapes: Shapes) -> Grams:
+    def shares(self, shapes: Shapes) -> list[Share]:
+        """What this process works on, for the layers of each shape, after `begin`.
+
+        Args:
+            shapes: the layers that take part.
+        """
+
+    def total(self, grams: list[Grams], shapes: Shapes) -> list[Grams]:
         """The layers' inner products, from what this process has summed.
 
         Args:
-            grams: the sums of this process.
+            grams: for the layers of each shape, the sums of this process.
             shapes: the layers that take part.
         """
 
@@ -89,6 +96,13 @@ class Whole:
         """
         return list(filter(None, ([pair for pair in pairs if pair.has_gradients] for pairs in shapes)))
 
+    def begin(self, shapes: Shapes) -> None:
+        """Everything is here.
+
+        Args:
+            shapes: not used.
+        """
+
     def shares(self, shapes: Shapes) -> list[Share]:
         """The layers' tensors themselves.
 
@@ -97,7 +111,7 @@ class Whole:
         """
         return [self._share(pairs) for pairs in shapes]
 
-    def total(self, grams: Grams, shapes: Shapes) -> Grams:
+    def total(self, grams: list[Grams], shapes: Shapes) -> list[Grams]:
         """What this process has summed.
 
         Args:
@@ -131,9 +145,11 @@ def laid_out(
     """
     if not any(pair.is_sharded for pair in pairs):
         return [(Whole(optimizer), by_shape(of_rank)) for of_rank in by_rank(pairs)]
-    from scalora.parallel.rows import Rows, groups_of_shards  # here, because it imports this
+    from scalora.parallel.buckets import buckets_of_shards  # here, because they import this
+    from scalora.parallel.rows import Rows
 
-    return [(Rows(optimizer, kinds, by_matrices), shapes) for shapes in groups_of_shards(pairs)]
+    buckets = buckets_of_shards(pairs, kinds, by_matrices=by_matrices)
+    return [(Rows(optimizer, kinds, by_matrices), shapes) for shapes in buckets]
 
 
 def _nothing() -> None:

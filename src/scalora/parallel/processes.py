@@ -7,7 +7,8 @@ averaged or taken from the first one. A difference in a remainder stays: nothing
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -107,6 +108,33 @@ def mean(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value
+
+
+@contextmanager
+def failing_together(kind: type[Exception]) -> Iterator[None]:
+    """Context manager after which all processes go on, or all raise. All must enter it.
+
+    A process that goes on where another has raised would wait for it forever at the next collective.
+
+    Args:
+        kind: what is raised where another process has failed. It itself raises its own error.
+
+    Raises:
+        Exception: what the context raised; or one of the class `kind`, with the first other process that failed.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    if process_count() > 1:
+        failures: list[str | None] = [None] * process_count()
+        dist.all_gather_object(failures, None if own is None else str(own))
+        failed = next((rank for rank, failure in enumerate(failures) if failure is not None), None)
+        if own is None and failed is not None:
+            raise kind(f"process {failed} of {len(failures)} failed: {failures[failed]}")
+    if own is not None:
+        raise own
 
 
 def have_a_group() -> bool:

@@ -1,14 +1,14 @@
 """Rescales of layers whose tensors are split by rows over processes (FSDP2).
 
-A rescale needs all of lora_A, which is split over the rank, its gradient, and sums over all rows. Two collectives do,
-whatever the number of layers: one gathers lora_A and its gradients, one sums the inner products in float64, so that all
-processes solve the same equations. No base weight is gathered: each process merges into its own rows.
+A rescale needs all of lora_A, which is split over the rank, its gradient, and sums over all rows. Two collectives do
+for a bucket of layers: one gathers lora_A and its gradients, while the bucket before is merged; one sums the inner
+products in float64, so that all processes solve the same equations. No base weight is gathered: each process merges
+into its own rows.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,16 +18,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scalora.maths.scaling import Grams
-from scalora.model.adapters import LoraPair, by_rank, by_shape
+from scalora.model.adapters import LoraPair
+from scalora.parallel.buckets import has_its_rows
 from scalora.parallel.layout import Shapes, Share
-from scalora.parallel.shards import Axis, axis_key, axis_of, copy_all, gathered, local
+from scalora.parallel.shards import Axis, axis_key, axis_of, copy_all, gathering, local
 from scalora.rescale.changes import Factors
 from scalora.rescale.optimizers import LINEAR, Kind
 from scalora.rescale.remainder import DenseRemainder, Remainder
-
-# Bytes that a collective gathers at once, beyond which the layers are rescaled in several goes. They are on every
-# device for the time of a rescale.
-_BUCKET = 1 << 28
 
 
 class Rows:
@@ -45,6 +42,7 @@ class Rows:
         self._optimizer = optimizer
         self._kinds = kinds
         self._by_matrices = by_matrices
+        self._arriving: Callable[[], dict[tuple[int, str], Tensor]] = dict
 
     def taking_part(self, shapes: Shapes) -> Shapes:
         """All layers.
@@ -54,45 +52,57 @@ class Rows:
         """
         return shapes
 
-    def shares(self, shapes: Shapes) -> list[Share]:
-        """What this process works on, with one collective.
+    def begin(self, shapes: Shapes) -> None:
+        """Start the one collective that brings what this process has not got.
 
         Args:
             shapes: the layers.
         """
-        axis, found = axis_of(shapes[0][0].lora_A), {}
-        if axis is not None:
-            wanted = [piece for pairs in shapes for piece in self._to_gather(pairs)]
-            wholes = gathered([part for _, part, _ in wanted], [total for _, _, total in wanted], axis)
-            found = {key: whole for (key, _, _), whole in zip(wanted, wholes, strict=True)}
+        if (axis := axis_of(shapes[0][0].lora_A)) is None:
+            return
+        wanted = [piece for pairs in shapes for piece in self._to_gather(pairs)]
+        keys = [key for key, _, _ in wanted]
+        arrived = gathering([part for _, part, _ in wanted], [total for _, _, total in wanted], axis)
+        self._arriving = lambda: dict(zip(keys, arrived(), strict=True))
+
+    def shares(self, shapes: Shapes) -> list[Share]:
+        """What this process works on, when what `begin` brings has arrived.
+
+        Args:
+            shapes: the layers.
+        """
+        found = self._arriving()
+        self._arriving = dict  # nothing is to outlive the rescale
+        axis = axis_of(shapes[0][0].lora_A)
         return [self._share(pairs, found, axis) for pairs in shapes]
 
-    def total(self, grams: Grams, shapes: Shapes) -> Grams:
+    def total(self, grams: list[Grams], shapes: Shapes) -> list[Grams]:
         """The sums over all processes, with one collective.
 
         Args:
-            grams: the sums of this process.
+            grams: for the layers of each shape, the sums of this process.
             shapes: the layers.
         """
         if (axis := axis_of(shapes[0][0].lora_A)) is None:
             return grams
         pairs = [pair for pairs in shapes for pair in pairs]
-        present = torch.tensor([pair.has_gradients for pair in pairs], dtype=grams.left.dtype)
-        sums = torch.cat([grams.left.flatten(), grams.right.flatten(), present.to(grams.left.device)])
+        parts = [part for of_shape in grams for part in of_shape]
+        present = torch.tensor([pair.has_gradients for pair in pairs], dtype=parts[0].dtype)
+        sums = torch.cat([*(part.flatten() for part in parts), present.to(parts[0].device)])
         reduced = sums.to(axis.device)
         dist.all_reduce(reduced, group=axis.group)
-        left, right, counts = torch.split(
-            reduced.to(sums.device), [grams.left.numel(), grams.right.numel(), len(pairs)]
-        )
+        *wholes, counts = torch.split(reduced.to(sums.device), [*(part.numel() for part in parts), len(pairs)])
         # Zero inner products have no optimum, so the layer is left alone.
-        without = (counts == 0)[:, None, None]
-        return Grams(
-            left.view_as(grams.left).masked_fill(without, 0), right.view_as(grams.right).masked_fill(without, 0)
-        )
+        without = torch.split((counts == 0)[:, None, None], [len(pairs) for pairs in shapes])
+        summed = iter(wholes)
+        return [
+            Grams(*(next(summed).view_as(part).masked_fill(missing, 0) for part in of_shape))
+            for of_shape, missing in zip(grams, without, strict=True)
+        ]
 
     def _to_gather(self, pairs: list[LoraPair]) -> Iterator[tuple[tuple[int, str], Tensor, int]]:
         """What is needed whole of layers of one shape: a key, the part that is here, and the number of rows."""
-        whole_B = not _has_its_rows(pairs[0])
+        whole_B = not has_its_rows(pairs[0])
         for pair in pairs:
             yield (id(pair), "lora_A"), local(pair.lora_A), pair.r
             yield (id(pair), "grad"), _gradient(pair.lora_A), pair.r
@@ -183,53 +193,9 @@ def _local_state(value: Any) -> Any:
     return local(value) if isinstance(value, Tensor) else value
 
 
-def groups_of_shards(pairs: list[LoraPair]) -> list[Shapes]:
-    """The layers that are rescaled together: with one rank, on the same processes, and not too many bytes.
-
-    Args:
-        pairs: the LoRA pairs of one model, with remainders.
-    """
-    groups = []
-    for of_rank in by_rank(pairs):
-        by_axis: dict[Any, list[LoraPair]] = defaultdict(list)
-        for pair in of_rank:
-            by_axis[axis_key(pair.lora_A)].append(pair)
-        for of_axis in by_axis.values():
-            alike: dict[Any, list[LoraPair]] = defaultdict(list)
-            for pair in of_axis:
-                alike[pair.transposed, axis_key(pair.weight), type(pair.remainder)].append(pair)
-            shapes = [shape for some in alike.values() for shape in by_shape(some)]
-            groups += _in_buckets(shapes)
-    return groups
-
-
-def _in_buckets(shapes: Shapes) -> list[Shapes]:
-    """Layers in lists of at most `_BUCKET` bytes that are gathered."""
-    buckets: list[Shapes] = [[]]
-    space = _BUCKET
-    for pairs in shapes:
-        size = 2 * pairs[0].lora_A.element_size() * pairs[0].lora_A.numel()
-        rest = pairs
-        while rest:
-            if space < size and buckets[-1]:
-                buckets.append([])
-                space = _BUCKET
-            fit = max(1, space // size)
-            buckets[-1].append(rest[:fit])
-            space -= size * len(rest[:fit])
-            rest = rest[fit:]
-    return buckets
-
-
 def _gradient(parameter: nn.Parameter) -> Tensor:
     """The part of a gradient that is here; zeros if there is none."""
     return torch.zeros_like(local(parameter)) if parameter.grad is None else local(parameter.grad)
-
-
-def _has_its_rows(pair: LoraPair) -> bool:
-    """Whether a process has the rows of lora_B that belong to its rows of the weight."""
-    upright = isinstance(pair.remainder, DenseRemainder) and not pair.transposed
-    return axis_key(pair.lora_B) is None or (upright and axis_key(pair.weight) == axis_key(pair.lora_B))
 
 
 def _part_of_weight(pair: LoraPair) -> tuple[slice, slice]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scalora.model.layers import is_distributed
+from scalora.parallel.traffic import of_gather
 from scalora.rescale.optimizers import MATRIX, Kind
 
 # PyTorch 2.13 has renamed it.
@@ -90,16 +91,18 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def gathered(parts: Sequence[Tensor], totals: Sequence[int], axis: Axis) -> list[Tensor]:
-    """Whole matrices, from the rows that each process has. One collective, in which all processes must take part.
+def gathering(parts: Sequence[Tensor], totals: Sequence[int], axis: Axis) -> Callable[[], list[Tensor]]:
+    """Start to gather whole matrices, from the rows that each process has.
+
+    It is one collective, in which all processes must take part, and which other work may overlap.
 
     Args:
-        parts: this process's rows of each matrix, of any widths.
+        parts: this process's rows of each matrix, of any widths. They may be changed afterwards.
         totals: rows of each whole matrix.
         axis: the processes that have the rows.
 
     Returns:
-        The matrices, on the devices and in the dtypes of their parts.
+        Waits for the matrices, and returns them on the devices and in the dtypes of their parts. To be called once.
     """
     dtype = parts[0].dtype
     for part in parts:
@@ -107,22 +110,30 @@ def gathered(parts: Sequence[Tensor], totals: Sequence[int], axis: Axis) -> list
     widths = [part.shape[1] for part in parts]
     padded = [axis.chunk(total) * width for total, width in zip(totals, widths, strict=True)]
     exact = [total * width for total, width in zip(totals, widths, strict=True)]
-    # A sum moves every entry twice. So it is less where the rows are fewer than half of the processes.
-    if axis.size * sum(padded) > 2 * sum(exact):
+    by_sum, _ = of_gather(axis.size, list(zip(totals, widths, strict=True)))
+    if by_sum:
         flat = torch.zeros(sum(exact), dtype=dtype, device=axis.device)
         wholes = [piece.view(total, -1) for piece, total in zip(torch.split(flat, exact), totals, strict=True)]
         copy_all([whole[axis.rows(total)] for whole, total in zip(wholes, totals, strict=True)], parts)
-        dist.all_reduce(flat, group=axis.group)
+        work = dist.all_reduce(flat, group=axis.group, async_op=True)
     else:
         own = torch.zeros(sum(padded), dtype=dtype, device=axis.device)
         places = zip(torch.split(own, padded), parts, strict=True)
         copy_all([piece[: part.numel()].view(part.shape) for piece, part in places], parts)
         flat = own.new_empty(axis.size * len(own))
-        _all_gather(flat, own, group=axis.group)
-        pieces = torch.split(flat.view(axis.size, -1), padded, dim=1)
-        sizes = zip(pieces, totals, widths, strict=True)
-        wholes = [piece.reshape(-1, width)[:total] for piece, total, width in sizes]
-    return [whole.to(part) for whole, part in zip(wholes, parts, strict=True)]
+        work = _all_gather(flat, own, group=axis.group, async_op=True)
+
+    def arrived() -> list[Tensor]:
+        work.wait()
+        if by_sum:
+            found = wholes
+        else:
+            pieces = torch.split(flat.view(axis.size, -1), padded, dim=1)
+            sizes = zip(pieces, totals, widths, strict=True)
+            found = [piece.reshape(-1, width)[:total] for piece, total, width in sizes]
+        return [whole.to(part) for whole, part in zip(found, parts, strict=True)]
+
+    return arrived
 
 
 def copy_all(to: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
@@ -149,7 +160,7 @@ def whole(tensor: Tensor) -> Tensor:
         return part
     # As bytes, because no backend sends int16.
     as_bytes = part.reshape(len(part), tensor.numel() // tensor.shape[0]).contiguous().view(torch.uint8)
-    return gathered([as_bytes], [tensor.shape[0]], axis)[0].view(tensor.dtype).reshape(tensor.shape)
+    return gathering([as_bytes], [tensor.shape[0]], axis)()[0].view(tensor.dtype).reshape(tensor.shape)
 
 
 def wholes_for(tree: Any, keep: bool) -> Any:

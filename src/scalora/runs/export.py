@@ -25,7 +25,7 @@ from scalora.saving.export import export_adapter, export_merged, load_model
 from scalora.saving.files import atomic_folder
 from scalora.saving.ordinary_adapter import AdapterReport
 from scalora.saving.readme import write_readme
-from scalora.saving.state_file import STATE_FILE, check_state, read_state
+from scalora.saving.state_file import STATE_FILE, check_state, read_state, write_state
 from scalora.saving.verify import ExportError
 
 Result = FinishedRun | SavedFolder
@@ -99,7 +99,10 @@ def export(
     with atomic_folder(target) as folder:
         if to == "delta":
             live = load_model(_base(run), state)  # raises an error if the state does not fit the base
-            shutil.copyfile(state / STATE_FILE, folder / STATE_FILE)
+            if (state / STATE_FILE).is_file():
+                shutil.copyfile(state / STATE_FILE, folder / STATE_FILE)
+            else:
+                write_state(folder / STATE_FILE, read_state(state))  # of shards
             write_readme(folder, read_state(state))
             _write_text_settings(run, live.get_base_model(), folder)
         else:

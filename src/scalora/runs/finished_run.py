@@ -17,7 +17,7 @@ from scalora.runs.data import label_names, load_examples
 from scalora.runs.errors import InputError
 from scalora.runs.models import Source, class_names, load_base, load_tokenizer, resolve_source
 from scalora.runs.settings import method_class, run_settings
-from scalora.saving.state_file import STATE_FILE
+from scalora.saving.state_file import holds_state
 
 _PROGRESS_OF_CHECKPOINT = "trainer_state.json"
 
@@ -48,17 +48,17 @@ class FinishedRun:
             raise InputError(f"run {str(path)!r} does not exist")
         self.path = path
         self.is_checkpoint = not (path / "config.yaml").is_file() and (path / _PROGRESS_OF_CHECKPOINT).is_file()
-        holds_state = (path / STATE_FILE).exists()
+        is_state = holds_state(path)
         # A checkpoint lies in RUN/trainer, the state in RUN/delta. Other folders do not belong to a run above them.
-        above = path.resolve().parents[:2] if self.is_checkpoint or holds_state else ()
+        above = path.resolve().parents[:2] if self.is_checkpoint or is_state else ()
         self.folder = next((f for f in (path, *above) if (f / "config.yaml").is_file()), path)
         self.settings = run_settings(self.folder)
         if base is not None:
             self.settings = self.settings.model_copy(update={"model": base})
         self.method: type[Method] = method_class(self.settings)
-        state = path if holds_state else path / "delta"
+        state = path if is_state else path / "delta"
         adapter, model = (path if self.is_checkpoint else self.folder / name for name in ("adapter", "model"))
-        self.state = state if (state / STATE_FILE).exists() else None
+        self.state = state if holds_state(state) else None
         # For other methods, the adapter in a checkpoint is not the total update.
         self.adapter = adapter if self.method.ordinary_adapter and (adapter / "adapter_config.json").is_file() else None
         self.model = model if (model / "config.json").is_file() else None

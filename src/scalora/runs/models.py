@@ -24,7 +24,7 @@ from transformers import (
 from scalora.runs.errors import InputError
 from scalora.runs.model_limits import require_known_padding, vocabulary
 from scalora.runs.settings import Settings
-from scalora.saving.state_file import STATE_FILE
+from scalora.saving.state_file import holds_state, states_below
 
 _NAMED = 3  # parameters that a warning names
 
@@ -68,7 +68,7 @@ def resolve_source(model: str) -> Source:
                 f"run {model!r} holds no merged model (a run on a quantised base writes none): make one with "
                 f"`scalora export {model} --to merged`, and give that"
             )
-        if (path / STATE_FILE).is_file() or any(path.glob(f"checkpoint-*/{STATE_FILE}")):
+        if holds_state(path) or states_below(path, "checkpoint-*"):
             raise InputError(
                 f"folder {model!r} holds the state of a model with ScaLoRA, not a model: make one with "
                 f"`scalora export {model} --to merged`, and give that"

@@ -24,7 +24,7 @@ from scalora.saving.base_name import loadable_name
 from scalora.saving.errors import StateError
 from scalora.saving.loading import convert_as
 from scalora.saving.state import check_content
-from scalora.saving.state_file import STATE_FILE, check_state, read_state
+from scalora.saving.state_file import STATE_FILE, check_state, holds_state, read_state, states_below
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WRITTEN_LAST = "trainer_state.json"
@@ -181,12 +181,12 @@ def _belongs_to_run(path: Path) -> bool:
 
 
 def _holds_state(path: Path) -> bool:
-    return (path / STATE_FILE).exists() or any(path.glob(f"checkpoint-*/{STATE_FILE}"))
+    return holds_state(path) or bool(states_below(path, "checkpoint-*"))
 
 
 def _state_folder(path: Path) -> Path:
     """The folder of the state that a folder holds: itself, or its last whole checkpoint."""
-    if (path / STATE_FILE).exists():
+    if holds_state(path):
         check_state(path)
         return path
     found = {int(m[1]): folder for folder in path.iterdir() if (m := _CHECKPOINT.fullmatch(folder.name))}
@@ -198,8 +198,7 @@ def _state_folder(path: Path) -> Path:
     if found:
         raise InputError(f"{str(path)!r} holds no whole checkpoint with a {STATE_FILE}")
     inside = sorted(
-        {f.parent for f in path.glob(f"*/{STATE_FILE}")}
-        | {f.parent.parent for f in path.glob(f"*/checkpoint-*/{STATE_FILE}")}
+        states_below(path, "*") | {checkpoint.parent for checkpoint in states_below(path, "*/checkpoint-*")}
     )
     if inside:
         names = ", ".join(repr(folder.name) for folder in inside[:_NAMED]) + (", …" if len(inside) > _NAMED else "")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
 from scalora.saving.errors import StateError
-from scalora.saving.state_file import STATE_FILE, check_state
+from scalora.saving.state_file import SHARDED_STATE, STATE_FILE, check_state, holds_state
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -72,15 +72,19 @@ def set_broken_checkpoints_aside(output_dir: Path) -> None:
     """Rename incomplete or damaged checkpoints to ``incomplete-checkpoint-N``, with a warning. Nothing is deleted.
 
     The Trainer's own search for the last checkpoint then finds a complete one. Finished checkpoints of runs without
-    ScaLoRA stay as they are, and so do those of ``save_only_model``, which are whole. One process of a job does this,
+    ScaLoRA stay as they are, and so do those of ``save_only_model``, which are whole; but one of FSDP that has no state
+    where others have one was cut off before it. One process of a job does this,
     when the job resumes; another may do the same at the same time.
 
     Args:
         output_dir: the Trainer's output folder; need not exist.
     """
-    for folder in _checkpoints(output_dir):
+    folders = _checkpoints(output_dir)
+    any_state = any(map(holds_state, folders))
+    for folder in folders:
         flaw = _flaw(folder)
-        if flaw is None or ((folder / _WRITTEN_LAST).is_file() and not os.path.lexists(folder / STATE_FILE)):
+        cut_off = any_state and any(folder.glob(_OF_FSDP))
+        if flaw is None or ((folder / _WRITTEN_LAST).is_file() and not holds_state(folder) and not cut_off):
             continue
         aside = folder.with_name(f"incomplete-{folder.name}")
         number = 1
@@ -108,7 +112,7 @@ def _is_model_only(folder: Path) -> bool:
 
 def _is_finite(folder: Path) -> bool:
     """Whether no tensor of a complete checkpoint has NaN or infinite entries."""
-    for path in folder.glob("*.safetensors"):
+    for path in (*folder.glob("*.safetensors"), *folder.glob(f"{SHARDED_STATE}/**/*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 tensor = file.get_tensor(name)
@@ -128,14 +132,17 @@ def _flaw(folder: Path) -> str | None:
         return f"its {_WRITTEN_LAST} is cut short"
     if not isinstance(progress, dict) or not isinstance(progress.get("global_step"), int):
         return f"its {_WRITTEN_LAST} has no global_step"
-    if os.path.lexists(folder / STATE_FILE):
+    if holds_state(folder):
         try:
             check_state(folder)
         except StateError as error:
             return str(error)
     sharded = any(folder.glob(_OF_FSDP))
-    if sharded and not os.path.lexists(folder / STATE_FILE):  # which is written after the Trainer's state then
-        return f"it has no {STATE_FILE}: it was cut off while it was written, or written without ScaLoRA"
+    if sharded and not holds_state(folder):  # which is written after the Trainer's state then
+        return (
+            f"it has neither {STATE_FILE} nor {SHARDED_STATE}: it was cut off while it was written, or written without "
+            "ScaLoRA"
+        )
     for path in folder.glob("*.safetensors"):
         if not path.is_file():
             return f"its {path.name} is not a file"

@@ -24,7 +24,7 @@ from scalora.saving.files import atomic_write
 from scalora.saving.model_state import load_into, state_of
 from scalora.saving.ordinary_adapter import write_adapter
 from scalora.saving.readme import write_readme
-from scalora.saving.state_file import STATE_FILE, write_state
+from scalora.saving.state_file import STATE_FILE, holds_state, write_state
 
 _NOT_AN_ADAPTER = (
     "a ScaLoRA state, not a PEFT adapter: make one with scalora.export_adapter(base, folder, output), see README.md in "
@@ -131,7 +131,7 @@ class SavesWholeUpdate(MixedIn, PeftModel):  # type: ignore[misc]
             ChangedBaseError: the adapter belongs to the original base, which ScaLoRA has changed.
         """
         pairs = pairs_with_remainders(self)
-        if adapter_name == pairs[0].adapter and (Path(model_id) / STATE_FILE).is_file():
+        if adapter_name == pairs[0].adapter and holds_state(Path(model_id)):
             load_into(self, pairs, Path(model_id))
             return None
         return super().load_adapter(model_id, adapter_name, *args, **kwargs)

@@ -40,6 +40,15 @@ def random_file(folder: Path, rank: int) -> Path:
     return folder / f"scalora_random_{rank}.safetensors"
 
 
+def random_files(folder: Path) -> list[Path]:
+    """What `random_file` names, of all processes of a run.
+
+    Args:
+        folder: the folder of the run's state.
+    """
+    return sorted(folder.glob("scalora_random_*.safetensors"))
+
+
 def check_random_state(state: Any) -> None:
     """Check that `set_random_state` can restore a state. Sets nothing.
 

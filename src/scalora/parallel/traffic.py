@@ -1,0 +1,109 @@
+"""What processes send: the collectives of a rescale, and those of a training step, in bytes.
+
+A process of p receives the share f = (p − 1)/p of what a gather or a scattered sum leaves in all of them together, and
+twice that of a sum that all of them get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+Parallel = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+"""Ways to train on several GPUs: PyTorch's DistributedDataParallel and FSDP2, and DeepSpeed's ZeRO."""
+
+# Of inner products, which are summed in float64, and of an adapter, which is float32.
+_DOUBLE, _SINGLE = 8, 4
+
+
+class Collective(NamedTuple):
+    """One collective.
+
+    Attributes:
+        kind: ``"gather"``: processes get the parts of all; ``"sum"``: they get the sum of all; ``"scatter"``: of the
+            sum, each gets a part.
+        bytes: what is gathered, or summed.
+    """
+
+    kind: Literal["gather", "sum", "scatter"]
+    bytes: int
+
+    def received(self, processes: int) -> float:
+        """Bytes that each process receives, on a ring.
+
+        Args:
+            processes: how many take part.
+        """
+        return (2 if self.kind == "sum" else 1) * self.bytes * (processes - 1) / processes
+
+
+def of_gather(processes: int, matrices: Sequence[tuple[int, int]]) -> tuple[bool, int]:
+    """How matrices that are split by rows are gathered with the least traffic.
+
+    A gather pads rows to a multiple of the processes. A sum of zeros and the rows that each process has moves every
+    entry twice, so it is less where the rows are fewer than half of the processes.
+
+    Args:
+        processes: how many have the rows.
+        matrices: rows and columns of each whole matrix.
+
+    Returns:
+        Whether a sum takes the place of the gather; and the entries that the collective leaves in each process.
+    """
+    padded = sum(processes * -(-rows // processes) * width for rows, width in matrices)
+    exact = sum(rows * width for rows, width in matrices)
+    return padded > 2 * exact, min(padded, exact) if padded > 2 * exact else padded
+
+
+def rescale_of_shards(
+    processes: int, buckets: Sequence[Sequence[tuple[int, Sequence[tuple[int, int]]]]], *, entry_bytes: int = _SINGLE
+) -> list[Collective]:
+    """The collectives of a rescale with FSDP2: two for each bucket.
+
+    Args:
+        processes: how many have rows of each matrix.
+        buckets: for each layer of each bucket, its rank and the rows and columns of what is gathered of it.
+        entry_bytes: bytes per entry of what is gathered.
+    """
+    found = []
+    for layers in buckets:
+        by_sum, entries = of_gather(processes, [matrix for _, matrices in layers for matrix in matrices])
+        found.append(Collective("sum" if by_sum else "gather", entry_bytes * entries))
+        # Two Gram matrices of the rank's double order, and whether there is a gradient.
+        found.append(Collective("sum", sum(_DOUBLE * (2 * (2 * rank) ** 2 + 1) for rank, _ in layers)))
+    return found
+
+
+def rescale_of_zero(layers: Sequence[tuple[int, int, int]]) -> list[Collective]:
+    """The collective of a rescale with ZeRO, whose processes have runs of entries of the factors and their gradients.
+
+    Args:
+        layers: outputs, inputs and rank of each layer.
+    """
+    return [Collective("gather", sum(2 * _SINGLE * rank * (m + n) for m, n, rank in layers))]
+
+
+def training_step(parallel: Parallel, base: int, adapter: int) -> list[Collective]:
+    """The collectives of a training step of LoRA, added up by kind.
+
+    Args:
+        parallel: how it is trained.
+        base: bytes of the base weights.
+        adapter: bytes of the adapter, and of its gradients.
+    """
+    if parallel == "ddp":
+        return [Collective("sum", adapter)]
+    if parallel in ("zero1", "zero2"):
+        return [Collective("scatter", adapter), Collective("gather", adapter)]
+    # Weights are gathered for the forward pass, and once more for the backward pass.
+    return [Collective("gather", 2 * (base + adapter)), Collective("scatter", adapter)]
+
+
+def received(collectives: Sequence[Collective], processes: int) -> float:
+    """Bytes that each process receives.
+
+    Args:
+        collectives: the collectives.
+        processes: how many take part in each.
+    """
+    return sum(collective.received(processes) for collective in collectives)
