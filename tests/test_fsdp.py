@@ -37,7 +37,11 @@ from scalora import (
     UnsupportedOptimizerError,
     optimal_start,
 )
+from scalora.bench.several_gpus import rescale_collectives
+from scalora.model.adapters import find_lora_pairs
 from scalora.parallel import buckets
+from scalora.parallel.traffic import training_step
+from scalora.rescale.transport import scale_gradients_and_states
 from scalora.saving.checkpoints import why_not_resumable
 from scalora.saving.peft_model import ShardedModelError
 from scalora.saving.state_file import SHARDED_STATE, STATE_FILE, read_state
@@ -332,15 +336,11 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def collectives_of_a_rescale(processes):
-    """Those of a column rescale of a Llama at rank 4, and of a rescale for which no process has a gradient."""
+def without_gradients(processes):
+    """Of a rescale for which no process has a gradient."""
     model = sharded(with_lora(tiny_llama(), r=4, target_modules="all-linear"), processes)
     optimizer = torch.optim.SGD(trainable(model), lr=0.0)
     engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0))
-    tokens = torch.randint(0, 64, (2, 10))
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    with Collectives() as counted:
-        optimizer.step()
     before = effective(engine)
     optimizer.zero_grad()
     if dist.get_rank() == 0:  # as no training should be, but a process that waits for the others is worse
@@ -348,12 +348,69 @@ def collectives_of_a_rescale(processes):
     optimizer.step()
     after = effective(engine)
     return {
-        "seen": counted.seen,
-        "gathered": 2 * sum(4 * pair.r * pair.n for pair in engine.pairs),
-        "summed": sum(8 * (2 * (2 * pair.r) ** 2 + 1) for pair in engine.pairs),
         "untouched": all(torch.equal(before[name], after[name]) for name in before),
         "metrics": engine.metrics(),
     }
+
+
+def llama_of(ranks):
+    return with_lora(tiny_llama(), target_modules="all-linear", **ranks)
+
+
+# Ranks of which a gather pads much, so that sums are less; layers that need all of lora_B; several buckets, of which
+# the largest layer fills one.
+COUNTED = {
+    "one rank": (lambda: llama_of({"r": 4}), "dense", BUCKET),
+    "two ranks": (lambda: llama_of({"r": 3, "rank_pattern": {"down_proj": 8}}), "dense", BUCKET),
+    "a rank of one": (lambda: llama_of({"r": 1}), "dense", BUCKET),
+    "transposed": (lambda: adapted(torch.float32), "dense", BUCKET),
+    "factored": (lambda: adapted(torch.float32, EVEN), "factored", BUCKET),
+    "buckets": (lambda: llama_of({"r": 3, "rank_pattern": {"down_proj": 2}}), "dense", 3000),
+}
+
+
+def counted(processes):
+    """Collectives of a rescale, what happens in which order, and what `scalora estimate` says."""
+    results = {}
+    for name, (make, merge, bucket) in COUNTED.items():
+        buckets.BUCKET = bucket
+        model = sharded(make(), processes)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
+
+        def transport(*arguments):
+            counting.seen.append(("transport", 0))
+            scale_gradients_and_states(*arguments)
+
+        ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0, merge=merge), transport=transport)
+        for parameter in trainable(model):
+            parameter.grad = torch.ones_like(parameter)
+        with Collectives() as counting:
+            optimizer.step()
+        said = rescale_collectives(find_lora_pairs(make()), merge, "fsdp2", processes)
+        results[name] = {"seen": counting.seen, "said": [tuple(collective) for collective in said]}
+    buckets.BUCKET = BUCKET
+    return results
+
+
+def step_of_fsdp(processes):
+    """What a step of FSDP2 itself sends, whose weights divide by the processes, and what `scalora estimate` says."""
+    model = sharded(llama_of({"r": 4}), processes, reshard_after_forward=True)
+    tokens = torch.randint(0, 64, (2, 10))
+    with Collectives() as counting:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    adapter = sum(p.numel() * 4 for p in trainable(model))
+    base = sum(p.numel() * 4 for p in model.parameters()) - adapter
+    return counting.seen, [tuple(collective) for collective in training_step("fsdp2", base, adapter)]
+
+
+def in_small_buckets(rank, processes):
+    """Whether a rescale in several goes leaves the bits of one that is not."""
+    tensors = []
+    for bucket in (BUCKET, 300):
+        run = Run(rank, processes, bucket=bucket).steps(0, 5)
+        tensors.append([t for pair in run.engine.pairs for t in (pair.weight, pair.lora_A, pair.lora_B)])
+        assert run.engine.metrics()["scalora/rescales"] == 4
+    return all(torch.equal(one.to_local(), other.to_local()) for one, other in zip(*tensors, strict=True))
 
 
 def message(call):
@@ -455,7 +512,9 @@ def process(rank, processes, folder, port):
         saving.engine.save(folder / "saved")
         dist.barrier()
         results["resumed"] = resumed(rank, processes, folder / "saved")
-        results["collectives"] = collectives_of_a_rescale(processes)
+        results["collectives"] = without_gradients(processes)
+        results["same bits in buckets"] = in_small_buckets(rank, processes)
+        results["step"] = step_of_fsdp(processes)
     else:
         results["llama"] = llama(rank, processes)
         pairs = Run(rank, processes, **CASES["matrix, pairs"]).steps(0, STEPS // 2)
@@ -464,6 +523,7 @@ def process(rank, processes, folder, port):
         results["trainers"] = trainers(folder)
         results["refusals"] = refusals(processes)
         results["evaluated"] = after_an_evaluation(processes)
+    results["counted"] = counted(processes)
     torch.save(results, folder / f"{processes}-{rank}.pt")
     dist.destroy_process_group()
 
@@ -543,13 +603,45 @@ def test_rescales_of_half_precision_are_equal_to_the_bit(dtype, merge, of_four):
     assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
 
 
-def test_a_rescale_takes_two_collectives_and_no_weight_is_sent(of_four):
-    for result in of_four:
-        counted = result["collectives"]
-        (gather, gathered), (reduce, summed) = counted["seen"]
-        assert "allgather" in gather
-        assert "allreduce" in reduce
-        assert (gathered, summed) == (counted["gathered"], counted["summed"])
+KINDS = {"_allgather_base_": "gather", "allreduce_": "sum", "_reduce_scatter_base_": "scatter"}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_rescale_sends_what_is_estimated_and_no_weight(name, of_four, of_two):
+    for result in (*of_four, *of_two):
+        seen = [(KINDS[name], size) for name, size in result["counted"][name]["seen"] if name != "transport"]
+        assert seen == result["counted"][name]["said"]
+        assert (len(seen) > 2) == (name == "buckets")
+    # By hand: lora_A and its gradient in float32; two Gram matrices and a flag in float64.
+    one_rank = of_four[0]["counted"]["one rank"]["said"]
+    assert one_rank == [("gather", 2 * 4 * 4 * (2 * 6 * 32 + 2 * 48)), ("sum", 14 * 8 * (2 * 8 * 8 + 1))]
+
+
+def test_a_sum_takes_the_place_of_a_gather_that_pads_more(of_four, of_two):
+    assert of_four[0]["counted"]["a rank of one"]["said"][0] == ("sum", 2 * 4 * 1 * (2 * 6 * 32 + 2 * 48))
+    assert of_two[0]["counted"]["a rank of one"]["said"][0][0] == "gather"
+
+
+def test_the_next_bucket_is_gathered_under_a_merge_and_none_after_it(of_four, of_two):
+    for result in (*of_four, *of_two):
+        seen = [KINDS.get(name, name) for name, _ in result["counted"]["buckets"]["seen"]]
+        order = [name for name, following in zip(seen, [*seen[1:], None], strict=True) if name != following]
+        count = order.count("gather")
+        assert count > 2
+        assert order == ["gather", "sum"] + ["gather", "transport", "sum"] * (count - 1) + ["transport"]
+
+
+def test_buckets_leave_the_bits(of_four):
+    assert all(result["same bits in buckets"] for result in of_four)
+
+
+def test_a_step_of_fsdp_sends_what_is_estimated(of_four):
+    seen, said = of_four[0]["step"]
+    assert {KINDS[name] for name, _ in seen} == {kind for kind, _ in said}
+    for kind, size in said:
+        # What a scatter leaves in a process is its part of what is summed.
+        found = sum(count * (4 if kind == "scatter" else 1) for name, count in seen if KINDS[name] == kind)
+        assert found == size
 
 
 def test_nobody_waits_for_a_process_that_lacks_a_gradient(of_four):

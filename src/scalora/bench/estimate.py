@@ -22,6 +22,15 @@ from transformers import (
 
 from scalora.bench.floor import rescale_work_of
 from scalora.bench.settings import EstimateSettings
+from scalora.bench.several_gpus import (
+    GpuMemory,
+    Traffic,
+    bytes_of_units,
+    memory_of_one,
+    rescale_collectives,
+    traffic,
+    work_of_one,
+)
 from scalora.config import DEFAULT_TARGET_MODULES, MERGES_INTO_THE_BASE, Merge
 from scalora.model.adapters import LoraPair
 from scalora.model.layers import ADAPTABLE
@@ -45,7 +54,7 @@ class Seconds:
     Attributes:
         lora: duration of a step of LoRA.
         columns: time that a factored remainder adds to the forward and backward pass of each step.
-        rescale: lower bound on the duration of one rescale, by part.
+        rescale: lower bound on the duration of one rescale, by part; on several GPUs ``"traffic"`` is one.
     """
 
     lora: float
@@ -82,8 +91,9 @@ class Estimate:
         uncounted: number of parameters whose arithmetic is not counted: those with more than one dimension in layers
             that are neither linear layers nor embeddings, such as experts and convolutions.
         merge: where the remainder goes, any but ``"auto"``.
-        memory: memory by part.
+        memory: memory by part; with several GPUs, that of each.
         seconds: times of a step and a rescale.
+        traffic: what each of several GPUs receives; None for a single one.
     """
 
     model: str
@@ -95,6 +105,7 @@ class Estimate:
     merge: Merge
     memory: Memory
     seconds: Seconds
+    traffic: Traffic | None = None
 
 
 def estimate(settings: EstimateSettings) -> Estimate:
@@ -116,6 +127,7 @@ def estimate(settings: EstimateSettings) -> Estimate:
         quantised = set() if settings.quantization == "none" else quantisable_layers(base)
         base_bytes = bytes_of_base(base, quantised, settings.quantization)
         matrices, uncounted = _matrices(base)
+        units = bytes_of_units(base)
         adapted = get_peft_model(base, LoraConfig(r=settings.r, target_modules=_targets(base, settings)))
         trainable, total = adapted.get_nb_trainable_parameters()
         pairs = pairs_over_quantised(adapted, quantised)
@@ -126,6 +138,11 @@ def estimate(settings: EstimateSettings) -> Estimate:
     check_places(pairs, settings.merge, settings.remainder_rank)
     merge = resolve_merge(pairs, settings.merge, settings.remainder_rank)
     adapter = _SINGLE * trainable
+    memory, sent = training_memory(base_bytes, adapter, adapter, pairs, merge, settings.remainder_rank), None
+    if settings.gpus > 1:
+        collectives = rescale_collectives(pairs, merge, settings.parallel, settings.gpus)
+        memory = memory_of_one(memory, units, collectives, merge, settings.parallel, settings.gpus)
+        sent = traffic(pairs, merge, settings.parallel, settings.gpus, base=base_bytes, adapter=adapter)
     return Estimate(
         model=type(base).__name__,
         parameters=total - trainable,
@@ -134,8 +151,9 @@ def estimate(settings: EstimateSettings) -> Estimate:
         layers=len(pairs),
         uncounted=uncounted,
         merge=merge,
-        memory=training_memory(base_bytes, adapter, adapter, pairs, merge, settings.remainder_rank),
-        seconds=_seconds(pairs, matrices, base_bytes, merge, settings),
+        memory=memory,
+        seconds=_seconds(pairs, matrices, base_bytes, merge, settings, sent),
+        traffic=sent,
     )
 
 
@@ -195,7 +213,12 @@ def _targets(base: nn.Module, settings: EstimateSettings) -> str | list[str]:
 
 
 def _seconds(
-    pairs: list[LoraPair], matrices: int, base_bytes: int, merge: Merge, settings: EstimateSettings
+    pairs: list[LoraPair],
+    matrices: int,
+    base_bytes: int,
+    merge: Merge,
+    settings: EstimateSettings,
+    sent: Traffic | None,
 ) -> Seconds:
     """Estimated times; `matrices` is the number of weights in all linear layers."""
     factored = merge == "factored"
@@ -205,13 +228,17 @@ def _seconds(
     lora = (4 * matrices + 6 * width * settings.r) * settings.tokens
     columns = 4 * width * _MEAN_COLUMNS * settings.remainder_rank * settings.tokens if factored else 0
     rescale = rescale_work_of(pairs, merge, settings.remainder_rank)._asdict()
-    bandwidth = 1e9 * settings.bandwidth
+    if sent is not None:
+        rescale = work_of_one(rescale, merge, settings.parallel, settings.gpus)
+    bandwidth, link = 1e9 * settings.bandwidth, 1e9 * settings.link
     machine = bandwidth, settings.rescale_rate
+    arriving = {} if sent is None else {"traffic": sent.rescale / link}
     return Seconds(
-        # With few tokens a step is limited by reading the weights, once in the forward and once in the backward pass.
-        lora=max(lora / settings.rate, 2 * base_bytes / bandwidth),
+        # With few tokens a step is limited by reading the weights, once in the forward and once in the backward pass,
+        # or by receiving them.
+        lora=max(lora / settings.rate, 2 * base_bytes / bandwidth, 0 if sent is None else sent.step / link),
         columns=columns / settings.rate,
-        rescale={part: work.seconds(*machine) for part, work in rescale.items()},
+        rescale={part: work.seconds(*machine) for part, work in rescale.items()} | arriving,
     )
 
 
@@ -248,7 +275,10 @@ def markdown(settings: EstimateSettings, found: Estimate) -> str:
         f"{found.model}, {found.parameters:,} parameters, {settings.dtype}{packed}. Adapter: r = {settings.r} on "
         f"{found.layers} layers, {found.trainable:,} trainable parameters ({found.share:.3%} of all). Remainder: "
         f"{kept}.",
-        grid(["memory, GiB", "LoRA", "ScaLoRA"], _memory_rows(found.memory)),
+        *_traffic(settings, found.traffic),
+        grid(
+            ["memory, GiB" if found.traffic is None else "GiB per GPU", "LoRA", "ScaLoRA"], _memory_rows(found.memory)
+        ),
         "Without activations, which are the same for both and grow with the batch. Optimizer: Adam. The scratch memory "
         "is in use during the optimizer's step, when the activations have been freed.",
         grid(["time", "ms per step", "over LoRA"], _time_rows(found.seconds, settings.interval)),
@@ -266,6 +296,19 @@ def markdown(settings: EstimateSettings, found: Estimate) -> str:
     return "\n\n".join(sections)
 
 
+def _traffic(settings: EstimateSettings, sent: Traffic | None) -> list[str]:
+    """What one of several GPUs receives, in words."""
+    if sent is None:
+        return []
+    shares = ", ".join(f"{sent.share(interval):.2%} with I = {interval}" for interval in settings.interval)
+    return [
+        f"{settings.gpus} GPUs, {settings.parallel}: each receives {sent.step / 1e6:,.1f} MB in a step, and "
+        f"{sent.rescale / 1e6:,.1f} MB for a rescale: {shares}. At {settings.link:g} GB/s they take "
+        f"{sent.step / 1e6 / settings.link:.3g} ms and {sent.rescale / 1e6 / settings.link:.3g} ms. A step takes at "
+        "least as long as what it receives."
+    ]
+
+
 def _memory_rows(memory: Memory) -> list[list[str]]:
     only_scalora = {"remainder": memory.remainder, "scratch memory of a rescale": memory.scratch}
     both = {
@@ -274,6 +317,9 @@ def _memory_rows(memory: Memory) -> list[list[str]]:
         "gradients": memory.gradients,
         "optimizer state": memory.optimizer,
     }
+    if isinstance(memory, GpuMemory):
+        both["whole layers to compute with"] = memory.layers
+        only_scalora["gathered by a rescale"] = memory.gathered
     return [
         *([name, _gib(count), _gib(count)] for name, count in both.items()),
         *([name, _gib(0), _gib(count)] for name, count in only_scalora.items()),

@@ -13,6 +13,9 @@ from scalora.runs.errors import InputError
 
 Quantization = Literal["none", "nf4", "int8"]
 
+Parallel = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+"""Ways to train on several GPUs: PyTorch's DistributedDataParallel and FSDP2, and DeepSpeed's ZeRO."""
+
 H100_BANDWIDTH = 3350.0
 """Memory bandwidth in GB/s, from NVIDIA's H100 datasheet (SXM)."""
 
@@ -143,6 +146,11 @@ class EstimateSettings:
         tflops: TFLOP/s that training reaches in the base's dtype. None: `ACHIEVED` times the peak of an H100 SXM.
         float32_tflops: TFLOP/s reached in float32, in which a rescale computes whatever the base's dtype. None:
             `tflops` for a float32 base, otherwise `ACHIEVED` times the peak of an H100 SXM.
+        gpus: number of GPUs that share the model's copy; each takes `tokens`.
+        parallel: how they train. FSDP2 by default, because DDP needs no estimate: every GPU holds what a single one
+            does.
+        link: GB/s that a GPU receives from the others. The default is one 400 Gb/s port for each GPU, as in NVIDIA's
+            DGX H100; within a node it is several times that.
         interval: intervals between rescales to estimate, in steps. The defaults are the library's, every step, and 10,
             at which a rescale costs next to nothing.
 
@@ -162,13 +170,16 @@ class EstimateSettings:
     bandwidth: float = H100_BANDWIDTH
     tflops: float | None = None
     float32_tflops: float | None = None
+    gpus: int = 1
+    parallel: Parallel = "fsdp2"
+    link: float = 50.0
     interval: tuple[int, ...] = (1, 10)
 
     def __post_init__(self) -> None:
-        for name in ("r", "tokens"):
+        for name in ("r", "tokens", "gpus"):
             if (value := getattr(self, name)) < 1:
                 raise InputError(f"--{name} must be at least 1, got {value}")
-        for name in ("bandwidth", "tflops", "float32_tflops"):
+        for name in ("bandwidth", "tflops", "float32_tflops", "link"):
             if (rate := getattr(self, name)) is not None and not 0 < rate < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} must be a positive finite number, got {rate}")
         if wrong := [interval for interval in self.interval if interval < 1]:
@@ -177,6 +188,13 @@ class EstimateSettings:
             raise InputError(f"--dtype {self.dtype!r}: the dtypes are {', '.join(get_args(Dtype))}")
         if self.quantization not in (known := get_args(Quantization)):
             raise InputError(f"--quantization {self.quantization!r}: must be one of {', '.join(known)}")
+        if self.parallel not in (known := get_args(Parallel)):
+            raise InputError(f"--parallel {self.parallel!r}: must be one of {', '.join(known)}")
+        if self.gpus > 1 and self.quantization != "none" and self.parallel in ("fsdp2", "zero3"):
+            raise InputError(
+                f"--parallel {self.parallel}: {self.quantization} weights are not split over GPUs, and their memory is "
+                "not known; use ddp, zero1 or zero2"
+            )
         ScaLoraConfig(merge=self.merge, remainder_rank=self.remainder_rank)
 
     @property

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from scalora._version import __version__
-from scalora.bench.settings import ACHIEVED, H100_TFLOPS, BenchSettings, EstimateSettings, Quantization
+from scalora.bench.settings import ACHIEVED, H100_TFLOPS, BenchSettings, EstimateSettings, Parallel, Quantization
 from scalora.config import Dtype, Merge
 from scalora.parallel.job import is_first, let_the_first_speak
 from scalora.runs.errors import DivergedError
@@ -450,6 +450,15 @@ def estimate(
             f"{H100_TFLOPS['float32']:g}; --tflops for a float32 base)."
         ),
     ] = None,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="GPUs that share a copy of the model; each takes --tokens.")
+    ] = EstimateSettings.gpus,
+    parallel: Annotated[
+        str, typer.Option(help=f"How several GPUs train: {_or(get_args(Parallel))}.")
+    ] = EstimateSettings.parallel,
+    link: Annotated[
+        float, typer.Option(help="GB/s that a GPU receives from others. The default is a 400 Gb/s port for each.")
+    ] = EstimateSettings.link,
     interval: Annotated[
         list[int] | None,
         typer.Option(
@@ -485,6 +494,9 @@ def estimate(
             bandwidth=bandwidth,
             tflops=tflops,
             float32_tflops=float32_tflops,
+            gpus=gpus,
+            parallel=parallel,  # type: ignore[arg-type]
+            link=link,
             interval=tuple(interval or EstimateSettings.interval),
         )
         found = make(settings)

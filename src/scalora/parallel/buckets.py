@@ -49,7 +49,7 @@ def buckets_of_shards(pairs: list[LoraPair], kinds: Mapping[str, Kind], *, by_ma
     by_axis: dict[Any, list[LoraPair]] = defaultdict(list)
     for pair in pairs:
         by_axis[axis_key(pair.lora_A)].append(pair)
-    return [bucket for of_axis in by_axis.values() for bucket in in_buckets(_alike(of_axis), size)]
+    return [bucket for of_axis in by_axis.values() for bucket in in_buckets(alike(of_axis, _kind), size)]
 
 
 def in_buckets(shapes: Shapes, size: Callable[[LoraPair], int]) -> list[Shapes]:
@@ -85,12 +85,21 @@ def has_its_rows(pair: LoraPair) -> bool:
     return axis_key(pair.lora_B) is None or (upright and axis_key(pair.weight) == axis_key(pair.lora_B))
 
 
-def _alike(pairs: list[LoraPair]) -> Shapes:
-    """Layers that are treated alike, those of one rank together."""
+def alike(pairs: list[LoraPair], kind: Callable[[LoraPair], Any]) -> Shapes:
+    """Layers that are treated alike, those of one rank together.
+
+    Args:
+        pairs: the LoRA pairs of one model.
+        kind: what else than rank and shape they must have in common.
+    """
     shapes = []
     for of_rank in by_rank(pairs):
-        alike: dict[Any, list[LoraPair]] = defaultdict(list)
+        of_kind: dict[Any, list[LoraPair]] = defaultdict(list)
         for pair in of_rank:
-            alike[pair.transposed, axis_key(pair.weight), type(pair.remainder)].append(pair)
-        shapes += [shape for some in alike.values() for shape in by_shape(some)]
+            of_kind[kind(pair)].append(pair)
+        shapes += [shape for some in of_kind.values() for shape in by_shape(some)]
     return shapes
+
+
+def _kind(pair: LoraPair) -> Any:
+    return pair.transposed, axis_key(pair.weight), type(pair.remainder)

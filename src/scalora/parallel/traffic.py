@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-Parallel = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
-"""Ways to train on several GPUs: PyTorch's DistributedDataParallel and FSDP2, and DeepSpeed's ZeRO."""
-
 # Of inner products, which are summed in float64, and of an adapter, which is float32.
 _DOUBLE, _SINGLE = 8, 4
 
@@ -83,11 +80,11 @@ def rescale_of_zero(layers: Sequence[tuple[int, int, int]]) -> list[Collective]:
     return [Collective("gather", sum(2 * _SINGLE * rank * (m + n) for m, n, rank in layers))]
 
 
-def training_step(parallel: Parallel, base: int, adapter: int) -> list[Collective]:
+def training_step(parallel: str, base: int, adapter: int) -> list[Collective]:
     """The collectives of a training step of LoRA, added up by kind.
 
     Args:
-        parallel: how it is trained.
+        parallel: how it is trained: ``"ddp"``, ``"fsdp2"``, ``"zero1"``, ``"zero2"`` or ``"zero3"``.
         base: bytes of the base weights.
         adapter: bytes of the adapter, and of its gradients.
     """
