@@ -329,10 +329,87 @@ def test_nothing_of_it_is_made(large, monkeypatch):
     assert torch.zeros(1).device.type == "cpu"
 
 
+# Of the 7B model's adapted layers: m, n and how many there are.
+SHAPES = [(4096, 4096, 128), (11008, 4096, 64), (4096, 11008, 32)]
+INPUTS = sum(n * count for _, n, count in SHAPES)
+
+
+def test_gpus_that_share_shards_by_hand(large, tmp_path):
+    dense = "--merge", "dense", "--r", 16
+    alone = estimated(tmp_path, large, *dense)
+    found = estimated(tmp_path, large, *dense, "--gpus", 8)
+    base, adapter, share = 2 * 6_738_415_616, 4 * 2 * 19_988_480, 7 / 8
+    block, outside = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096), 2 * (2 * 32000 * 4096 + 4096)
+    assert found["memory"] == {
+        "base": base // 8,
+        "adapter": adapter // 8,
+        "gradients": adapter // 8,
+        "optimizer": 2 * adapter // 8,
+        "remainder": alone["memory"]["remainder"] // 8,
+        "scratch": alone["memory"]["scratch"] // 8,
+        "layers": outside + 2 * block,
+        "gathered": 2 * 8 * 16 * INPUTS,  # less than a bucket of 256 MiB
+    }
+    sums = 224 * 8 * (2 * 32**2 + 1)
+    assert found["traffic"]["rescale"] == pytest.approx((8 * 16 * INPUTS + 2 * sums) * share)
+    assert found["traffic"]["step"] == pytest.approx((2 * base + 3 * adapter) * share)
+    # What is split takes a GPU an eighth of the time, and the solve all of it.
+    rescale, whole = found["seconds"]["rescale"], alone["seconds"]["rescale"]
+    for part in ("grams", "merge", "transport"):
+        assert rescale[part] == pytest.approx(whole[part] / 8)
+    assert rescale["solve"] == whole["solve"]
+    assert rescale["traffic"] == pytest.approx(found["traffic"]["rescale"] / 50e9)
+    assert found["seconds"]["lora"] == pytest.approx(found["traffic"]["step"] / 50e9)  # longer than to compute
+    fast = estimated(tmp_path, large, *dense, "--gpus", 8, "--link", 900)
+    assert fast["seconds"]["lora"] == pytest.approx(alone["seconds"]["lora"])
+
+
+def test_a_bucket_is_what_is_gathered_at_most(large, tmp_path):
+    found = estimated(tmp_path, large, "--merge", "dense", "--r", 128, "--gpus", 8)
+    assert 2 * 8 * 128 * INPUTS > found["memory"]["gathered"] > 2**28
+    assert found["memory"]["gathered"] <= 2 * 2**28
+
+
+def test_a_factored_remainder_is_whole_on_every_gpu(large, tmp_path):
+    found = estimated(tmp_path, large, "--gpus", 8)
+    assert found["merge"] == "factored"
+    assert found["memory"]["remainder"] == estimated(tmp_path, large)["memory"]["remainder"]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "zero1", "zero2", "zero3"])
+def test_other_ways_to_use_gpus_by_hand(large, tmp_path, parallel):
+    dense = "--merge", "dense", "--r", 16
+    alone = estimated(tmp_path, large, *dense)["memory"]
+    found = estimated(tmp_path, large, *dense, "--gpus", 8, "--parallel", parallel)
+    memory, adapter, share = found["memory"], 4 * 2 * 19_988_480, 7 / 8
+    split = {"ddp": (), "zero1": (), "zero2": ("gradients",), "zero3": ("base", "adapter", "gradients", "remainder")}
+    for part in ("base", "adapter", "gradients", "remainder"):
+        assert memory[part] == alone[part] // (8 if part in split[parallel] else 1)
+    assert memory["optimizer"] == (2 * adapter if parallel == "ddp" else 3 * adapter // 8)
+    assert (memory["layers"] > 0) == (parallel == "zero3")
+    assert found["traffic"]["rescale"] == pytest.approx(0 if parallel == "ddp" else 8 * 16 * WIDTH * share)
+    weights = 2 * (2 * 6_738_415_616 + adapter) if parallel == "zero3" else adapter
+    assert found["traffic"]["step"] == pytest.approx((weights + adapter) * share)
+
+
+def test_what_gpus_receive_is_printed(large, tmp_path):
+    result = command(large, "--gpus", 8, "--interval", 1, "--interval", 10, "--json", tmp_path / "estimate.json")
+    sent = json.loads((tmp_path / "estimate.json").read_text())["traffic"]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("8 GPUs, fsdp2: ")]
+    assert f"each receives {sent['step'] / 1e6:,.1f} MB in a step, and {sent['rescale'] / 1e6:,.1f} MB" in line
+    share = sent["rescale"] / sent["step"]
+    assert f"{share:.2%} with I = 1, {share / 10:.2%} with I = 10" in line
+    assert "GPUs" not in command(large).stdout
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--r", "0"], "'--r'"),
+        (["--gpus", "0"], "'--gpus'"),
+        (["--link", "0"], "--link must be a positive finite number, got 0.0"),
+        (["--parallel", "tp"], "--parallel 'tp': must be one of ddp, fsdp2, zero1, zero2, zero3"),
+        (["--gpus", "2", "--quantization", "nf4"], "--parallel fsdp2: nf4 weights are not split over GPUs"),
         (["--r", "two"], "'--r'"),
         (["--tokens", "0"], "'--tokens'"),
         (["--remainder-rank", "0"], "'--remainder-rank'"),

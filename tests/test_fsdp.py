@@ -265,7 +265,15 @@ def rescaled_halves(processes, dtype, merge):
 
 
 def in_a_trainer(
-    folder, *, dtype=torch.float32, kind="SHARDED_STATE_DICT", fsdp=True, resume=None, batch=2, **settings
+    folder,
+    *,
+    dtype=torch.float32,
+    kind="SHARDED_STATE_DICT",
+    fsdp=True,
+    resume=None,
+    batch=2,
+    fsdp_settings=None,
+    **settings,
 ):
     """A training with the callback; in one process if it is not sharded."""
     model = with_lora(tiny_llama(), r=3, target_modules="all-linear")
@@ -280,6 +288,7 @@ def in_a_trainer(
             "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
             "reshard_after_forward": True,
             "state_dict_type": kind,
+            **(fsdp_settings or {}),
         }
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=6, per_device_train_batch_size=batch, use_cpu=True, ddp_backend="gloo",

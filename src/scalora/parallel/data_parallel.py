@@ -6,9 +6,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from scalora.model.adapters import UnsupportedLayerError, refuse
 from scalora.model.remainder_layer import REMAINDER
 from scalora.model.roots import root_of
 from scalora.rescale.remainder import REMAINDER_BUFFERS
+
+_INSTEAD_OF_STAGES = "pipeline parallelism is not supported; train with fully_shard() (FSDP2)"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -18,13 +21,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model: a model with LoRA layers, or a wrapper around it, or the base model inside a PeftModel.
 
     Raises:
-        UnsupportedLayerError: the model contains more than one PeftModel.
+        UnsupportedLayerError: the model contains more than one PeftModel, or is a stage of a pipeline.
     """
+    _refuse_stage(model)
     while isinstance(model, DistributedDataParallel):
         model = model.module
     # Only FSDP's wrapper tells that the weights inside are pieces of weights.
     sharded = any(name.endswith("_fsdp_wrapped_module") for name, _ in model.named_modules())
     return model if sharded else root_of(model)
+
+
+def _refuse_stage(model: nn.Module) -> None:
+    """Refuse a model of which other processes have other layers: their states would not be saved."""
+    # Checked with torch 2.13 and Transformers 5.23.
+    if type(model).__module__.startswith("torch.distributed.pipelining"):
+        raise UnsupportedLayerError(f"{type(model).__name__} is a stage of a pipeline: {_INSTEAD_OF_STAGES}")
+    for name, module in model.named_modules():
+        if type(module).__name__ == "PipelineIdentityLayer":
+            refuse(name, "another stage of a pipeline has it", _INSTEAD_OF_STAGES)
 
 
 def keep_out_of_broadcasts(model: nn.Module) -> None:

@@ -103,4 +103,4 @@ def received(collectives: Sequence[Collective], processes: int) -> float:
         collectives: the collectives.
         processes: how many take part in each.
     """
-    return sum(collective.received(processes) for collective in collectives)
+    return sum((collective.received(processes) for collective in collectives), 0.0)
