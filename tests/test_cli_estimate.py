@@ -2,6 +2,8 @@
 
 import json
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -478,3 +480,14 @@ def test_a_share_of_a_block_counts_as_one(tmp_path):
     rest = 2 * (sum(p.numel() for p in model.parameters()) - sum(linear))
     found = estimated(tmp_path, tmp_path / "odd", "--quantization", "nf4")
     assert found["memory"]["base"] == rest + sum(n // 2 + 4 * math.ceil(n / 64) for n in linear)
+
+
+@pytest.mark.slow
+def test_the_plans_on_the_page_are_what_is_estimated():
+    script = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "distributed_plans.py"))
+    page = script["PAGE"].read_text(encoding="utf-8")
+    assert page == script["page"](), "run `python docs/distributed_plans.py`"
+    rows = [line for line in page.splitlines() if line.startswith(("| 8B", "| 70B", "| 405B"))]
+    assert len(rows) == len(script["PLANS"])
+    assert "713 MB of the first row of 70B" in page
+    assert "| 249.1 | 713 |" in rows[2]
