@@ -11,7 +11,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ from torch.optim import Optimizer
 from scalora.config import ScaLoraConfig
 from scalora.maths.matrix import MatrixScaling, matrix_scaling_of_grams
 from scalora.maths.scaling import Grams, Scaling, scaling_of_grams
-from scalora.model.adapters import LoraPair, find_lora_pairs, rank_key
+from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.model.placement import check_places, resolve_merge
 from scalora.model.solve_constants import ConstantsOnDevice
 from scalora.model.target_norms import BaseRates, target_norms
 from scalora.pair_adamw import PairAdamW
 from scalora.parallel.data_parallel import keep_out_of_broadcasts, unwrapped
-from scalora.parallel.layout import Shapes, Share, laid_out
+from scalora.parallel.layout import Shapes, Share, laid_out, ranks_in
 from scalora.parallel.processes import failing_together, process_rank
 from scalora.parallel.sharded_pairs import check_not_sharded_since, check_optimizer_of_shards, check_shards
 from scalora.parallel.shards import reshard, state_split_as, wholes_for
@@ -171,7 +170,7 @@ class ScaLora:
         self._replace_earlier_engines()
         self._groups = laid_out(self.pairs, self.optimizer, self._kinds, by_matrices=by_matrices)
         self._constants = [
-            [ConstantsOnDevice(of_rank, self.config) for of_rank in _ranks_in(shapes)] for _, shapes in self._groups
+            [ConstantsOnDevice(of_rank, self.config) for of_rank in ranks_in(shapes)] for _, shapes in self._groups
         ]
         self._progress.config = self.config
         self._progress.base_rates = self._rates.current()
@@ -439,7 +438,7 @@ class ScaLora:
         for group in following:
             self._begin(*group)
         rescaled, done = [], 0
-        for of_rank, constants in zip(_ranks_in(shapes), self._constants[index], strict=True):
+        for of_rank, constants in zip(ranks_in(shapes), self._constants[index], strict=True):
             here = slice(done, done := done + len(of_rank))
             rescaled.append(self._rescale_rank(of_rank, shares[here], grams[here], constants, skipped))
         return rescaled
@@ -507,11 +506,6 @@ class ScaLora:
             if of_model or earlier.optimizer is self.optimizer:
                 earlier._replaced = True
                 earlier.detach()
-
-
-def _ranks_in(shapes: Shapes) -> list[Shapes]:
-    """Layers in lists whose scalings can be solved for together."""
-    return [list(of_rank) for _, of_rank in groupby(shapes, key=lambda pairs: rank_key(pairs[0]))]
 
 
 def _rule_of(config: ScaLoraConfig) -> ScalingRule:

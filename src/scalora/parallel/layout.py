@@ -7,13 +7,14 @@ as with FSDP2. The mathematics and the kernels see tensors without knowing which
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from scalora.maths.scaling import Grams
-from scalora.model.adapters import LoraPair, by_rank, by_shape
+from scalora.model.adapters import LoraPair, by_rank, by_shape, rank_key
 from scalora.rescale.changes import Factors
 from scalora.rescale.optimizers import Kind
 from scalora.rescale.transport import HoldsState
@@ -150,6 +151,15 @@ def laid_out(
 
     buckets = buckets_of_shards(pairs, kinds, by_matrices=by_matrices)
     return [(Rows(optimizer, kinds, by_matrices), shapes) for shapes in buckets]
+
+
+def ranks_in(shapes: Shapes) -> list[Shapes]:
+    """Layers that are rescaled together, in lists whose scalings can be solved for together.
+
+    Args:
+        shapes: the layers, those of one rank beside each other.
+    """
+    return [list(of_rank) for _, of_rank in groupby(shapes, key=lambda pairs: rank_key(pairs[0]))]
 
 
 def _nothing() -> None:
