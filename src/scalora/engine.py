@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ from scalora.rescale.optimizers import (
     unwrapped_optimizer,
 )
 from scalora.rescale.other_optimizers import WatchOfOtherOptimizers
-from scalora.rescale.remainder import FactoredRemainder, compress_full
+from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, compress_full
 from scalora.rescale.stochastic import StochasticRemainder
 from scalora.rescale.transport import (
     HoldsState,
@@ -62,6 +62,7 @@ from scalora.rescale.transport import (
 from scalora.saving.attach import attach
 from scalora.saving.errors import StateError
 from scalora.saving.model_state import state_of
+from scalora.saving.optimizer_state import COUNTS, CountsInOptimizer
 from scalora.saving.random_state import (
     check_random_state,
     random_file,
@@ -197,6 +198,7 @@ class ScaLora:
         self._hook = self.optimizer.register_step_pre_hook(self._before_step)
         factors = {key: p for pair in self.pairs for key, p in zip(pair.keys, (pair.lora_A, pair.lora_B), strict=True)}
         self._watch = WatchOfOtherOptimizers(self._model, self.optimizer, factors)
+        self._counts = CountsInOptimizer(self.optimizer, self._counts_to_save, self._check_config, self._restore_counts)
         _ATTACHED.add(self)
 
     @property
@@ -223,6 +225,7 @@ class ScaLora:
         Warns if the run had no rescale.
         """
         self._hook.remove()
+        self._counts.remove()
         self._watch.stop()
         _ATTACHED.discard(self)
         self._notices.about_layers(self._left_alone)
@@ -272,10 +275,8 @@ class ScaLora:
         reshard(self._model)
         if not self._replaced:
             self._progress.base_rates = self._rates.current()
-        return state_of(self._model, self.pairs) | {
-            "optimizer": self.optimizer.state_dict(),
-            "random": random_state(),
-        }
+        optimizer = {key: value for key, value in self.optimizer.state_dict().items() if key != COUNTS}
+        return state_of(self._model, self.pairs) | {"optimizer": optimizer, "random": random_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state from `state_dict`, to continue from there.
@@ -293,9 +294,7 @@ class ScaLora:
         reshard(self._model)
         check_content(state)
         check_base(state, self._progress.fingerprint)
-        saved = saved_config(state)
-        if saved is not None and saved != self.config:
-            raise StateError(f"the state was saved with {saved}, but this run has {self.config}: use the same settings")
+        self._check_config(state)
         check_merge(state, self.pairs)
         check_fit(self._model, self.pairs, state["tensors"])
         check_base_rates(state, [pair.name for pair in self.pairs])
@@ -319,11 +318,33 @@ class ScaLora:
                     "stopped",
                     stacklevel=2,
                 )
-        if "optimizer" in state or state.get("base_rates") is not None:
+        self._restore_counts(state, rates="optimizer" in state or state.get("base_rates") is not None)
+
+    def _check_config(self, state: Mapping[str, Any]) -> None:
+        saved = saved_config(state)
+        if saved is not None and saved != self.config:
+            raise StateError(f"the state was saved with {saved}, but this run has {self.config}: use the same settings")
+
+    def _counts_to_save(self) -> dict[str, Any]:
+        """What belongs to the state of a run beside the tensors of the model and of the optimizer."""
+        counts = self._progress
+        return {
+            "step": counts.step,
+            "rescales": counts.rescales,
+            "config": self.config.to_dict(),
+            "base_rates": self._rates.current(),
+        }
+
+    def _restore_counts(self, state: Mapping[str, Any], rates: bool = True) -> None:
+        if rates:
             self._rates.restore(state.get("base_rates"))
         self._progress.base_rates = self._rates.current()
         self._progress.restart(step=state["step"], rescales=state["rescales"])
         self._checked_states = False
+        if state["rescales"]:
+            for pair in self.pairs:
+                if isinstance(pair.remainder, DenseRemainder):
+                    pair.remainder.changed = True
 
     def save(self, folder: str | Path) -> None:
         """Write `state_dict` to ``scalora_state.safetensors`` in a folder, atomically.

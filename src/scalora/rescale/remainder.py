@@ -307,8 +307,10 @@ class FactoredRemainder(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Copies: safetensors, with which Accelerate saves, does not take a part of a larger piece of memory.
         for name in ("left", "right"):
-            destination[prefix + name] = destination[prefix + name][:, : self.columns]
+            used = destination[prefix + name][:, : self.columns]
+            destination[prefix + name] = used.clone(memory_format=torch.contiguous_format)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         left, right = (state_dict.get(prefix + name) for name in ("left", "right"))
