@@ -75,15 +75,18 @@ def test_the_state_dicts_of_model_and_optimizer_are_a_whole_run(kind):
         again.optimizer.load_state_dict(saved[1] | {"scalora": 7})
 
 
-def test_a_detached_or_absent_engine_leaves_the_optimizers_state_dict_alone():
+def test_counts_are_saved_after_detaching_too_and_are_nothing_to_other_optimizers():
     model = adapted()
     engine = ScaLora(model, adamw(model), config_of("dense", warmup_steps=0))
     steps(model, engine.optimizer, range(3))
-    with_counts = engine.optimizer.state_dict()
     assert "scalora" not in engine.state_dict()["optimizer"]
     engine.detach()
-    assert with_counts.keys() - engine.optimizer.state_dict().keys() == {"scalora"}
-    adamw(model).load_state_dict(with_counts)
+    saved = engine.optimizer.state_dict()
+    assert (saved["scalora"]["step"], saved["scalora"]["rescales"]) == (3, 1)
+    assert "scalora" not in adamw(model).state_dict()
+    adamw(model).load_state_dict(saved)
+    ScaLora(model, adamw(model), config_of("dense"))
+    assert "scalora" not in engine.optimizer.state_dict()
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
@@ -122,3 +125,114 @@ def test_accelerates_save_state_is_exact_by_itself(kind, attached, tmp_path):
     train(*run, range(6, 12))
     assert equal(tensors(run[1]), wanted)
     assert (engine.step, engine.metrics()["scalora/rescales"]) == counts == (12, 5)
+
+
+# --- steps that no rescale can come before, and parameters that are replaced ----------------------------------------
+
+
+def released(model, optimizer_of):
+    """Every parameter is stepped by a hook as soon as its gradient is there."""
+    for parameter in trainable(model):
+        optimizer = optimizer_of(parameter)
+        parameter.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: optimizer.step())
+
+
+def test_gradient_release_with_the_attached_optimizer_or_others_is_refused_by_name():
+    model = adapted()
+    optimizer = adamw(model)
+    engine = ScaLora(model, optimizer, config_of("dense"))
+    before = tensors(model)
+    released(model, lambda parameter: optimizer)
+    with pytest.raises(UnsupportedOptimizerError, match=r"AdamW.step\(\).*gradient release"):
+        backward(model)
+    assert (engine.step, equal(tensors(model), before)) == (0, True)
+    model = adapted()
+    engine = ScaLora(model, adamw(model), config_of("dense"))
+    released(model, lambda parameter: torch.optim.SGD([parameter], lr=1e-2))
+    with pytest.raises(UnsupportedOptimizerError, match=r"SGD.step\(\).*gradient release"):
+        backward(model)
+
+
+def test_gradient_release_of_other_parameters_and_of_detached_models_is_nobodys_business():
+    model, head = adapted(), torch.nn.Linear(6, 6)
+    engine = ScaLora(model, adamw(model), config_of("dense"))
+    before = head.weight.clone()
+    for parameter in head.parameters():
+        optimizer = torch.optim.SGD([parameter], lr=1e-2)
+        parameter.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: optimizer.step())
+    head(model(torch.randn(4, 12))).square().mean().backward()
+    engine.optimizer.step()
+    assert not torch.equal(head.weight, before)
+    with pytest.warns(UserWarning, match="plain LoRA"):
+        engine.detach()
+    released(model, lambda parameter: torch.optim.SGD([parameter], lr=1e-2))
+    backward(model)
+
+
+def test_a_step_that_goes_into_a_cuda_graph_is_refused_by_name(monkeypatch):
+    model = adapted()
+    engine = ScaLora(model, adamw(model), config_of("dense", warmup_steps=0))
+    backward(model)
+    before = tensors(model)
+    monkeypatch.setattr("scalora.rescale.moments.is_being_captured", lambda device: True)
+    with pytest.raises(UnsupportedOptimizerError, match=r"captured in a CUDA graph.*make_graphed_callables"):
+        engine.optimizer.step()
+    assert (engine.step, equal(tensors(model), before)) == (0, True)
+
+
+def replaced_by_assignment(model, optimizer):
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def replaced_in_the_layer(model, optimizer):
+    layer = model.base_model.model.second.lora_B["default"]
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+
+
+def replaced_base(model, optimizer):
+    layer = model.base_model.model.second.get_base_layer()
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+
+
+def replaced_in_the_groups(model, optimizer):
+    optimizer.param_groups[0]["params"] = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+
+
+@pytest.mark.parametrize(
+    ("replace", "words"),
+    [
+        (replaced_by_assignment, "lora_A has been replaced"),
+        (replaced_in_the_layer, r"second.*lora_B has been replaced"),
+        (replaced_base, r"second.*base weight has been replaced"),
+        (replaced_in_the_groups, "does not hold lora_A.*any more"),
+    ],
+)
+def test_replaced_parameters_are_noticed_before_a_rescale_and_can_be_attached_to_anew(replace, words):
+    model = adapted()
+    engine = ScaLora(model, adamw(model), config_of("dense", warmup_steps=0, interval=1))
+    steps(model, engine.optimizer, range(2))
+    replace(model, engine.optimizer)
+    for p in trainable(model):
+        p.grad = torch.ones_like(p)
+    before = tensors(model)
+    with pytest.raises(ValueError, match=words):
+        engine.optimizer.step()
+    assert equal(tensors(model), before)
+    again = ScaLora(model, adamw(model), config_of("dense", warmup_steps=0, interval=1))
+    steps(model, again.optimizer, range(2))
+    assert again.metrics()["scalora/rescales"] == 2
+
+
+def test_an_optimizer_of_replaced_parameters_is_named():
+    model = adapted()
+    engine = ScaLora(model, adamw(model), config_of("dense", warmup_steps=0))
+    steps(model, engine.optimizer, range(2))
+    replaced_by_assignment(model, engine.optimizer)
+    for p in trainable(model):
+        p.requires_grad_(True)
+    other = torch.optim.SGD([p for n, p in model.named_parameters() if "lora" in n], lr=1e-3)
+    with pytest.warns(UserWarning, match=r"SGD has updated .*first\.lora_A.*attach again"):
+        steps(model, other, range(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(model, other, range(1))

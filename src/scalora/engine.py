@@ -24,6 +24,7 @@ from scalora.maths.matrix import MatrixScaling, matrix_scaling_of_grams
 from scalora.maths.scaling import Grams, Scaling, scaling_of_grams
 from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.model.placement import check_places, resolve_merge
+from scalora.model.present import check_present, present_factors
 from scalora.model.solve_constants import ConstantsOnDevice
 from scalora.model.target_norms import BaseRates, target_norms
 from scalora.pair_adamw import PairAdamW
@@ -42,6 +43,7 @@ from scalora.rescale.metrics import (
     remainder_energy,
     summarise,
 )
+from scalora.rescale.moments import check_moment
 from scalora.rescale.notices import Notices
 from scalora.rescale.optimizers import (
     MATRIX,
@@ -96,8 +98,8 @@ _NO_DECAY = (
     "weight_decay=0, or merge='factored'"
 )
 
-# Engines that are attached. Each model and each optimizer has at most one.
-_ATTACHED: weakref.WeakSet[ScaLora] = weakref.WeakSet()
+# Engines that are attached, or the last ones that were. Each model and each optimizer has at most one.
+_ENGINES: weakref.WeakSet[ScaLora] = weakref.WeakSet()
 
 
 class ScaLora:
@@ -196,10 +198,10 @@ class ScaLora:
         self._left_alone = {reason: torch.zeros(()) for reason in LEFT_ALONE_BECAUSE}
         self._notices = Notices(self.config)
         self._hook = self.optimizer.register_step_pre_hook(self._before_step)
-        factors = {key: p for pair in self.pairs for key, p in zip(pair.keys, (pair.lora_A, pair.lora_B), strict=True)}
-        self._watch = WatchOfOtherOptimizers(self._model, self.optimizer, factors)
+        self._watch = WatchOfOtherOptimizers(self._model, self.optimizer, present_factors(self.pairs))
         self._counts = CountsInOptimizer(self.optimizer, self._counts_to_save, self._check_config, self._restore_counts)
-        _ATTACHED.add(self)
+        self._attached = True
+        _ENGINES.add(self)
 
     @property
     def step(self) -> int:
@@ -225,9 +227,8 @@ class ScaLora:
         Warns if the run had no rescale.
         """
         self._hook.remove()
-        self._counts.remove()
         self._watch.stop()
-        _ATTACHED.discard(self)
+        self._attached = False
         self._notices.about_layers(self._left_alone)
         if not self._replaced:
             # A run that was resumed may have had its rescales before.
@@ -397,6 +398,7 @@ class ScaLora:
         if not self._had_steps:
             check_not_sharded_since(self.pairs)
             self._had_steps = True
+        check_moment(type(optimizer).__name__, self.pairs[0].lora_A.device)
         with_loss = evaluate_closure(args, kwargs)
         rescales = self.config.rescales_at(self.step + 1)
         if rescales:
@@ -419,6 +421,7 @@ class ScaLora:
         """Raise what a rescale could raise, before it changes anything."""
         for pair in self.pairs:
             pair.check_ready()
+        check_present(self.pairs, self.optimizer)
         if self.config.norm_from_rates:
             self._rates.observe()
             self._progress.base_rates = self._rates.current()
@@ -505,11 +508,14 @@ class ScaLora:
 
     def _replace_earlier_engines(self) -> None:
         """Detach the engines of the same model or optimizer, so that steps are counted and rescaled once."""
-        for earlier in list(_ATTACHED):
+        for earlier in list(_ENGINES):
             of_model = earlier._model is self._model or earlier._progress is self._progress
             if of_model or earlier.optimizer is self.optimizer:
-                earlier._replaced = True
-                earlier.detach()
+                if earlier._attached:
+                    earlier._replaced = True
+                    earlier.detach()
+                earlier._counts.remove()
+                _ENGINES.discard(earlier)
 
 
 def _rule_of(config: ScaLoraConfig) -> ScalingRule:
