@@ -112,8 +112,9 @@ class FactorGuard:
             raise ChangedFactorsError(
                 "lora_A or lora_B has been overwritten since the optimizer's last step (by an average of weights, a "
                 "hot-swapped adapter, a copy from another step?), but the part of the update that ScaLoRA has merged "
-                "belongs to the factors that were there: average or swap models made by merge_and_unload() or adapters "
-                "written by save_pretrained() instead, or call scalora.accept_factors(model) if the change was meant"
+                "belongs to the factors that were there: average with scalora.ModelEma, swap models made by "
+                "merge_and_unload() or adapters written by save_pretrained(), or call scalora.accept_factors(model) if "
+                "the change was meant"
             )
 
     @property

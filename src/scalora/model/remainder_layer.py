@@ -378,7 +378,12 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         Args:
             args: as in `torch.nn.Module`.
             kwargs: as in `torch.nn.Module`.
+
+        Raises:
+            ChangedFactorsError: something other than an optimizer has overwritten the factors.
         """
+        if self.factor_guard.leader is self and self.has_remainder:
+            self.factor_guard.check()
         tensors = super().state_dict(*args, **kwargs)
         # Shards are for checkpoints of their own kind, which need the remainder and the factors as they are.
         if (

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -217,6 +218,21 @@ class FactoredRemainder(nn.Module):
         self.max_rank = max_rank
         if self.left.shape[1] != 2 * max_rank + self._added:
             self._replace(*self.used)
+
+    @contextmanager
+    def replaced(self, left: Float[Tensor, "m c"], right: Float[Tensor, "n c"]) -> Iterator[None]:
+        """Context manager in which the product is another one.
+
+        Args:
+            left: its left factor, (m, c).
+            right: its right factor, (n, c).
+        """
+        before = (self.left, self.right, self.columns, self.changed)
+        self.left, self.right, self.columns, self.changed = left, right, left.shape[1], True
+        try:
+            yield
+        finally:
+            self.left, self.right, self.columns, self.changed = before
 
     @torch.no_grad()
     def clear(self) -> None:
