@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from models import TwoLayers, backward, trainable, with_adapter_in_float32, with_lora
+from torch._dynamo.utils import counters
 
 from scalora import PairAdamW, ScaLora, ScaLoraConfig, StateError, UnsupportedOptimizerError
 
@@ -236,3 +237,54 @@ def test_an_optimizer_of_replaced_parameters_is_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         steps(model, other, range(1))
+
+
+# --- torch.compile --------------------------------------------------------------------------------------------------
+
+
+def in_place(model, backend):
+    model.compile(backend=backend)
+    return model
+
+
+@pytest.mark.usefixtures("without_shape_checks")  # torch.compile can't trace them
+@pytest.mark.parametrize(
+    ("attached", "compiled", "kind", "backend"),
+    [
+        ("before", torch.compile, "factored", "aot_eager"),
+        ("before", torch.compile, "dense in bfloat16", "eager"),
+        ("before", in_place, "dense", "eager"),
+        ("after", torch.compile, "factored", "eager"),
+        ("after", torch.compile, "dense in bfloat16", "aot_eager"),
+        ("after", in_place, "factored", "eager"),
+        pytest.param("before", torch.compile, "factored", "inductor", marks=pytest.mark.slow),
+        pytest.param("after", torch.compile, "dense", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_model_trains_as_an_eager_one_and_is_not_compiled_again_at_rescales(
+    attached, compiled, kind, backend
+):
+    torch._dynamo.reset()
+    counters.clear()
+    config = config_of(kind, warmup_steps=2, interval=1)
+    eager, model = adapted(kind), adapted(kind)
+    of_eager = ScaLora(eager, adamw(eager), config)
+    if attached == "before":
+        engine = ScaLora(model, adamw(model), config)
+        run = compiled(model, backend=backend)
+    else:
+        run = compiled(model, backend=backend)
+        backward(run)  # compiled without ScaLoRA
+        engine = ScaLora(run, adamw(model), config)
+    graphs = []
+    for step in range(12):
+        for each, optimizer in ((eager, of_eager.optimizer), (run, engine.optimizer)):
+            backward(each, seed=step)
+            optimizer.step()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert engine.metrics()["scalora/rescales"] == 10
+    assert graphs[0] > 0
+    assert graphs[3:] == graphs[3:4] * 9  # the graph of a model with a remainder is there by the fourth step
+    tolerance = 1e-2 if kind.endswith("bfloat16") else 1e-4
+    for (name, found), wanted in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance, msg=name)
