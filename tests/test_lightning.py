@@ -15,9 +15,7 @@ from scalora import ChangedBaseError, ScaLora, ScaLoraConfig, StateError
 from scalora.integrations.lightning import ScaLoraCallback
 
 KINDS = ["factored", "dense", "dense in bfloat16"]
-BATCHES = [
-    (torch.randn(8, 12, generator=torch.Generator().manual_seed(i)), torch.randn(8, 6)) for i in range(12)
-]
+BATCHES = [(torch.randn(8, 12, generator=torch.Generator().manual_seed(i)), torch.randn(8, 6)) for i in range(12)]
 
 
 def adapted(kind="dense"):
@@ -70,8 +68,9 @@ class Manual(Module):
 def trainer_of(tmp_path, callback, **settings):
     return lightning.Trainer(
         **{
-            "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path,
-            "enable_progress_bar": False, "enable_model_summary": False, "callbacks": [callback], "max_epochs": 1,
+            "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "max_epochs": 1,
+            "enable_progress_bar": False, "enable_model_summary": False, "callbacks": [callback],
+            "default_root_dir": tmp_path,
         } | settings
     )  # fmt: skip
 

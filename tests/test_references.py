@@ -67,8 +67,9 @@ def grpo(model, folder, tmp_path, callback, beta=0.1, peft_config=None):
         return [float(i % 3) + len(set(text)) for i, text in enumerate(completions)]
 
     more = {"num_generations": 4, "max_completion_length": 4, "beta": beta}
+    prompts = Dataset.from_list([{"prompt": "say: red"}] * 16)
     return GRPOTrainer(
-        model, args=settings(GRPOConfig, tmp_path, **more), train_dataset=Dataset.from_list([{"prompt": "say: red"}] * 16),
+        model, args=settings(GRPOConfig, tmp_path, **more), train_dataset=prompts,
         processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[callback], peft_config=peft_config,
         reward_funcs=longer_words,
     )  # fmt: skip
@@ -183,11 +184,11 @@ def test_with_a_factored_remainder_inactive_adapters_are_what_they_were_and_can_
 
 def test_with_a_dense_remainder_inactive_adapters_are_refused_by_name(tmp_path):
     model, *_ = with_second_adapter(tmp_path)
-    with pytest.raises(UnsupportedLayerError, match="is adapter 'second''s, too.*merge='factored'"):
+    with pytest.raises(UnsupportedLayerError, match=r"is adapter 'second''s, too.*merge='factored'"):
         train(model, ScaLoraConfig(merge="dense"))
     model.delete_adapter("second")
     train(model, ScaLoraConfig(warmup_steps=1, merge="dense"))
-    with pytest.raises(ChangedBaseError, match="adding adapter 'second'.*merge='factored'"):
+    with pytest.raises(ChangedBaseError, match=r"adding adapter 'second'.*merge='factored'"):
         model.load_adapter(tmp_path / "second", "second")
 
 

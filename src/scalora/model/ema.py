@@ -114,7 +114,8 @@ class _OfWeight(nn.Module):
     @contextmanager
     def applied(self, pair: LoraPair) -> Iterator[None]:
         weight, remainder = pair.weight, pair.remainder
-        assert isinstance(remainder, DenseRemainder) and isinstance(weight, nn.Parameter)
+        assert isinstance(remainder, DenseRemainder)
+        assert isinstance(weight, nn.Parameter)
         rounded_off, changed = remainder.rounded_off, remainder.changed
         with _overwritten(weight, weight.detach()):
             remainder.rebuild(self.weight - self._product(pair), weight)

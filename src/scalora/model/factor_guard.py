@@ -80,6 +80,13 @@ class FactorGuard:
         """Stop watching: the adapter is being deleted."""
         _GUARDS.discard(self)
 
+    def follow(self) -> None:
+        """Trust the factors at the next check if they are other parameters, as ScaLoRA is attached to these anew."""
+        if self._parts_of is None and self._factors:
+            present = self._present_factors()
+            if any(now is not before for now, before in zip(present, self._factors, strict=True)):
+                self.forget()
+
     def forget(self) -> None:
         """Trust the factors as they are at the next check."""
         self._factors: list[Tensor] = []

@@ -13,7 +13,6 @@ from peft.tuners.lora.layer import Embedding, LoraVariant
 from torch import Tensor, nn
 
 from scalora.model.shared_pass import add_in_one_pass, can_share
-
 from scalora.rescale.moments import is_being_captured
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Refuses steps at moments when no rescale can come before them: inside a backward pass, or captured in a CUDA graph."""
+"""Refuses steps at moments when no rescale can come before them: in a backward pass, or captured in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_moment(optimizer: str, device: torch.device) -> None:
         refuse_in_backward_pass(optimizer)
     if is_being_captured(device):
         raise UnsupportedOptimizerError(
-            f"{optimizer}.step() is being captured in a CUDA graph, whose replays would step without any rescale: "
-            "capture the forward and backward passes alone (torch.cuda.make_graphed_callables), and call step() "
-            "outside of the graph"
+            f"{optimizer}.step() is being captured in a CUDA graph, whose replays call no hooks, so that ScaLoRA would "
+            "neither count steps nor choose those with a rescale: capture the forward and backward passes alone "
+            "(torch.cuda.make_graphed_callables), and call step() outside of the graph"
         )

@@ -54,6 +54,7 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
         attachment = Attachment(base_fingerprint(root), trained)
     place_remainders(pairs, merge, remainder_rank)
     complete_copies(model)
+    pairs[0].layer.factor_guard.follow()
     for pair in pairs:
         pair.layer.attachment = attachment
     if any(pair.is_sharded for pair in pairs):
