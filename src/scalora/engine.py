@@ -65,22 +65,8 @@ from scalora.saving.attach import attach
 from scalora.saving.errors import StateError
 from scalora.saving.model_state import state_of
 from scalora.saving.optimizer_state import COUNTS, CountsInOptimizer
-from scalora.saving.random_state import (
-    check_random_state,
-    random_file,
-    random_state,
-    set_random_state,
-    why_of_another_process,
-)
-from scalora.saving.state import (
-    check_base,
-    check_base_rates,
-    check_content,
-    check_fit,
-    check_merge,
-    restore,
-    saved_config,
-)
+from scalora.saving.random_state import random_file, random_state, set_random_state, why_of_another_process
+from scalora.saving.state import check_all, check_config, restore
 from scalora.saving.state_file import STATE_FILE, read_state, write_state
 
 PARTS = ("scalora::solve", "scalora::merge", "scalora::transport")
@@ -199,7 +185,8 @@ class ScaLora:
         self._notices = Notices(self.config)
         self._hook = self.optimizer.register_step_pre_hook(self._before_step)
         self._watch = WatchOfOtherOptimizers(self._model, self.optimizer, present_factors(self.pairs))
-        self._counts = CountsInOptimizer(self.optimizer, self._counts_to_save, self._check_config, self._restore_counts)
+        check = partial(check_config, config=self.config)
+        self._counts = CountsInOptimizer(self.optimizer, self._counts_to_save, check, self._restore_counts)
         self._attached = True
         _ENGINES.add(self)
 
@@ -293,14 +280,7 @@ class ScaLora:
                 infinite entries. The model has not been changed then.
         """
         reshard(self._model)
-        check_content(state)
-        check_base(state, self._progress.fingerprint)
-        self._check_config(state)
-        check_merge(state, self.pairs)
-        check_fit(self._model, self.pairs, state["tensors"])
-        check_base_rates(state, [pair.name for pair in self.pairs])
-        if "random" in state:
-            check_random_state(state["random"])
+        check_all(state, self._model, self.pairs, self._progress.fingerprint, self.config)
         if "optimizer" in state:
             try:
                 # torch checks all of it before changing anything
@@ -320,11 +300,6 @@ class ScaLora:
                     stacklevel=2,
                 )
         self._restore_counts(state, rates="optimizer" in state or state.get("base_rates") is not None)
-
-    def _check_config(self, state: Mapping[str, Any]) -> None:
-        saved = saved_config(state)
-        if saved is not None and saved != self.config:
-            raise StateError(f"the state was saved with {saved}, but this run has {self.config}: use the same settings")
 
     def _counts_to_save(self) -> dict[str, Any]:
         """What belongs to the state of a run beside the tensors of the model and of the optimizer."""

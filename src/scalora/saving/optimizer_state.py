@@ -54,7 +54,7 @@ class CountsInOptimizer:
     def _take(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         self._loading = state.get(COUNTS)
         if self._loading is not None:
-            if not isinstance(self._loading, Mapping) or not {"step", "rescales"} <= self._loading.keys():
+            if not isinstance(self._loading, Mapping) or not {"config", "step", "rescales"} <= self._loading.keys():
                 raise StateError(f"the optimizer's state is damaged: its {COUNTS!r} is {self._loading!r}")
             self._check(self._loading)
         return {key: value for key, value in state.items() if key != COUNTS}
