@@ -382,7 +382,7 @@ def test_tied_weights_are_left_alone_by_a_factored_remainder_and_untied_by_a_mer
     close(says(model.merge_and_unload()), trained)
 
 
-def test_a_reference_adapter_may_be_there_but_not_a_copy_that_lacks_the_remainder():
+def test_a_reference_adapter_may_be_there_and_a_copy_gets_the_remainder():
     model = adapted()
     model.add_adapter("ref", model.peft_config["default"])
     fit(model, "auto")
@@ -391,8 +391,11 @@ def test_a_reference_adapter_may_be_there_but_not_a_copy_that_lacks_the_remainde
         for pair in find_lora_pairs(model):
             pair.layer.lora_A["ref"].weight.copy_(pair.lora_A)
             pair.layer.lora_B["ref"].weight.copy_(pair.lora_B)
-    with pytest.raises(UnsupportedLayerError, match="'ref' is a copy of 'default' without"):
-        fit(model, "auto")
+    trained = says(model)
+    ScaLora(model, torch.optim.AdamW(trainable(model)))
+    model.set_adapter("ref")
+    close(says(model), trained)
+    assert model.peft_config["ref"].r > model.peft_config["default"].r
 
 
 def test_the_adapter_of_a_remainder_is_the_one_to_go_on_with():

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from scalora.maths.spectrum import effective_rank as effective_rank
     from scalora.maths.spectrum import numerical_rank as numerical_rank
     from scalora.model.adapters import UnsupportedLayerError as UnsupportedLayerError
+    from scalora.model.ema import ModelEma as ModelEma
     from scalora.model.factor_guard import ChangedFactorsError as ChangedFactorsError
     from scalora.model.remainder_layer import ChangedBaseError as ChangedBaseError
     from scalora.model.remainder_layer import accept_factors as accept_factors
@@ -49,6 +50,7 @@ _HOMES = {
     "ChangedFactorsError": "scalora.model.factor_guard",
     "ExportError": "scalora.saving.verify",
     "LayerState": "scalora.maths.reference",
+    "ModelEma": "scalora.model.ema",
     "PairAdamW": "scalora.pair_adamw",
     "PairState": "scalora.maths.reference",
     "ScaLora": "scalora.engine",

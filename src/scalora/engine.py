@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from scalora.maths.matrix import MatrixScaling, matrix_scaling_of_grams
 from scalora.maths.scaling import Grams, Scaling, scaling_of_grams
 from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.model.placement import check_places, resolve_merge
+from scalora.model.present import check_present, present_factors
 from scalora.model.solve_constants import ConstantsOnDevice
 from scalora.model.target_norms import BaseRates, target_norms
 from scalora.pair_adamw import PairAdamW
@@ -42,6 +43,7 @@ from scalora.rescale.metrics import (
     remainder_energy,
     summarise,
 )
+from scalora.rescale.moments import check_moment
 from scalora.rescale.notices import Notices
 from scalora.rescale.optimizers import (
     MATRIX,
@@ -51,7 +53,7 @@ from scalora.rescale.optimizers import (
     unwrapped_optimizer,
 )
 from scalora.rescale.other_optimizers import WatchOfOtherOptimizers
-from scalora.rescale.remainder import FactoredRemainder, compress_full
+from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, compress_full
 from scalora.rescale.stochastic import StochasticRemainder
 from scalora.rescale.transport import (
     HoldsState,
@@ -62,9 +64,10 @@ from scalora.rescale.transport import (
 from scalora.saving.attach import attach
 from scalora.saving.errors import StateError
 from scalora.saving.model_state import state_of
+from scalora.saving.optimizer_state import COUNTS, CountsInOptimizer
 from scalora.saving.random_state import random_state, set_random_state, why_of_another_process
-from scalora.saving.run_state import check_run, read_own, shards_to_be_like, write_sharded, write_whole
-from scalora.saving.state import gather, restore
+from scalora.saving.run_state import read_own, shards_to_be_like, write_sharded, write_whole
+from scalora.saving.state import check_all, check_config, gather, restore
 
 PARTS = ("scalora::solve", "scalora::merge", "scalora::transport")
 """Names of the parts of a rescale in a profiler's trace."""
@@ -81,8 +84,8 @@ _NO_DECAY = (
     "weight_decay=0, or merge='factored'"
 )
 
-# Engines that are attached. Each model and each optimizer has at most one.
-_ATTACHED: weakref.WeakSet[ScaLora] = weakref.WeakSet()
+# Engines that are attached, or the last ones that were. Each model and each optimizer has at most one.
+_ENGINES: weakref.WeakSet[ScaLora] = weakref.WeakSet()
 
 
 class ScaLora:
@@ -183,9 +186,11 @@ class ScaLora:
         self._left_alone = {reason: torch.zeros(()) for reason in LEFT_ALONE_BECAUSE}
         self._notices = Notices(self.config)
         self._hook = self.optimizer.register_step_pre_hook(self._before_step)
-        factors = {key: p for pair in self.pairs for key, p in zip(pair.keys, (pair.lora_A, pair.lora_B), strict=True)}
-        self._watch = WatchOfOtherOptimizers(self._model, self.optimizer, factors)
-        _ATTACHED.add(self)
+        self._watch = WatchOfOtherOptimizers(self._model, self.optimizer, present_factors(self.pairs))
+        check = partial(check_config, config=self.config)
+        self._counts = CountsInOptimizer(self.optimizer, self._counts_to_save, check, self._restore_counts)
+        self._attached = True
+        _ENGINES.add(self)
 
     @property
     def step(self) -> int:
@@ -212,7 +217,7 @@ class ScaLora:
         """
         self._hook.remove()
         self._watch.stop()
-        _ATTACHED.discard(self)
+        self._attached = False
         self._notices.about_layers(self._left_alone)
         if not self._replaced:
             # A run that was resumed may have had its rescales before.
@@ -260,10 +265,8 @@ class ScaLora:
         reshard(self._model)
         if not self._replaced:
             self._progress.base_rates = self._rates.current()
-        return state_of(self._model, self.pairs) | {
-            "optimizer": self.optimizer.state_dict(),
-            "random": random_state(),
-        }
+        optimizer = {key: value for key, value in self.optimizer.state_dict().items() if key != COUNTS}
+        return state_of(self._model, self.pairs) | {"optimizer": optimizer, "random": random_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state from `state_dict`, to continue from there.
@@ -279,11 +282,11 @@ class ScaLora:
                 infinite entries. The model has not been changed then.
         """
         reshard(self._model)
-        check_run(state, self._model, self.pairs, self.config)
+        check_all(state, self._model, self.pairs, self._progress.fingerprint, self.config)
         self._restore(state)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Restore a state that has passed `check_run`."""
+        """Restore a state that has passed `check_all`."""
         if "optimizer" in state:
             try:
                 # torch checks all of it before changing anything
@@ -302,11 +305,28 @@ class ScaLora:
                     "stopped",
                     stacklevel=2,
                 )
-        if "optimizer" in state or state.get("base_rates") is not None:
+        self._restore_counts(state, rates="optimizer" in state or state.get("base_rates") is not None)
+
+    def _counts_to_save(self) -> dict[str, Any]:
+        """What belongs to the state of a run beside the tensors of the model and of the optimizer."""
+        counts = self._progress
+        return {
+            "step": counts.step,
+            "rescales": counts.rescales,
+            "config": self.config.to_dict(),
+            "base_rates": self._rates.current(),
+        }
+
+    def _restore_counts(self, state: Mapping[str, Any], rates: bool = True) -> None:
+        if rates:
             self._rates.restore(state.get("base_rates"))
         self._progress.base_rates = self._rates.current()
         self._progress.restart(step=state["step"], rescales=state["rescales"])
         self._checked_states = False
+        if state["rescales"]:
+            for pair in self.pairs:
+                if isinstance(pair.remainder, DenseRemainder):
+                    pair.remainder.changed = True
 
     def save(self, folder: str | Path, *, sharded: bool = False) -> None:
         """Write `state_dict` to ``scalora_state.safetensors`` in a folder, atomically.
@@ -355,7 +375,7 @@ class ScaLora:
         with failing_together(StateError):  # an infinite entry is in the shards of one process only
             like = dict(shards_to_be_like(gather(self._model, self.pairs), self.optimizer))
             state = read_own(Path(folder), like)
-            check_run(state, self._model, self.pairs, self.config)
+            check_all(state, self._model, self.pairs, self._progress.fingerprint, self.config)
         self._restore(state)
 
     @torch.no_grad()
@@ -365,6 +385,7 @@ class ScaLora:
         if not self._had_steps:
             check_not_sharded_since(self.pairs)
             self._had_steps = True
+        check_moment(type(optimizer).__name__, self.pairs[0].lora_A.device)
         with_loss = evaluate_closure(args, kwargs)
         rescales = self.config.rescales_at(self.step + 1)
         if rescales:
@@ -387,6 +408,7 @@ class ScaLora:
         """Raise what a rescale could raise, before it changes anything."""
         for pair in self.pairs:
             pair.check_ready()
+        check_present(self.pairs, self.optimizer)
         if self.config.norm_from_rates:
             self._rates.observe()
             self._progress.base_rates = self._rates.current()
@@ -501,11 +523,14 @@ class ScaLora:
 
     def _replace_earlier_engines(self) -> None:
         """Detach the engines of the same model or optimizer, so that steps are counted and rescaled once."""
-        for earlier in list(_ATTACHED):
+        for earlier in list(_ENGINES):
             of_model = earlier._model is self._model or earlier._progress is self._progress
             if of_model or earlier.optimizer is self.optimizer:
-                earlier._replaced = True
-                earlier.detach()
+                if earlier._attached:
+                    earlier._replaced = True
+                    earlier.detach()
+                earlier._counts.remove()
+                _ENGINES.discard(earlier)
 
 
 def _rule_of(config: ScaLoraConfig) -> ScalingRule:

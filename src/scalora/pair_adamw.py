@@ -188,7 +188,7 @@ class PairAdamW(Optimizer):
         Returns:
             The value of the closure; None without one.
         """
-        loss = loss_of(closure)
+        loss: float | None = loss_of(closure)
         alike: dict[_Alike, list[_Member]] = defaultdict(list)
         if not self._had_steps:  # Accelerate shards a model that has its optimizer already
             self._pairs = with_their_shards(self._pairs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +17,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import get_last_checkpoint
 
-from scalora.config import ScaLoraConfig
+from scalora.config import MERGES_INTO_THE_BASE, ScaLoraConfig
 from scalora.engine import ScaLora
 from scalora.model.adapters import promote_adapters
 from scalora.model.attachment import attachment_of
+from scalora.model.copies import complete_copies
+from scalora.model.remainder_layer import ChangedBaseError
+from scalora.model.whole_adapter import remainder_layers
 from scalora.parallel.data_parallel import keep_out_of_broadcasts
+from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.attach import fingerprint_of
 from scalora.saving.checkpoints import set_broken_checkpoints_aside, why_not_resumable
 from scalora.saving.errors import StateError
@@ -77,7 +82,7 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         """Have the Trainer find complete checkpoints only, and load them through the engine.
 
         Also converts the adapter back to float32: TRL makes that of a quantised model bfloat16, and a rescale would
-        multiply its rounding errors.
+        multiply its rounding errors. And completes the copy of a trained adapter that TRL makes for reference.
 
         Args:
             args: the Trainer's arguments; not used.
@@ -91,6 +96,7 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         keep_out_of_broadcasts(model)  # now, because the engine can't reach the wrapper from the model inside it
         if isinstance(model, PeftModel):
             promote_adapters(model)
+            complete_copies(model)  # now, because TRL may compute the reference's outputs before it trains
             load_adapter = partial(self._load_adapter, model, model.load_adapter)
             object.__setattr__(model, "load_adapter", load_adapter)
 
@@ -147,11 +153,13 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             UnsupportedOptimizerError: the optimizer's state can't be transported; the message says why.
             StateError: the checkpoint to resume from is damaged, was written without ScaLoRA, or belongs to another
                 base model, adapter or settings.
+            ChangedBaseError: the trainer's reference is the model without its adapter, whose base would be changed.
         """
         _move_before_reporters(self)
         model: nn.Module = kwargs["model"]
         optimizer: Optimizer = kwargs["optimizer"]
-        self.engine = self._make_engine(model, optimizer, self.config)
+        config = config_with_reference(self.config, model) if _needs_the_base(_caller(Trainer)) else self.config
+        self.engine = self._make_engine(model, optimizer, config)
         if self.engine.is_sharded:
             self._prepare_shards(args, model)
         if self._checkpoint is not None:
@@ -230,6 +238,36 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             self.engine.detach()
             if (attachment := attachment_of(kwargs["model"])) is not None:
                 attachment.saved_by_callback = False
+
+
+def _needs_the_base(trainer: Trainer | None) -> bool:
+    """Whether a trainer's reference (DPO, KTO, GRPO with β > 0, …) is its own model without or with another adapter.
+
+    As TRL's trainers tell it: ``ref_model`` is None. Checked with TRL 1.16.
+    """
+    own = vars(trainer).get("ref_model", trainer) is None if trainer is not None else False
+    precomputed = getattr(trainer, "precompute_ref_logps", False)
+    return own and not precomputed and getattr(trainer, "beta", None) != 0
+
+
+def config_with_reference(config: ScaLoraConfig, model: nn.Module) -> ScaLoraConfig:
+    """The settings for a model that is its own reference, with the adapter disabled: ``auto`` becomes factored.
+
+    Args:
+        config: the settings.
+        model: the model.
+
+    Raises:
+        ChangedBaseError: the settings, or an earlier training, have the base changed.
+    """
+    present = next(iter(remainder_layers(model).values()), None)
+    if config.merge in MERGES_INTO_THE_BASE or (present is not None and isinstance(present.remainder, DenseRemainder)):
+        merge = config.merge if config.merge in MERGES_INTO_THE_BASE else "dense"
+        raise ChangedBaseError(
+            f"the trainer computes its reference with the adapter disabled or another one, but merge={merge!r} changes "
+            "the base weights: set merge='factored' (with merge='auto' it is), or pass a ref_model"
+        )
+    return replace(config, merge="factored")
 
 
 def warn_if_plain_lora(config: ScaLoraConfig, steps: int) -> None:

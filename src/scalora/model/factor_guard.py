@@ -80,6 +80,13 @@ class FactorGuard:
         """Stop watching: the adapter is being deleted."""
         _GUARDS.discard(self)
 
+    def follow(self) -> None:
+        """Trust the factors at the next check if they are other parameters, as ScaLoRA is attached to these anew."""
+        if self._parts_of is None and self._factors:
+            present = self._present_factors()
+            if any(now is not before for now, before in zip(present, self._factors, strict=True)):
+                self.forget()
+
     def forget(self) -> None:
         """Trust the factors as they are at the next check."""
         self._factors: list[Tensor] = []
@@ -112,8 +119,9 @@ class FactorGuard:
             raise ChangedFactorsError(
                 "lora_A or lora_B has been overwritten since the optimizer's last step (by an average of weights, a "
                 "hot-swapped adapter, a copy from another step?), but the part of the update that ScaLoRA has merged "
-                "belongs to the factors that were there: average or swap models made by merge_and_unload() or adapters "
-                "written by save_pretrained() instead, or call scalora.accept_factors(model) if the change was meant"
+                "belongs to the factors that were there: average with scalora.ModelEma, swap models made by "
+                "merge_and_unload() or adapters written by save_pretrained(), or call scalora.accept_factors(model) if "
+                "the change was meant"
             )
 
     @property

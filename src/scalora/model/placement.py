@@ -7,7 +7,6 @@ import torch
 from scalora.config import Merge
 from scalora.model.adapters import LoraPair, refuse
 from scalora.model.factor_guard import FactorGuard
-from scalora.model.layers import factors_of
 from scalora.model.remainder_layer import REMAINDER, RemainderLayer, give_remainder
 from scalora.rescale.eight_bit import EightBitRemainder
 from scalora.rescale.remainder import HALF, DenseRemainder, FactoredRemainder, Remainder
@@ -84,8 +83,7 @@ def check_places(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None:
 
     Raises:
         UnsupportedLayerError: the remainder would be merged and a weight is quantised, tied or used by another adapter;
-            a layer already has a remainder of another kind; or another adapter is a copy of this one without its
-            remainder.
+            or a layer already has a remainder of another kind.
     """
     kind = resolve_merge(pairs, merge, max_rank)
     for pair in pairs:
@@ -156,18 +154,3 @@ def _check_present(pair: LoraPair, wanted: Merge) -> None:
             f"it has the remainder of adapter {pair.layer.trained_adapter!r}, but {pair.adapter!r} is active",
             f"call set_adapter({pair.layer.trained_adapter!r}), or train a model that is loaded anew",
         )
-    if present.changed and (copies := [name for name in pair.other_adapters if _is_copy(pair, name)]):
-        refuse(
-            pair.name,
-            f"adapter {copies[0]!r} is a copy of {pair.adapter!r} without the part of its update that ScaLoRA has put "
-            "into the remainder, so it is not the model that was trained before",
-            "continue from the saved adapter (PeftModel.from_pretrained), whose factors are the whole update",
-        )
-
-
-def _is_copy(pair: LoraPair, other: str) -> bool:
-    """Whether another adapter has the same factors, as reference adapters that trainers make of the trained one."""
-    own = (pair.lora_A, pair.lora_B)
-    return all(
-        a.shape == b.shape and bool((a == b).all()) for a, b in zip(factors_of(pair.layer, other), own, strict=True)
-    )

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import Embedding, LoraVariant
 from torch import Tensor, nn
 
 from scalora.model.shared_pass import add_in_one_pass, can_share
+from scalora.rescale.moments import is_being_captured
 
 if TYPE_CHECKING:
     from scalora.model.remainder_layer import RemainderLayer
@@ -100,9 +101,13 @@ def remainder_of_embedding(layer: RemainderLayer, ids: Tensor) -> Tensor:
 
 
 def _factors_for_a_pass(layer: RemainderLayer) -> tuple[Tensor, Tensor]:
-    """The factors in their full width where another one would be compiled for, else the columns in use, for speed."""
+    """The factors in their full width where another one would be compiled for, else the columns in use, for speed.
+
+    What is captured in a CUDA graph goes on with the columns that it was captured with, so these have to be all.
+    """
     remainder = layer.factored_remainder()
-    return (remainder.left, remainder.right) if torch.compiler.is_compiling() else remainder.used
+    fixed = torch.compiler.is_compiling() or is_being_captured(remainder.left.device)
+    return (remainder.left, remainder.right) if fixed else remainder.used
 
 
 def _scaled(output: Tensor, scaling: float) -> Tensor:

@@ -24,6 +24,7 @@ from scalora.model.layers import configured_scaling, factor_keys, factors_of, is
 from scalora.model.mixed_class import MixedIn, mix_in, plain_class
 from scalora.model.remainder_forward import WithRemainder, remainder_of_embedding
 from scalora.model.shared_pass import autocasts, can_share
+from scalora.rescale.moments import is_being_captured
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, Remainder
 
 if TYPE_CHECKING:
@@ -122,8 +123,10 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
             active = self.merged_adapters if self.merged else self.active_adapters
             if list(active) != [self.trained_adapter]:
                 self._refuse(f"a forward pass with adapters {list(active)}")
-        # Compiled code can't wait for the device, and in training the check would cost time in every pass.
-        if not torch.compiler.is_compiling() and not self.training and self.factor_guard.leader is self:
+        # Compiled code and CUDA graphs can't wait for the device; in training the check would cost time in every pass.
+        if torch.compiler.is_compiling() or self.training or self.factor_guard.leader is not self:
+            return
+        if not is_being_captured(self.trained_factors[0].device):
             uses_factors = (
                 not self.disable_adapters and not self.merged and self.trained_adapter in self.active_adapters
             )
@@ -375,7 +378,12 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         Args:
             args: as in `torch.nn.Module`.
             kwargs: as in `torch.nn.Module`.
+
+        Raises:
+            ChangedFactorsError: something other than an optimizer has overwritten the factors.
         """
+        if self.factor_guard.leader is self and self.has_remainder:
+            self.factor_guard.check()
         tensors = super().state_dict(*args, **kwargs)
         # Shards are for checkpoints of their own kind, which need the remainder and the factors as they are.
         if (

@@ -203,7 +203,7 @@ def unwrapped_optimizer(optimizer: Any) -> Optimizer:
     return found
 
 
-def loss_of(closure: Callable[[], float] | None) -> float | None:
+def loss_of(closure: Callable[[], Any] | None) -> Any:
     """Evaluate the closure of an optimizer's step.
 
     Args:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from scalora.rescale.moments import in_backward_pass, refuse_in_backward_pass
 
 
 class WatchOfOtherOptimizers:
@@ -26,12 +28,12 @@ class WatchOfOtherOptimizers:
     Args:
         model: the model; not kept alive.
         optimizer: the optimizer that the engine is attached to; not kept alive.
-        parameters: the adapter's parameters, with their names; not kept alive.
+        factors: gives the names of the adapter's present parameters, by their ``id``.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, factors: Callable[[], dict[int, str]]) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._parameters = {id(p): (name, weakref.ref(p)) for name, p in parameters.items()}
+        self._factors = factors
         self._own_steps = 0
         self._own_steps_before = 0
         self._watching = True
@@ -47,11 +49,16 @@ class WatchOfOtherOptimizers:
 
         Args:
             optimizer: any optimizer.
+
+        Raises:
+            UnsupportedOptimizerError: another optimizer steps the adapter during the backward pass.
         """
         if optimizer is self._optimizer():
             self._own_steps += 1
-        else:
-            self._own_steps_before = self._own_steps
+            return
+        self._own_steps_before = self._own_steps
+        if self._watching and in_backward_pass() and self._stepped_by(optimizer) is not None:
+            refuse_in_backward_pass(type(optimizer).__name__)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Warn if an optimizer has taken a step that it should not have.
@@ -61,17 +68,20 @@ class WatchOfOtherOptimizers:
         """
         if not self._watching or optimizer is self._optimizer() or self._own_steps > self._own_steps_before:
             return
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            name, own = self._parameters.get(id(parameter), ("", None))
-            if own is not None and own() is parameter:
-                self.stop()
-                warnings.warn(
-                    f"{type(optimizer).__name__} has updated {name!r}, but ScaLoRA is attached to another optimizer, "
-                    "and rescales nothing in such steps: after replacing an optimizer, attach again with "
-                    "ScaLora(model, optimizer)",
-                    stacklevel=5,
-                )
-                return
+        if (name := self._stepped_by(optimizer)) is not None:
+            self.stop()
+            warnings.warn(
+                f"{type(optimizer).__name__} has updated {name!r}, but ScaLoRA is attached to another optimizer, and "
+                "rescales nothing in such steps: after replacing an optimizer, attach again with "
+                "ScaLora(model, optimizer)",
+                stacklevel=5,
+            )
+
+    def _stepped_by(self, optimizer: Optimizer) -> str | None:
+        """The name of a factor that an optimizer holds; None if it holds none."""
+        factors = self._factors()  # looked up each time: conversions of a model may replace them
+        held = (id(p) for group in optimizer.param_groups for p in group["params"])
+        return next((factors[parameter] for parameter in held if parameter in factors), None)
 
 
 # The last watch of each model, which goes with it.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -218,6 +219,21 @@ class FactoredRemainder(nn.Module):
         if self.left.shape[1] != 2 * max_rank + self._added:
             self._replace(*self.used)
 
+    @contextmanager
+    def replaced(self, left: Float[Tensor, "m c"], right: Float[Tensor, "n c"]) -> Iterator[None]:
+        """Context manager in which the product is another one.
+
+        Args:
+            left: its left factor, (m, c).
+            right: its right factor, (n, c).
+        """
+        before = (self.left, self.right, self.columns, self.changed)
+        self.left, self.right, self.columns, self.changed = left, right, left.shape[1], True
+        try:
+            yield
+        finally:
+            self.left, self.right, self.columns, self.changed = before
+
     @torch.no_grad()
     def clear(self) -> None:
         """Set the product to zero."""
@@ -307,8 +323,10 @@ class FactoredRemainder(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Copies: safetensors, with which Accelerate saves, does not take a part of a larger piece of memory.
         for name in ("left", "right"):
-            destination[prefix + name] = destination[prefix + name][:, : self.columns]
+            used = destination[prefix + name][:, : self.columns]
+            destination[prefix + name] = used.clone(memory_format=torch.contiguous_format)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         left, right = (state_dict.get(prefix + name) for name in ("left", "right"))

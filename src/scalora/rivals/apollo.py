@@ -71,7 +71,7 @@ class ApolloOptimizer(Optimizer):
         Returns:
             The value of the closure; None without one.
         """
-        loss = loss_of(closure)
+        loss: float | None = loss_of(closure)
         for group in self.param_groups:
             for place, parameter in enumerate(group["params"]):
                 if parameter.grad is None:

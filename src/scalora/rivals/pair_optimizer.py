@@ -53,7 +53,7 @@ class PairOptimizer(Optimizer):
         Returns:
             The value of the closure; None without one.
         """
-        loss = loss_of(closure)
+        loss: float | None = loss_of(closure)
         pairs_group, *other_groups = self.param_groups
         self._step_pairs([pair for pair in self._pairs if pair.has_gradients], pairs_group)
         for group in other_groups:

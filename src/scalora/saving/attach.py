@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from scalora.config import MERGES_INTO_THE_BASE, STARTS_THAT_CHANGE_THE_BASE, Merge
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
 from scalora.model.attachment import Attachment, attachment_of
+from scalora.model.copies import complete_copies
 from scalora.model.layers import plain_name
 from scalora.model.mixed_class import mix_in
 from scalora.model.placement import place_remainders
@@ -52,6 +53,8 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
         trained = frozenset(plain_name(name) for name, p in root.named_parameters() if p.requires_grad)
         attachment = Attachment(base_fingerprint(root), trained)
     place_remainders(pairs, merge, remainder_rank)
+    complete_copies(model)
+    pairs[0].layer.factor_guard.follow()
     for pair in pairs:
         pair.layer.attachment = attachment
     if any(pair.is_sharded for pair in pairs):

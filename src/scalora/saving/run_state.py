@@ -8,18 +8,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from scalora.config import ScaLoraConfig
-from scalora.model.adapters import LoraPair
 from scalora.parallel.job import from_first
 from scalora.parallel.processes import failing_together, process_rank
-from scalora.saving.errors import StateError
 from scalora.saving.files import atomic_folder
-from scalora.saving.random_state import check_random_state, random_file, random_files, random_state
+from scalora.saving.random_state import random_file, random_files, random_state
 from scalora.saving.shard_files import SHARDS, write_shards
-from scalora.saving.state import check_base, check_base_rates, check_content, check_fit, check_merge, saved_config
 from scalora.saving.state_file import (
     SHARDED_STATE,
     STATE_FILE,
@@ -115,27 +111,3 @@ def shards_to_be_like(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> It
         yield f"/tensors/{name}", tensor
     for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         yield f"/optimizer/state/{number}", parameter
-
-
-def check_run(state: Mapping[str, Any], model: nn.Module, pairs: list[LoraPair], config: ScaLoraConfig) -> None:
-    """Check that a run can go on from a state, but for what only the optimizer can tell. Changes nothing.
-
-    Args:
-        state: the state.
-        model: the model.
-        pairs: its LoRA pairs, with remainders.
-        config: the run's settings.
-
-    Raises:
-        StateError: it can't.
-    """
-    check_content(state)
-    check_base(state, pairs[0].layer.attachment.fingerprint)
-    saved = saved_config(state)
-    if saved is not None and saved != config:
-        raise StateError(f"the state was saved with {saved}, but this run has {config}: use the same settings")
-    check_merge(state, pairs)
-    check_fit(model, pairs, state["tensors"])
-    check_base_rates(state, [pair.name for pair in pairs])
-    if "random" in state:
-        check_random_state(state["random"])

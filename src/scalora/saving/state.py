@@ -18,6 +18,7 @@ from scalora.parallel.shards import local, split_as
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
 from scalora.saving.errors import StateError, short_repr
 from scalora.saving.fingerprint import difference
+from scalora.saving.random_state import check_random_state
 
 # The entries of every state, with their types.
 _ENTRIES: dict[str, tuple[type, ...]] = {
@@ -59,6 +60,31 @@ def _kept_beside(pair: LoraPair) -> dict[str, Tensor]:
     if isinstance(remainder, DenseRemainder):
         return {} if remainder.rounded_off is None else {"rounded_off": remainder.rounded_off}
     return remainder.state_dict()
+
+
+def check_all(
+    state: Mapping[str, Any], model: nn.Module, pairs: list[LoraPair], fingerprint: str, config: ScaLoraConfig
+) -> None:
+    """Check that a run can go on from a state, but for its optimizer's, which torch checks.
+
+    Args:
+        state: the state.
+        model: the model.
+        pairs: its LoRA pairs, with remainders.
+        fingerprint: fingerprint of its base.
+        config: the run's settings.
+
+    Raises:
+        StateError: it can't.
+    """
+    check_content(state)
+    check_base(state, fingerprint)
+    check_config(state, config)
+    check_merge(state, pairs)
+    check_fit(model, pairs, state["tensors"])
+    check_base_rates(state, [pair.name for pair in pairs])
+    if "random" in state:
+        check_random_state(state["random"])
 
 
 def check_content(state: Mapping[str, Any]) -> None:
@@ -140,6 +166,21 @@ def check_base_rates(state: Mapping[str, Any], layers: Iterable[str]) -> None:
 
 def _is_rate(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def check_config(state: Mapping[str, Any], config: ScaLoraConfig) -> None:
+    """Check that a state was saved with a run's settings, if an engine was attached then.
+
+    Args:
+        state: the state.
+        config: the run's settings.
+
+    Raises:
+        StateError: it was saved with others, or with some that this version does not accept.
+    """
+    saved = saved_config(state)
+    if saved is not None and saved != config:
+        raise StateError(f"the state was saved with {saved}, but this run has {config}: use the same settings")
 
 
 def saved_config(state: Mapping[str, Any]) -> ScaLoraConfig | None:
