@@ -16,15 +16,18 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from scalora.model.experts import columns_of_experts, rows_of_experts
 from scalora.model.layers import (
     ADAPTABLE,
     QUANTISED,
     configured_scaling,
+    experts_of,
     factor_keys,
     factors_of,
     is_distributed,
     plain_name,
     stored_transposed,
+    weight_key,
 )
 from scalora.model.mixed_class import plain_class
 from scalora.model.remainder_forward import WithRemainder
@@ -42,18 +45,20 @@ class UnsupportedLayerError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class LoraPair:
-    """One adapted layer: ``W + s·A·Bᵀ``.
+    """One adapted layer: ``W + s·A·Bᵀ``, or a stack of E such matrices, a mixture's experts.
 
     Attributes:
         name: the module's name in the model, without wrappers (`scalora.model.layers.plain_name`).
-        lora_A: PEFT's ``lora_A.weight``, (r, n): the paper's Bᵀ.
-        lora_B: PEFT's ``lora_B.weight``, (m, r): the paper's A.
-        weight: the frozen base weight, (m, n), or (n, m) if `transposed`; in a packed format if `quantised`.
+        lora_A: PEFT's ``lora_A.weight``, (r, n): the paper's Bᵀ. (E·r, n) for experts (`scalora.model.experts`).
+        lora_B: PEFT's ``lora_B.weight``, (m, r): the paper's A. (m, r·E) for experts.
+        weight: the frozen base weight, (m, n), or (n, m) if `transposed`; in a packed format if `quantised`. For
+            experts, (E, m, n) or (E, n, m).
         quantised: whether the base weight is quantised, so that nothing can be merged into it.
         tied: the names of the base weight if it has more than one, so that a merge would change other layers.
         transposed: whether the base weight is stored transposed (Conv1D, embeddings).
         layer: the PEFT layer. Its scaling is read at each step, because PEFT lets users change it.
         adapter: the adapter's name.
+        experts: E, the number of matrices that `weight` is a stack of; 1 for one matrix.
     """
 
     name: str
@@ -65,6 +70,7 @@ class LoraPair:
     transposed: bool
     layer: LoraLayer
     adapter: str
+    experts: int = 1
 
     @property
     def m(self) -> int:
@@ -78,8 +84,8 @@ class LoraPair:
 
     @property
     def r(self) -> int:
-        """The adapter's rank."""
-        return self.lora_A.shape[0]
+        """The adapter's rank, that of each expert."""
+        return self.lora_A.shape[0] // self.experts
 
     @property
     def scaling(self) -> float:
@@ -140,13 +146,31 @@ class LoraPair:
         """
         return matrix.mT if self.transposed else matrix
 
+    def matrices_of_A(self, lora_A: Tensor) -> list[Tensor]:
+        """The (r, n) of each expert, as views; of other layers the whole.
 
-def find_lora_pairs(model: nn.Module, *, sharded: bool = False) -> list[LoraPair]:
+        Args:
+            lora_A: `lora_A`, or a tensor of its shape.
+        """
+        return [lora_A] if self.experts == 1 else list(rows_of_experts(lora_A, self.experts).unbind())
+
+    def matrices_of_B(self, lora_B: Tensor) -> list[Tensor]:
+        """The (m, r) of each expert, as views; of other layers the whole.
+
+        Args:
+            lora_B: `lora_B`, or a tensor of its shape.
+        """
+        return [lora_B] if self.experts == 1 else list(columns_of_experts(lora_B, self.experts).unbind())
+
+
+def find_lora_pairs(model: nn.Module, *, sharded: bool = False, experts: bool = False) -> list[LoraPair]:
     """Find all LoRA pairs of a model and check that each is supported.
 
     Args:
         model: a `PeftModel`, or any module into which PEFT has injected LoRA layers.
         sharded: whether the caller can do with the shards of FSDP2. Few can, so by default these are refused.
+        experts: whether the caller can do with experts that are one parameter. Few can, so by default these are
+            refused.
 
     Raises:
         UnsupportedLayerError: there is no LoRA layer, or an unsupported one: DoRA and other variants, convolutions,
@@ -157,7 +181,7 @@ def find_lora_pairs(model: nn.Module, *, sharded: bool = False) -> list[LoraPair
     pairs = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            pairs.append(_checked_pair(name, module, owners, sharded=sharded))
+            pairs.append(_checked_pair(name, module, owners, sharded=sharded, experts=experts))
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             refuse(name, f"{type(module).__name__} is not a LoRA layer", "adapt the model with peft.LoraConfig")
     if not pairs:
@@ -210,10 +234,14 @@ def _memory_of(parameter: Tensor) -> int:
     return parameter.data_ptr() if has_memory else -id(parameter)
 
 
-def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]], *, sharded: bool) -> LoraPair:
+def _checked_pair(
+    name: str, layer: LoraLayer, owners: dict[int, list[str]], *, sharded: bool, experts: bool
+) -> LoraPair:
     adapter = _only_adapter(name, layer)
     _check_plain_lora(name, layer, adapter)
     pair = _pair(name, layer, adapter, owners)
+    if isinstance(layer, ParamWrapper):
+        _check_parameter(pair, layer, allowed=experts)
     # Controls have attached layers compute the gradients of their weights (`scalora.rivals.controls.OracleRestarts`).
     if pair.weight.requires_grad and not isinstance(layer, RemainderLayer):
         refuse(
@@ -240,7 +268,29 @@ def _pair(name: str, layer: LoraLayer, adapter: str, owners: dict[int, list[str]
     lora_A, lora_B = factors_of(layer, adapter)
     names = owners[_memory_of(weight)]
     tied = tuple(names) if len(names) > 1 else ()
-    return LoraPair(plain_name(name), lora_A, lora_B, weight, quantised, tied, stored_transposed(layer), layer, adapter)
+    transposed, experts = stored_transposed(layer), experts_of(layer)
+    return LoraPair(plain_name(name), lora_A, lora_B, weight, quantised, tied, transposed, layer, adapter, experts)
+
+
+def _check_parameter(pair: LoraPair, layer: ParamWrapper, *, allowed: bool) -> None:
+    """Check a parameter that PEFT adapts itself, which most often is a stack of experts."""
+    what = f"PEFT adapts the parameter {layer.parameter_name!r} of {type(layer.get_base_layer()).__name__} itself"
+    if pair.experts > 1 and not allowed:
+        refuse(
+            pair.name,
+            f"{what} (experts: for target_modules='all-linear' too, whatever exclude_modules says), which only ScaLora "
+            "and PairAdamW can train",
+            "list the linear layers, as in target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], and leave "
+            "target_parameters out",
+        )
+    if pair.weight.ndim != (2 if pair.experts == 1 else 3):
+        refuse(pair.name, f"{what}, a stack of one matrix", "leave it out of target_parameters")
+    if pair.is_sharded or "_fsdp_wrapped_module" in pair.name or pair.weight.numel() == 0:
+        refuse(
+            pair.name,
+            f"{what}, and it is sharded, which is not supported of such parameters",
+            "train with DistributedDataParallel, or leave it out of target_parameters",
+        )
 
 
 def _only_adapter(name: str, layer: LoraLayer) -> str:
@@ -269,22 +319,14 @@ def _base_weight(name: str, layer: LoraLayer) -> tuple[Tensor, bool]:
     """The frozen weight under a layer, and whether it is quantised."""
     base = layer.get_base_layer()
     kind = plain_class(layer)
-    packed = kind.__name__ in QUANTISED
-    if issubclass(kind, ParamWrapper):
-        refuse(
-            name,
-            f"PEFT adapts the parameter {layer.parameter_name!r} of {type(base).__name__} itself (experts: for "
-            "target_modules='all-linear' too, whatever exclude_modules says)",
-            "list the linear layers, as in target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], and leave "
-            "target_parameters out",
-        )
-    if not packed and (kind not in (Linear, Embedding) or not isinstance(base, ADAPTABLE)):
+    packed, of_parameter = kind.__name__ in QUANTISED, issubclass(kind, ParamWrapper)
+    if not (packed or of_parameter) and (kind not in (Linear, Embedding) or not isinstance(base, ADAPTABLE)):
         refuse(
             name,
             f"{kind.__name__} over {type(base).__name__} is not a linear, Conv1D or embedding layer",
             "leave it out of target_modules",
         )
-    weight = next(base.parameters(), None) if packed else base.weight
+    weight = next(base.parameters(), None) if packed else getattr(base, weight_key(layer))
     if weight is None:
         weight = next(base.buffers())
     plain = type(weight) is nn.Parameter or is_distributed(weight)

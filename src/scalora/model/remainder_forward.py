@@ -52,10 +52,10 @@ class WithRemainder(LoraVariant):  # type: ignore[misc]
         else:
             lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
             if can_share(module, active_adapter, x):
-                adapter, remainder = (lora_A.weight, lora_B.weight, scaling), _factors_for_a_pass(module)
+                adapter, remainder = (lora_A.weight, lora_B.weight, scaling), factors_for_a_pass(module)
                 return add_in_one_pass(result, x, adapter, (*remainder, module.remainder_scaling))
             update = lora_B(lora_A(module.lora_dropout[active_adapter](x))) * scaling
-            (left, right), linear = _factors_for_a_pass(module), nn.functional.linear
+            (left, right), linear = factors_for_a_pass(module), nn.functional.linear
             of_remainder = linear(linear(x, right.mT.to(x.dtype)), left.to(x.dtype))
             update = update + _scaled(of_remainder, module.remainder_scaling)
         output: Tensor = result + update
@@ -92,15 +92,19 @@ def remainder_of_embedding(layer: RemainderLayer, ids: Tensor) -> Tensor:
         layer: PEFT's embedding layer, with a factored remainder.
         ids: token ids, (…).
     """
-    left, right = _factors_for_a_pass(layer)
+    left, right = factors_for_a_pass(layer)
     output = layer._embed(ids, right) @ left.mT
     if (scale := layer._get_embed_scale()) is not None:
         output = output * scale.to(output.dtype)
     return _scaled(output, layer.remainder_scaling)
 
 
-def _factors_for_a_pass(layer: RemainderLayer) -> tuple[Tensor, Tensor]:
-    """The factors in their full width where another one would be compiled for, else the columns in use, for speed."""
+def factors_for_a_pass(layer: RemainderLayer) -> tuple[Tensor, Tensor]:
+    """The factors in their full width where another one would be compiled for, else the columns in use, for speed.
+
+    Args:
+        layer: a layer with a factored remainder.
+    """
     remainder = layer.factored_remainder()
     return (remainder.left, remainder.right) if torch.compiler.is_compiling() else remainder.used
 

@@ -183,7 +183,7 @@ def _check_whole(entries: dict[str, Tensor], prefix: str, layer: RemainderLayer)
             "adapter of that with scalora.export_adapter(), or set merge='factored'"
         )
     key_A = prefix + factor_keys(layer, adapter)[0]
-    if len(entries[key_A]) == layer.r[adapter]:
+    if len(entries[key_A]) == len(layer.trained_factors[0]):
         raise ChangedBaseError(
             f"the state_dict holds the factors of adapter {adapter!r} without the remainder ({key_A}), which are not "
             "its whole update: pass the model's own state_dict(), or none"

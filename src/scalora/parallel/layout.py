@@ -1,7 +1,8 @@
 """Which part of each layer's tensors is in this process, so that a rescale gets plain tensors: the seam.
 
-`Whole`: all of them, as with one process or DistributedDataParallel. `scalora.parallel.rows.Rows`: some rows of each,
-as with FSDP2. The mathematics and the kernels see tensors without knowing which part of a matrix they are.
+`Whole`: all of them, as with one process or DistributedDataParallel. `scalora.parallel.stacks.Stacks`: all of them, for
+layers that are many, the experts of a mixture. `scalora.parallel.rows.Rows`: some rows of each, as with FSDP2. The
+mathematics and the kernels see tensors without knowing which part of a matrix they are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ Shapes = list[list[LoraPair]]
 
 class Share(NamedTuple):
     """What this process works on in a rescale of layers of one shape: plain tensors.
+
+    Lists have an entry for each layer, or for each expert of each layer.
 
     Attributes:
         grams: lora_B, their gradients, lora_A, their gradients: what this process sums to inner products.
@@ -87,7 +90,7 @@ class Whole:
         Args:
             shapes: all layers.
         """
-        return list(filter(None, ([pair for pair in pairs if pair.has_gradients] for pairs in shapes)))
+        return with_gradients(shapes)
 
     def shares(self, shapes: Shapes) -> list[Share]:
         """The layers' tensors themselves.
@@ -129,11 +132,47 @@ def laid_out(
     Raises:
         UnsupportedLayerError: the layers' tensors are sharded in a way that is not supported.
     """
-    if not any(pair.is_sharded for pair in pairs):
-        return [(Whole(optimizer), by_shape(of_rank)) for of_rank in by_rank(pairs)]
-    from scalora.parallel.rows import Rows, groups_of_shards  # here, because it imports this
+    # Here, because they import this.
+    from scalora.parallel.rows import Rows, groups_of_shards
+    from scalora.parallel.stacks import Stacks, groups_of_stacks
 
-    return [(Rows(optimizer, kinds, by_matrices), shapes) for shapes in groups_of_shards(pairs)]
+    if any(pair.is_sharded for pair in pairs):
+        return [(Rows(optimizer, kinds, by_matrices), shapes) for shapes in groups_of_shards(pairs)]
+    single, stacks = ([pair for pair in pairs if (pair.experts > 1) is stack] for stack in (False, True))
+    groups: list[tuple[Layout, Shapes]] = [(Whole(optimizer), by_shape(of_rank)) for of_rank in by_rank(single)]
+    return groups + [(Stacks(optimizer, kinds), shapes) for shapes in groups_of_stacks(stacks)]
+
+
+def with_gradients(shapes: Shapes) -> Shapes:
+    """The layers that have gradients.
+
+    Args:
+        shapes: all layers.
+    """
+    return list(filter(None, ([pair for pair in pairs if pair.has_gradients] for pairs in shapes)))
+
+
+def in_buckets(shapes: Shapes, bytes_of: Callable[[LoraPair], int], limit: int) -> list[Shapes]:
+    """Layers in lists of at most so many bytes, or of one layer.
+
+    Args:
+        shapes: layers of one rank.
+        bytes_of: bytes of a layer.
+        limit: the most bytes of a list.
+    """
+    buckets: list[Shapes] = [[]]
+    space = limit
+    for pairs in shapes:
+        size, rest = bytes_of(pairs[0]), pairs
+        while rest:
+            if space < size and buckets[-1]:
+                buckets.append([])
+                space = limit
+            fit = max(1, space // size)
+            buckets[-1].append(rest[:fit])
+            space -= size * len(rest[:fit])
+            rest = rest[fit:]
+    return buckets
 
 
 def _nothing() -> None:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from scalora.maths.scaling import Grams
 from scalora.model.adapters import LoraPair, by_rank, by_shape
-from scalora.parallel.layout import Shapes, Share
+from scalora.parallel.layout import Shapes, Share, in_buckets
 from scalora.parallel.shards import Axis, axis_key, axis_of, copy_all, gathered, local
 from scalora.rescale.changes import Factors
 from scalora.rescale.optimizers import LINEAR, Kind
@@ -199,26 +199,12 @@ def groups_of_shards(pairs: list[LoraPair]) -> list[Shapes]:
             for pair in of_axis:
                 alike[pair.transposed, axis_key(pair.weight), type(pair.remainder)].append(pair)
             shapes = [shape for some in alike.values() for shape in by_shape(some)]
-            groups += _in_buckets(shapes)
+            groups += in_buckets(shapes, _bytes_gathered, _BUCKET)
     return groups
 
 
-def _in_buckets(shapes: Shapes) -> list[Shapes]:
-    """Layers in lists of at most `_BUCKET` bytes that are gathered."""
-    buckets: list[Shapes] = [[]]
-    space = _BUCKET
-    for pairs in shapes:
-        size = 2 * pairs[0].lora_A.element_size() * pairs[0].lora_A.numel()
-        rest = pairs
-        while rest:
-            if space < size and buckets[-1]:
-                buckets.append([])
-                space = _BUCKET
-            fit = max(1, space // size)
-            buckets[-1].append(rest[:fit])
-            space -= size * len(rest[:fit])
-            rest = rest[fit:]
-    return buckets
+def _bytes_gathered(pair: LoraPair) -> int:
+    return 2 * pair.lora_A.element_size() * pair.lora_A.numel()
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -7,7 +7,9 @@ all processes of a run, and all devices draw the same ones.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +42,17 @@ class StochasticRemainder(DenseRemainder):
         super().__init__(weight, transposed=transposed)
         self.name_hash = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
         self.step = 0
+
+    def by_expert(self, weight: Float[Tensor, "experts rows columns"]) -> Sequence[DenseRemainder]:
+        """`DenseRemainder.by_expert`; the random numbers of each expert are its own.
+
+        Args:
+            weight: the base weight.
+        """
+        experts = [copy.copy(self) for _ in weight]
+        for number, expert in enumerate(experts):
+            expert.name_hash = _mixed_number(self.name_hash + number * _GOLDEN & _MASK)
+        return experts
 
     def _no_errors_yet(self, weight: Tensor) -> None:
         """Nothing is kept beside the weight."""

@@ -26,7 +26,7 @@ from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pa
 from scalora.model.layers import LINEAR
 from scalora.model.remainder_layer import REMAINDER
 from scalora.model.target_norms import target_norms
-from scalora.model.update import dense_update, factored_update
+from scalora.model.update import dense_updates, factored_updates
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
@@ -228,8 +228,9 @@ def _singular_values(layer: _Layer, base_weight: Tensor) -> Tensor:
         if remainder is None:
             return factors_of_product(pair.scaling * A, B).values
         if isinstance(remainder, FactoredRemainder):
-            return factored_update(pair).values
-        update = dense_update(pair, remainder, pair.weight, base_weight, pair.lora_A.detach(), pair.lora_B.detach())
+            return factored_updates(pair)[0].values
+        factors = pair.lora_A.detach(), pair.lora_B.detach()
+        (update,) = dense_updates(pair, remainder, pair.weight, base_weight, *factors)
     values: Tensor = torch.linalg.svdvals(update)
     return values
 
