@@ -161,3 +161,8 @@ def backward(model, seed, **shape):
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
     return loss.item()
+
+
+def fused_layers(model):
+    """The layers of fused experts, by name."""
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, ParamWrapper)}

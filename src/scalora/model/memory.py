@@ -93,10 +93,8 @@ def pairs_over_quantised(model: nn.Module, quantised: set[nn.Module]) -> list[Lo
     Raises:
         UnsupportedLayerError: a module is not supported.
     """
-    return [
-        replace(pair, quantised=pair.layer.get_base_layer() in quantised)
-        for pair in find_lora_pairs(model, experts=True)
-    ]
+    pairs = find_lora_pairs(model, experts=True)
+    return [replace(pair, quantised=pair.layer.get_base_layer() in quantised) for pair in pairs]
 
 
 def quantisable_layers(base: PreTrainedModel) -> set[nn.Module]:

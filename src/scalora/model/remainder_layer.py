@@ -105,7 +105,7 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         """What a factored remainder is multiplied by: 1, unless PEFT's scaling has been changed from the configured."""
         return self.trained_scaling / configured_scaling(self, self.trained_adapter)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """PEFT's forward pass.
 
         Args:
@@ -114,7 +114,7 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
             kwargs: other arguments of PEFT's layer and the base layer.
 
         Returns:
-            The layer's output.
+            The layer's output: a tensor, or what a module whose parameter is adapted returns.
 
         Raises:
             ChangedBaseError: the original base is needed, or the merged part of the update would have to be scaled.
@@ -122,8 +122,7 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         """
         if self.has_remainder:
             self._check_use(kwargs.get("adapter_names"))
-        output: Tensor = super().forward(x, *args, **kwargs)
-        return output
+        return super().forward(x, *args, **kwargs)
 
     def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
         # PEFT casts to the adapter's float32 what autocast casts back for the products: two passes over the input.

@@ -438,12 +438,10 @@ def compress(remainders: Sequence[FactoredRemainder]) -> None:
         rank = min(remainder.max_rank, remainder.columns, remainder.left.shape[-2], remainder.right.shape[-2])
         alike[remainder.left.device, remainder.columns, rank].append(remainder)
     for (_, _, rank), group in alike.items():
-        smaller, discarded = compressed_products(
-            [product for remainder in group for product in remainder.products], rank
-        )
-        both = [(remainder.left.mT, remainder.right.mT) for remainder in group]
-        products = [product for left, right in both for product in zip(_matrices(left), _matrices(right), strict=True)]
-        buffers = [buffer for product in products for buffer in product]
+        used = [product for remainder in group for product in remainder.products]
+        smaller, discarded = compressed_products(used, rank)
+        stacks = [map(_matrices, (remainder.left.mT, remainder.right.mT)) for remainder in group]
+        buffers = [buffer for left, right in stacks for both in zip(left, right, strict=True) for buffer in both]
         torch._foreach_copy_([buffer[:rank] for buffer in buffers], [new.mT for pair in smaller for new in pair])
         torch._foreach_zero_([buffer[rank:] for buffer in buffers])
         of_all = [of_product for remainder in group for of_product in remainder.discarded.view(-1)]

@@ -22,7 +22,7 @@ from scalora.maths.spectrum import effective_rank_of_values, rank_of_values, sin
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
 from scalora.model.layers import LINEAR
 from scalora.model.remainder_layer import REMAINDER
-from scalora.model.update import dense_updates, factored_updates
+from scalora.model.update import dense_update, factored_update
 from scalora.rescale.remainder import HALF, DenseRemainder, FactoredRemainder
 from scalora.runs.run_folder import drop_later_lines, json_lines
 
@@ -215,7 +215,7 @@ def _pairs(model: nn.Module) -> list[LoraPair]:
         pairs = find_lora_pairs(model, experts=True)
     except UnsupportedLayerError:
         return []
-    return [pair for pair in pairs if pair.lora_A.device.type != "mps" and pair.experts == 1]
+    return [pair for pair in pairs if pair.lora_A.device.type != "mps"]
 
 
 def _line(step: int, tracked: _Tracked) -> dict[str, Any] | None:
@@ -243,9 +243,7 @@ def _spectrum(tracked: _Tracked) -> Tensor:
     remainder = None if pair is None else getattr(pair.layer, REMAINDER, None)
     if pair is not None and not isinstance(remainder, DenseRemainder) and _keeps_base(pair, before):
         factored = isinstance(remainder, FactoredRemainder)
-        factors = (
-            factored_updates(pair)[0] if factored else factors_of_product(pair.scaling * pair.lora_B, pair.lora_A.mT)
-        )
+        factors = factored_update(pair) if factored else factors_of_product(pair.scaling * pair.lora_B, pair.lora_A.mT)
         return nn.functional.pad(factors.values, (0, min(pair.m, pair.n) - len(factors.values)))
     assert before is not None
     if pair is None or isinstance(remainder, FactoredRemainder):
@@ -253,8 +251,7 @@ def _spectrum(tracked: _Tracked) -> Tensor:
         return singular_values(after - before.to(after.device))
     merged = remainder or DenseRemainder(pair.weight, transposed=pair.transposed)
     stored = pair.oriented(before.to(pair.weight.device))
-    (update,) = dense_updates(pair, merged, pair.weight, stored, pair.lora_A, pair.lora_B)
-    return singular_values(update)
+    return singular_values(dense_update(pair, merged, pair.weight, stored, pair.lora_A, pair.lora_B))
 
 
 def _keeps_base(pair: LoraPair, before: Tensor | None) -> bool:

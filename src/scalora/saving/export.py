@@ -21,7 +21,7 @@ from scalora.config import STARTS_THAT_CHANGE_THE_BASE, ScaLoraConfig
 from scalora.maths.lowrank import DEFAULT_RTOL, Factors, factors_of_dense
 from scalora.model.adapters import LoraPair
 from scalora.model.layers import weight_key
-from scalora.model.update import dense_updates, factored_updates
+from scalora.model.update import dense_update, factored_update
 from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.attach import attach
 from scalora.saving.base_name import BaseName, base_name, loadable_name, write_base_name
@@ -102,7 +102,7 @@ def export_adapter(
         updates = {p.name: [factors_of_dense(d, rtol, limit) for d in _dense_updates_of(p, tensors)] for p in pairs}
     restore(model, pairs, state["tensors"])
     if not updates:
-        updates = {pair.name: factored_updates(pair) for pair in pairs}
+        updates = {pair.name: [factored_update(pair, e) for e in range(pair.experts)] for pair in pairs}
     with atomic_folder(Path(output)) as target:
         report = write_factors(
             model, pairs, updates, target, rtol=rtol, max_rank=max_rank, per_layer=per_layer, dtype=dtype
@@ -154,7 +154,7 @@ def export_merged(
         norms = {p.name: _norm(d.square().sum() for d in _dense_updates_of(p, state["tensors"])) for p in pairs}
     restore(model, pairs, state["tensors"])
     if dtype.itemsize == 2 and not norms:
-        norms = {pair.name: _norm(update.energy for update in factored_updates(pair)) for pair in pairs}
+        norms = {p.name: _norm(factored_update(p, e).energy for e in range(p.experts)) for p in pairs}
     if with_model is not None:
         with_model(model)
     if any(pair.quantised for pair in pairs):
@@ -264,7 +264,8 @@ def _dense_updates_of(pair: LoraPair, tensors: dict[str, Tensor]) -> Iterator[Te
     rounded_off = tensors.get(f"rounded_off.{pair.name}")
     trained.rounded_off = None if rounded_off is None else rounded_off.to(device)
     lora_A, lora_B = (tensors[f"trained.{key}"].to(device) for key in pair.keys)
-    return dense_updates(pair, trained, weight, pair.weight.detach(), lora_A, lora_B)
+    for expert in range(pair.experts):
+        yield dense_update(pair, trained, weight, pair.weight.detach(), lora_A, lora_B, expert)
 
 
 def _require_unused(output: Path) -> None:

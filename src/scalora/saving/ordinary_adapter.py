@@ -22,7 +22,7 @@ from scalora.model.adapters import LoraPair
 from scalora.model.experts import factors_of_matrices
 from scalora.model.layers import pattern_key
 from scalora.model.tuner import tensors_as_given
-from scalora.model.update import factored_updates
+from scalora.model.update import factored_update
 from scalora.saving.base_name import base_name, write_base_name
 from scalora.saving.files import naming_errors
 from scalora.saving.readme import README, is_own_readme
@@ -80,7 +80,7 @@ def write_adapter(
     Returns:
         Ranks and errors of the adapter.
     """
-    updates = {pair.name: factored_updates(pair) for pair in pairs}
+    updates = {pair.name: [factored_update(pair, e) for e in range(pair.experts)] for pair in pairs}
     return write_factors(
         model,
         pairs,
