@@ -62,12 +62,14 @@ ADAPTER = {
 }
 
 
-def tiny(name, seed=0, experts="eager"):  # torch's grouped_mm has no float64
+def tiny(name, seed=0, experts="eager", **settings):  # torch's grouped_mm has no float64
     kind, config, sizes = MODELS[name]
     torch.manual_seed(seed)
     if name == "gpt_oss":  # its default scales positions for 4,096 tokens and more
         sizes = sizes | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "head_dim": 8}
-    model = kind._from_config(config(**_SIZES | sizes), attn_implementation="eager", experts_implementation=experts)
+    model = kind._from_config(
+        config(**_SIZES | sizes | settings), attn_implementation="eager", experts_implementation=experts
+    )
     return model.eval()
 
 

@@ -36,6 +36,8 @@ from scalora import (
 )
 from scalora.rescale.rounding import join
 from scalora.rescale.stochastic import StochasticRemainder
+from scalora.rivals.reflora import GradientRefactorer
+from scalora.start import random_start
 
 STEPS = 6
 
@@ -324,10 +326,27 @@ def test_a_state_dict_of_experts_has_the_factors_of_the_whole_update(trained):
         close(says(model), says(tiny("mixtral")), 1e-6)
 
 
+@pytest.mark.parametrize("merge", ["dense", "factored"])
+@pytest.mark.parametrize("start", ["optimal", "random"])
+def test_starts_of_experts_keep_the_function(start, merge):
+    model = fused("gpt_oss", random_B=False)
+    before = says(model)
+    if start == "random":
+        random_start(model, target_norm=0.7, merge=merge)
+    else:
+        optimal_start(model, lambda: backward(model, 0, rows=8), target_norm=0.7, merge=merge)
+    close(says(model), before, 1e-10)
+    for layer in fused_layers(model).values():
+        for A, B in factors_of_experts(layer):
+            close(A.norm(dim=1), torch.full((2,), 0.7, dtype=A.dtype), 1e-10)
+            close(B.norm(dim=0), torch.full((2,), 0.7, dtype=A.dtype), 1e-10)
+    attached(model, merge=merge)
+
+
 def test_what_cannot_be_done_with_experts_is_refused_by_name():
     model = fused("mixtral", torch.float32)
     with pytest.raises(UnsupportedLayerError, match=r"layers.0.mlp.experts'.*parameter 'down_proj' of MixtralExperts"):
-        optimal_start(model, lambda: None, target_norm=1.0)
+        GradientRefactorer(model, torch.optim.AdamW(trainable(model)))
     bnb = pytest.importorskip("bitsandbytes")
     with pytest.raises(UnsupportedOptimizerError, match=r"the experts of module .*experts' share"):
         ScaLora(model, bnb.optim.AdamW8bit(trainable(model), lr=1e-3))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from scalora.config import Merge, ScaLoraConfig
 from scalora.maths.oracle import optimal_adapter
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
+from scalora.model.experts import factors_of_matrices, matrices_of
 from scalora.model.placement import check_places
 from scalora.model.target_norms import target_norms
 from scalora.parallel.data_parallel import unwrapped
 from scalora.parallel.processes import averaged, require_process_group, take_from_first
+from scalora.rescale.remainder import Remainder
 from scalora.saving.attach import attach
 
 
@@ -55,7 +57,7 @@ def optimal_start(
     require_process_group("optimal_start")
     config = ScaLoraConfig(target_norm=target_norm, smoothness=smoothness, merge=merge, remainder_rank=remainder_rank)
     model = unwrapped(model)
-    pairs = find_lora_pairs(model)
+    pairs = find_lora_pairs(model, experts=True)
     check_places(pairs, merge, remainder_rank)
     norms = _norms(pairs, config, learning_rate)
     # The gradients are those of one model, and the product that is merged into the base is one of these factors.
@@ -105,16 +107,15 @@ def random_start(
     require_process_group("random_start")
     config = ScaLoraConfig(target_norm=target_norm, smoothness=smoothness, merge=merge, remainder_rank=remainder_rank)
     model = unwrapped(model)
-    pairs = find_lora_pairs(model)
+    pairs = find_lora_pairs(model, experts=True)
     norms = _norms(pairs, config, learning_rate)
     take_from_first([p.data for pair in pairs for p in (pair.lora_A, pair.lora_B)])
-    starts = [
-        (
-            norms[pair.name][0] * nn.functional.normalize(torch.randn_like(pair.lora_B), dim=0),
-            norms[pair.name][1] * nn.functional.normalize(torch.randn_like(pair.lora_A), dim=1).mT,
-        )
-        for pair in pairs
-    ]
+    starts = []
+    for pair in pairs:
+        A = norms[pair.name][0] * nn.functional.normalize(torch.randn_like(pair.lora_B), dim=0)
+        Bt = norms[pair.name][1] * nn.functional.normalize(torch.randn_like(pair.lora_A), dim=1)
+        Bt, A = matrices_of(Bt, A, pair.experts)
+        starts.append((A, Bt.mT))
     _start_from(model, starts, config)
 
 
@@ -194,11 +195,24 @@ def replace_factors(pairs: list[LoraPair], starts: list[tuple[Tensor, Tensor]]) 
 
     Args:
         pairs: LoRA pairs with remainders; modified.
-        starts: the new factors A, (m, r), and B, (n, r), of each pair.
+        starts: the new factors A, (m, r), and B, (n, r), of each pair; for experts, (E, m, r) and (E, n, r).
     """
     for pair, (A, B) in zip(pairs, starts, strict=True):
-        pair.remainder.add(pair.weight, pair.merge_scaling * pair.lora_B, pair.lora_A.mT)
-        pair.lora_B.copy_(A)
-        pair.lora_A.copy_(B.mT)
-        pair.remainder.add(pair.weight, -pair.merge_scaling * pair.lora_B, pair.lora_A.mT)
+        _add_product(pair, pair.merge_scaling)
+        lora_A, lora_B = factors_of_matrices(B.mT, A)
+        pair.lora_B.copy_(lora_B)
+        pair.lora_A.copy_(lora_A)
+        _add_product(pair, -pair.merge_scaling)
     pairs[0].layer.factor_guard.forget()
+
+
+def _add_product(pair: LoraPair, scaling: float) -> None:
+    """Add ``scaling·A·Bᵀ`` to a pair's remainder, or to those of its experts."""
+    if pair.experts == 1:
+        pair.remainder.add(pair.weight, scaling * pair.lora_B, pair.lora_A.mT)
+        return
+    experts: Sequence[Remainder] = pair.remainder.by_expert(pair.weight)
+    factors = pair.matrices_of_B(pair.lora_B), pair.matrices_of_A(pair.lora_A)
+    for remainder, weight, A, Bt in zip(experts, pair.weight.detach(), *factors, strict=True):
+        remainder.add(weight, scaling * A, Bt.mT)
+    pair.remainder.follow(experts)  # type: ignore[arg-type]  # of its own kind

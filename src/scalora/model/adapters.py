@@ -278,8 +278,8 @@ def _check_parameter(pair: LoraPair, layer: ParamWrapper, *, allowed: bool) -> N
     if pair.experts > 1 and not allowed:
         refuse(
             pair.name,
-            f"{what} (experts: for target_modules='all-linear' too, whatever exclude_modules says), which only ScaLora "
-            "and PairAdamW can train",
+            f"{what} (experts: for target_modules='all-linear' too, whatever exclude_modules says), which this "
+            "method can't train",
             "list the linear layers, as in target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], and leave "
             "target_parameters out",
         )
