@@ -22,8 +22,3 @@ def test_the_effective_rank_weighs_what_the_numerical_one_counts():
 def test_a_zero_matrix_has_rank_zero():
     assert numerical_rank(torch.zeros(4, 6)) == 0
     assert effective_rank(torch.zeros(4, 6)) == 0
-
-
-def test_a_matrix_of_zeros_needs_no_rank():
-    factors = factors_of_dense(torch.zeros(5, 4), rtol=1e-3, max_rank=4)
-    assert rank_for_tolerance(factors.truncated(0), 1e-3) == 0

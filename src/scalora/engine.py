@@ -167,7 +167,7 @@ class ScaLora:
                 "columns: only with scalora.PairAdamW is it known from the learning rate"
             )
         reshard(self._model)
-        pairs = find_lora_pairs(self._model, sharded=True, experts=True)
+        pairs = find_lora_pairs(self._model, sharded=True, all_shapes=True)
         check_shards(pairs)
         check_optimizer_of_parts(pairs, self.optimizer, self._kinds)
         check_places(pairs, self.config.merge, self.config.remainder_rank)

@@ -21,6 +21,7 @@ from scalora.maths.pair_moments import directions, update_moments
 from scalora.maths.scaling import solver_dtype
 from scalora.maths.weight_steps import step_sizes
 from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.model.matrices import stack_of_A, stack_of_B
 from scalora.parallel.sharded_pairs import check_shards, with_their_shards
 from scalora.parallel.shards import axis_of, gathered, local
 from scalora.rescale.optimizers import loss_of
@@ -107,11 +108,8 @@ class _Factors(NamedTuple):
 
     def store(self, tensors: list[Any], values: Float[Tensor, "layers d r"]) -> None:
         """Overwrite tensors of the parameters' shape with others, given as `values` are."""
-        values = values if self.tall else values.mT
-        if self.experts > 1:
-            of_pairs = values.unflatten(0, (len(tensors), self.experts))  # type: ignore[no-untyped-call]
-            values = of_pairs.permute(0, 2, 3, 1).flatten(2) if self.tall else of_pairs.flatten(1, 2)
-        torch._foreach_copy_(tensors, list(values.unbind()))
+        stacks = [_as_stack(tensor, self.experts, tall=self.tall) for tensor in tensors]
+        torch._foreach_copy_(stacks, list(torch.split(values if self.tall else values.mT, self.experts)))
 
     def of_layers(self, tensors: list[Tensor]) -> Tensor:
         """Entries of the parameters' states, which have a dimension for experts if there are any, stacked."""
@@ -184,7 +182,7 @@ class PairAdamW(Optimizer):
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {betas!r}")
-        self._pairs = find_lora_pairs(model, sharded=True, experts=True)
+        self._pairs = find_lora_pairs(model, sharded=True, all_shapes=True)
         check_shards(self._pairs)
         self._had_steps = False
         given = [p for p in model.parameters() if p.requires_grad] if params is None else params
@@ -368,12 +366,13 @@ def _kept(group: _Group) -> float:
 
 def _stacked(tensors: list[Tensor], experts: int, *, tall: bool) -> Float[Tensor, "layers d r"]:
     """Tensors of the shape of ``lora_B`` (tall), or of ``lora_A``, with r columns each, those of each expert."""
-    stack = torch.stack(tensors)
-    if experts > 1:
-        size = (-1, experts) if tall else (experts, -1)
-        of_experts = stack.unflatten(-1 if tall else 1, size)  # type: ignore[no-untyped-call]
-        stack = (of_experts.permute(0, 3, 1, 2) if tall else of_experts).flatten(0, 1)
+    stack = torch.cat([_as_stack(tensor, experts, tall=tall) for tensor in tensors])
     return stack if tall else stack.mT
+
+
+def _as_stack(tensor: Tensor, experts: int, *, tall: bool) -> Float[Tensor, "experts rows columns"]:
+    """A view of a tensor of the shape of ``lora_B`` (tall), or of ``lora_A``, as matrices of that shape."""
+    return stack_of_B(tensor, experts) if tall else stack_of_A(tensor, experts)
 
 
 def _of_layers(numbers: list[float], like: Tensor, experts: int) -> Float[Tensor, " layers"]:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from scalora.model.experts import columns_of_experts, rows_of_experts
 from scalora.model.layers import (
     ADAPTABLE,
+    CONVOLUTIONS,
     QUANTISED,
     configured_scaling,
     experts_of,
@@ -29,6 +29,7 @@ from scalora.model.layers import (
     stored_transposed,
     weight_key,
 )
+from scalora.model.matrices import is_viewable, stack_of_A, stack_of_B, stack_of_weight
 from scalora.model.mixed_class import plain_class
 from scalora.model.remainder_forward import WithRemainder
 from scalora.model.remainder_layer import REMAINDER, RemainderLayer
@@ -37,6 +38,9 @@ from scalora.rescale.remainder import HALF, FactoredRemainder, Remainder
 # Float8 weights are floating too, but a merge would be rounded to their few bits.
 MERGEABLE = (torch.float32, torch.float64, *HALF)
 """Dtypes of base weights that can take a merge."""
+
+# PEFT's layers over unquantised weights.
+_PLAIN = (Linear, Embedding, Conv1d, Conv2d, Conv3d)
 
 
 class UnsupportedLayerError(ValueError):
@@ -49,10 +53,11 @@ class LoraPair:
 
     Attributes:
         name: the module's name in the model, without wrappers (`scalora.model.layers.plain_name`).
-        lora_A: PEFT's ``lora_A.weight``, (r, n): the paper's Bᵀ. (E·r, n) for experts (`scalora.model.experts`).
-        lora_B: PEFT's ``lora_B.weight``, (m, r): the paper's A. (m, r·E) for experts.
+        lora_A: PEFT's ``lora_A.weight``, (r, n): the paper's Bᵀ. Of other shapes for experts and convolutions
+            (`scalora.model.matrices`).
+        lora_B: PEFT's ``lora_B.weight``, (m, r): the paper's A. Of other shapes for experts and convolutions.
         weight: the frozen base weight, (m, n), or (n, m) if `transposed`; in a packed format if `quantised`. For
-            experts, (E, m, n) or (E, n, m).
+            experts, (E, m, n) or (E, n, m); for a convolution, (m, inputs, …).
         quantised: whether the base weight is quantised, so that nothing can be merged into it.
         tied: the names of the base weight if it has more than one, so that a merge would change other layers.
         transposed: whether the base weight is stored transposed (Conv1D, embeddings).
@@ -79,8 +84,8 @@ class LoraPair:
 
     @property
     def n(self) -> int:
-        """Columns of W: in_features."""
-        return self.lora_A.shape[1]
+        """Columns of W: in_features, or the entries of a convolution's patches."""
+        return self.lora_A.shape[1:].numel()
 
     @property
     def r(self) -> int:
@@ -146,42 +151,55 @@ class LoraPair:
         """
         return matrix.mT if self.transposed else matrix
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the layer is one matrix, with tensors of its shape: not a stack of experts, nor a convolution."""
+        return self.experts == 1 and self.lora_A.ndim == 2
+
     def matrices_of_A(self, lora_A: Tensor) -> list[Tensor]:
-        """The (r, n) of each expert, as views; of other layers the whole.
+        """The (r, n) of each expert, or of the layer, as views.
 
         Args:
-            lora_A: `lora_A`, or a tensor of its shape.
+            lora_A: `lora_A`, or a tensor of its shape, also for another rank.
         """
-        return [lora_A] if self.experts == 1 else list(rows_of_experts(lora_A, self.experts).unbind())
+        return list(stack_of_A(lora_A, self.experts))
 
     def matrices_of_B(self, lora_B: Tensor) -> list[Tensor]:
-        """The (m, r) of each expert, as views; of other layers the whole.
+        """The (m, r) of each expert, or of the layer, as views.
 
         Args:
-            lora_B: `lora_B`, or a tensor of its shape.
+            lora_B: `lora_B`, or a tensor of its shape, also for another rank.
         """
-        return [lora_B] if self.experts == 1 else list(columns_of_experts(lora_B, self.experts).unbind())
+        return list(stack_of_B(lora_B, self.experts))
+
+    def matrices_of_weight(self, weight: Tensor) -> list[Tensor]:
+        """The weight of each expert, or of the layer, as matrices in their storage order, as views.
+
+        Args:
+            weight: `weight`, or a tensor of its shape.
+        """
+        return list(stack_of_weight(weight, self.experts))
 
 
-def find_lora_pairs(model: nn.Module, *, sharded: bool = False, experts: bool = False) -> list[LoraPair]:
+def find_lora_pairs(model: nn.Module, *, sharded: bool = False, all_shapes: bool = False) -> list[LoraPair]:
     """Find all LoRA pairs of a model and check that each is supported.
 
     Args:
         model: a `PeftModel`, or any module into which PEFT has injected LoRA layers.
         sharded: whether the caller can do with the shards of FSDP2. Few can, so by default these are refused.
-        experts: whether the caller can do with experts that are one parameter. Few can, so by default these are
-            refused.
+        all_shapes: whether the caller can do with layers that are not one matrix: experts that are one parameter, and
+            convolutions. Few can, so by default these are refused.
 
     Raises:
-        UnsupportedLayerError: there is no LoRA layer, or an unsupported one: DoRA and other variants, convolutions,
-            attention modules, sharded or trained base weights, adapter weights that are in half precision, frozen or
-            tied, a merged or disabled adapter, more than one active adapter.
+        UnsupportedLayerError: there is no LoRA layer, or an unsupported one: DoRA and other variants, attention
+            modules, grouped convolutions, sharded or trained base weights, adapter weights that are in half precision,
+            frozen or tied, a merged or disabled adapter, more than one active adapter.
     """
     owners = _owners_of_parameters(model)
     pairs = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            pairs.append(_checked_pair(name, module, owners, sharded=sharded, experts=experts))
+            pairs.append(_checked_pair(name, module, owners, sharded=sharded, all_shapes=all_shapes))
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             refuse(name, f"{type(module).__name__} is not a LoRA layer", "adapt the model with peft.LoraConfig")
     if not pairs:
@@ -235,13 +253,15 @@ def _memory_of(parameter: Tensor) -> int:
 
 
 def _checked_pair(
-    name: str, layer: LoraLayer, owners: dict[int, list[str]], *, sharded: bool, experts: bool
+    name: str, layer: LoraLayer, owners: dict[int, list[str]], *, sharded: bool, all_shapes: bool
 ) -> LoraPair:
     adapter = _only_adapter(name, layer)
     _check_plain_lora(name, layer, adapter)
     pair = _pair(name, layer, adapter, owners)
     if isinstance(layer, ParamWrapper):
-        _check_parameter(pair, layer, allowed=experts)
+        _check_parameter(pair, layer, allowed=all_shapes)
+    if isinstance(pair.layer.get_base_layer(), CONVOLUTIONS):
+        _check_convolution(pair, allowed=all_shapes)
     # Controls have attached layers compute the gradients of their weights (`scalora.rivals.controls.OracleRestarts`).
     if pair.weight.requires_grad and not isinstance(layer, RemainderLayer):
         refuse(
@@ -320,10 +340,11 @@ def _base_weight(name: str, layer: LoraLayer) -> tuple[Tensor, bool]:
     base = layer.get_base_layer()
     kind = plain_class(layer)
     packed, of_parameter = kind.__name__ in QUANTISED, issubclass(kind, ParamWrapper)
-    if not (packed or of_parameter) and (kind not in (Linear, Embedding) or not isinstance(base, ADAPTABLE)):
+    known = kind in _PLAIN and isinstance(base, (*ADAPTABLE, *CONVOLUTIONS))
+    if not (packed or of_parameter or known):
         refuse(
             name,
-            f"{kind.__name__} over {type(base).__name__} is not a linear, Conv1D or embedding layer",
+            f"{kind.__name__} over {type(base).__name__} is not a linear, Conv1D, embedding or convolutional layer",
             "leave it out of target_modules",
         )
     weight = next(base.parameters(), None) if packed else getattr(base, weight_key(layer))
@@ -331,6 +352,26 @@ def _base_weight(name: str, layer: LoraLayer) -> tuple[Tensor, bool]:
         weight = next(base.buffers())
     plain = type(weight) is nn.Parameter or is_distributed(weight)
     return weight, packed or not plain or weight.dtype not in MERGEABLE
+
+
+def _check_convolution(pair: LoraPair, *, allowed: bool) -> None:
+    """Check a convolution, whose update is ``s·A·Bᵀ`` only if that of PEFT sees the patches that the base sees."""
+    base, leave = pair.layer.get_base_layer(), "leave it out of target_modules"
+    what = f"{type(base).__name__} is a convolution"
+    if not allowed:
+        refuse(pair.name, f"{what}, which this method can't train", leave)
+    if pair.is_sharded:
+        refuse(pair.name, f"{what}, and it is sharded", f"train with DistributedDataParallel, or {leave}")
+    if base.groups > 1:
+        refuse(pair.name, f"with groups={base.groups} its update is no product of PEFT's lora_B and lora_A", leave)
+    if base.padding_mode != "zeros" or set(base.dilation) != {1}:
+        reason = f"padding_mode={base.padding_mode!r}, dilation={base.dilation}"
+        refuse(pair.name, f"PEFT's lora_A has other patches than the base layer with {reason}", leave)
+    tensors = {"base weight": pair.weight, "lora_A": pair.lora_A, "lora_B": pair.lora_B}
+    for key, tensor in tensors.items():
+        if not is_viewable(tensor):
+            way_out = "call model.to(memory_format=torch.contiguous_format) before attaching"
+            refuse(pair.name, f"the {key} of the convolution is not contiguous", way_out)
 
 
 def _check_factor(name: str, key: str, parameter: nn.Parameter, owners: dict[int, list[str]]) -> None:

@@ -19,6 +19,9 @@ LINEAR = (nn.Linear, Conv1D)
 ADAPTABLE = (*LINEAR, nn.Embedding)
 """Layers whose update is ``s·A·Bᵀ``. An embedding stores its weight transposed."""
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose update is ``s·A·Bᵀ`` if their weight is taken for a matrix (`scalora.model.matrices`)."""
+
 # Checked with PEFT 0.21. The factored remainder needs a forward pass that calls a `LoraVariant`: those of bitsandbytes,
 # GPTQ, HQQ and torchao layers do, those of AWQ, EETQ and AQLM layers do not.
 QUANTISED = ("Linear4bit", "Linear8bitLt", "GPTQLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear")

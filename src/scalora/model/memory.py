@@ -93,7 +93,7 @@ def pairs_over_quantised(model: nn.Module, quantised: set[nn.Module]) -> list[Lo
     Raises:
         UnsupportedLayerError: a module is not supported.
     """
-    pairs = find_lora_pairs(model, experts=True)
+    pairs = find_lora_pairs(model, all_shapes=True)
     return [replace(pair, quantised=pair.layer.get_base_layer() in quantised) for pair in pairs]
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from scalora.model.experts import matrices_of
-from scalora.model.layers import configured_scaling, experts_of, stored_transposed, weight_key
+from scalora.model.layers import configured_scaling, stored_transposed, weight_key
 from scalora.model.remainder_forward import factors_for_a_pass
 from scalora.model.remainder_layer import RemainderLayer
 from scalora.rescale.remainder import FactoredRemainder
@@ -36,14 +35,6 @@ class ParameterRemainderLayer(RemainderLayer):
             first = torch.cat([first, left.to(first)], dim=-1)
             second = torch.cat([second, right.mT.to(second)], dim=-2)
         return first, second, scaling
-
-    def exact_update(self) -> Tensor:
-        """The update of the trained adapter and its factored remainder, as stored, in the adapter's dtype."""
-        A, B = matrices_of(*self.trained_factors, experts_of(self))
-        update = self.trained_scaling * B @ A
-        if isinstance(self.remainder, FactoredRemainder):
-            update = update + self.remainder_scaling * self.remainder.dense()
-        return update.mT if stored_transposed(self) else update
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora.layer import Embedding, LoraVariant
+from peft.tuners.lora.layer import Embedding, LoraVariant, _ConvNd
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from scalora.model.shared_pass import add_in_one_pass, can_share
 
@@ -49,6 +50,11 @@ class WithRemainder(LoraVariant):  # type: ignore[misc]
             if (scale := module._get_embed_scale()) is not None:
                 update = update * scale.to(update.dtype)
             update = update + remainder_of_embedding(module, x)
+        elif isinstance(module, _ConvNd):
+            lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+            update = lora_B(lora_A(module.lora_dropout[active_adapter](x))) * scaling
+            if module.has_remainder:  # no convolution has no output channels
+                update = update + _remainder_of_convolution(module, lora_A, x)
         else:
             lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
             if can_share(module, active_adapter, x):
@@ -83,6 +89,16 @@ class WithRemainder(LoraVariant):  # type: ignore[misc]
             orig_weight: the base weight, as stored; modified.
         """
         orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+def _remainder_of_convolution(layer: RemainderLayer, lora_A: Any, x: Tensor) -> Tensor:
+    """The output of a convolution's remainder alone: its right factor on the patches, its left one on the channels."""
+    left, right = factors_for_a_pass(layer)
+    kernels = right.mT.reshape(-1, *lora_A.weight.shape[1:]).to(x.dtype)
+    hidden = functional_call(lora_A, {"weight": kernels}, x)
+    channels = 1 - kernels.ndim  # a batch has a dimension more
+    output = nn.functional.linear(hidden.movedim(channels, -1), left.to(x.dtype)).movedim(-1, channels)
+    return _scaled(output, layer.remainder_scaling)
 
 
 def remainder_of_embedding(layer: RemainderLayer, ids: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from scalora.model.base_weights import BaseWeights, is_float
-from scalora.model.experts import factors_of_matrices, matrices_of
 from scalora.model.factor_guard import FactorGuard
 from scalora.model.layers import (
     configured_scaling,
@@ -30,6 +29,8 @@ from scalora.model.layers import (
     stored_transposed,
     weight_key,
 )
+from scalora.model.matrices import factors_of as factors_of_matrices
+from scalora.model.matrices import matrices_of
 from scalora.model.mixed_class import MixedIn, mix_in, plain_class
 from scalora.model.remainder_forward import WithRemainder, remainder_of_embedding
 from scalora.model.shared_pass import autocasts, can_share
@@ -203,12 +204,18 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         update: Tensor = super().get_delta_weight(adapter)
         if adapter == self.trained_adapter and isinstance(self.remainder, FactoredRemainder):
             remainder = self.remainder_scaling * self.remainder.dense()
-            update = update + (remainder.mT if stored_transposed(self) else remainder).to(update.dtype)
+            remainder = remainder.mT if stored_transposed(self) else remainder
+            update = update + remainder.reshape(update.shape).to(update.dtype)
         return update
 
     def exact_update(self) -> Tensor:
         """The update of the trained adapter and its factored remainder, as stored, in the adapter's dtype."""
-        return self.get_delta_weight(self.trained_adapter)
+        A, B = matrices_of(*self.trained_factors, experts_of(self))
+        update = B @ A * self.trained_scaling
+        if isinstance(self.remainder, FactoredRemainder):
+            update = update + self.remainder_scaling * self.remainder.dense()
+        update = update.mT if stored_transposed(self) else update
+        return update.reshape(self.base_weight.shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's merge, rounded once, and such that `unmerge` restores the weights bit for bit.
@@ -419,7 +426,8 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         A, B = matrices_of(*self.trained_factors, experts_of(self))
         left, right = self.factored_remainder().nonzero
         left = left / configured_scaling(self, self.trained_adapter)
-        return factors_of_matrices(torch.cat([A, right.mT.to(A)], dim=-2), torch.cat([B, left.to(B)], dim=-1))
+        A, B = torch.cat([A, right.mT.to(A)], dim=-2), torch.cat([B, left.to(B)], dim=-1)
+        return factors_of_matrices(A, B, self.trained_factors)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(self.remainder, FactoredRemainder):
@@ -441,7 +449,8 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
             return  # torch says so, and loads none of them
         if len(lora_A) > len(own_A) and len(lora_A) % experts == 0:
             r, (A, B) = len(own_A) // experts, matrices_of(lora_A, lora_B, experts)
-            state_dict[key_A], state_dict[key_B] = factors_of_matrices(A[..., :r, :], B[..., :r])
+            own = factors_of_matrices(A[..., :r, :], B[..., :r], (lora_A, lora_B))
+            state_dict[key_A], state_dict[key_B] = own
             if not beside:
                 unit = configured_scaling(self, self.trained_adapter)
                 state_dict[f"{prefix}{REMAINDER}.left"] = unit * B[..., r:]

@@ -16,8 +16,8 @@ def dense_update(
     trained: DenseRemainder,
     weight: Tensor,
     base_weight: Tensor,
-    lora_A: Float[Tensor, "rows n"],
-    lora_B: Float[Tensor, "m columns"],
+    lora_A: Float[Tensor, "rows ..."],
+    lora_B: Float[Tensor, "m columns ..."],
     expert: int = 0,
 ) -> Float[Tensor, "m n"]:
     """The update of a layer with a dense remainder, or of one of its experts, in float64.
@@ -31,10 +31,9 @@ def dense_update(
         lora_B: PEFT's ``lora_B.weight``.
         expert: which expert, if the layer is a stack of them.
     """
-    if pair.experts > 1:
-        trained = trained.by_expert(weight)[expert]
-        weight, base_weight = weight[expert], base_weight[expert]
-    merged = pair.oriented(trained.exact(weight).double() - base_weight.double())
+    before, matrices = pair.matrices_of_weight(base_weight)[expert], pair.matrices_of_weight(weight)
+    after = trained.by_matrix(weight, matrices)[expert].exact(matrices[expert])
+    merged = pair.oriented(after.double() - before.double())
     A, Bt = pair.matrices_of_B(lora_B)[expert], pair.matrices_of_A(lora_A)[expert]
     return merged + pair.scaling * A.double() @ Bt.double()
 

@@ -1,8 +1,8 @@
 """Which part of each layer's tensors is in this process, so that a rescale gets plain tensors: the seam.
 
 `Whole`: all of them, as with one process or DistributedDataParallel. `scalora.parallel.stacks.Stacks`: all of them, for
-layers that are many, the experts of a mixture. `scalora.parallel.rows.Rows`: some rows of each, as with FSDP2. The
-mathematics and the kernels see tensors without knowing which part of a matrix they are.
+layers that are not one matrix, as the experts of a mixture. `scalora.parallel.rows.Rows`: some rows of each, as with
+FSDP2. The mathematics and the kernels see tensors without knowing which part of a matrix they are.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def laid_out(
 
     if any(pair.is_sharded for pair in pairs):
         return [(Rows(optimizer, kinds, by_matrices), shapes) for shapes in groups_of_shards(pairs)]
-    single, stacks = ([pair for pair in pairs if (pair.experts > 1) is stack] for stack in (False, True))
+    single, stacks = ([pair for pair in pairs if pair.is_matrix is matrix] for matrix in (True, False))
     groups: list[tuple[Layout, Shapes]] = [(Whole(optimizer), by_shape(of_rank)) for of_rank in by_rank(single)]
     return groups + [(Stacks(optimizer, kinds), shapes) for shapes in groups_of_stacks(stacks)]
 

@@ -62,10 +62,11 @@ def check_optimizer_of_parts(pairs: list[LoraPair], optimizer: Optimizer, kinds:
         )
     # Checked with bitsandbytes 0.50, whose optimizers with 32 bits keep plain tensors.
     in_8_bits = getattr(getattr(optimizer, "args", None), "optim_bits", 8) == 8
-    if in_8_bits and (stack := next((pair for pair in pairs if pair.experts > 1), None)) is not None:
+    if in_8_bits and (other := next((pair for pair in pairs if not pair.is_matrix), None)) is not None:
+        kind = "experts" if other.experts > 1 else "a convolution"
         raise UnsupportedOptimizerError(
-            f"{in_blocks} the experts of module {stack.name!r} share: use torch.optim.AdamW or an optimizer with 32 "
-            "bits, or leave the experts out of target_parameters"
+            f"{in_blocks} is not supported for {kind} (module {other.name!r}): use torch.optim.AdamW or an optimizer "
+            "with 32 bits, or leave the module out of the adapter"
         )
 
 

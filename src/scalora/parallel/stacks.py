@@ -1,8 +1,8 @@
-"""Rescales of experts that are one parameter: each is a layer of its own, with plain tensors of its own.
+"""Rescales of layers that are not one matrix: each expert of a mixture is a layer of its own, with tensors of its own.
 
-The parts of experts are pieces of memory in ``lora_A``, its gradient and its moments, and in the weight, so a rescale
-works on these. In ``lora_B`` they are every E-th column, so it works on copies, which are copied back in one operation
-for all experts of a layer.
+The matrices of experts are pieces of memory in ``lora_A``, its gradient and its moments, and in the weight, so a
+rescale works on these. In ``lora_B`` they have every E-th column, so it works on copies, which are copied back in one
+operation for all experts of a layer. A convolution's tensors are taken for matrices in the same memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from scalora.maths.scaling import Grams
 from scalora.model.adapters import LoraPair, by_rank, by_shape
-from scalora.model.experts import columns_of_experts, rows_of_experts
+from scalora.model.matrices import stack_of_A, stack_of_B
 from scalora.parallel.layout import Shapes, Share, in_buckets, with_gradients
 from scalora.rescale.changes import Factors
 from scalora.rescale.optimizers import MATRIX, Kind
@@ -27,7 +27,7 @@ _BUCKET = 1 << 28
 
 
 class Stacks:
-    """Every process has everything, and layers are stacks of experts. Layers without gradients take no part.
+    """Every process has everything, and layers are stacks of matrices. Layers without gradients take no part.
 
     Args:
         optimizer: the optimizer of the factors.
@@ -65,14 +65,17 @@ class Stacks:
 
     def _share(self, pairs: list[LoraPair]) -> Share:
         parts = _Parts(self._optimizer, self._kinds)
-        lora_A = [part for pair in pairs for part in parts.of(pair.lora_A, pair.experts, _Parts.rows)]
-        lora_B = [part for pair in pairs for part in parts.of(pair.lora_B, pair.experts, parts.columns)]
+        lora_A = [part for pair in pairs for part in parts.of(pair.lora_A, pair.experts, stack_of_A)]
+        lora_B = [part for pair in pairs for part in parts.of(pair.lora_B, pair.experts, stack_of_B)]
         grads_A, grads_B = ([p.grad for p in factors if p.grad is not None] for factors in (lora_A, lora_B))
-        remainders = [pair.remainder.by_expert(pair.weight) for pair in pairs]
+        weights = [pair.matrices_of_weight(pair.weight.detach()) for pair in pairs]
+        remainders = [
+            pair.remainder.by_matrix(pair.weight, of_pair) for pair, of_pair in zip(pairs, weights, strict=True)
+        ]
         factors = Factors(
             lora_A,
             lora_B,
-            [weight for pair in pairs for weight in pair.weight.detach()],
+            [weight for of_pair in weights for weight in of_pair],
             [remainder for of_pair in remainders for remainder in of_pair],
         )
 
@@ -85,7 +88,7 @@ class Stacks:
 
 
 class _Parts:
-    """The experts' parts of parameters, with gradients, and their state, as an optimizer holds it.
+    """The matrices of parameters, with gradients, and their state, as an optimizer holds it.
 
     Args:
         optimizer: the optimizer that holds the state of the parameters.
@@ -98,46 +101,47 @@ class _Parts:
         self._kinds = kinds
         self._copies: list[tuple[Tensor, Tensor]] = []
 
-    @staticmethod
-    def rows(tensor: Tensor, experts: int) -> list[Tensor]:
-        """The parts of what has the shape of lora_A, in its memory."""
-        return list(rows_of_experts(tensor, experts))
+    def of(self, parameter: nn.Parameter, experts: int, stack: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+        """The matrices of a parameter, with their gradients, after taking in their state.
 
-    def columns(self, tensor: Tensor, experts: int) -> list[Tensor]:
-        """Copies of the parts of what has the shape of lora_B."""
-        scattered = columns_of_experts(tensor, experts)
-        copied = scattered.contiguous()
-        self._copies.append((scattered, copied))
-        return list(copied)
-
-    def copy_back(self) -> None:
-        """Overwrite the scattered parts with their copies."""
-        for scattered, copied in self._copies:
-            scattered.copy_(copied)
-
-    def of(self, parameter: nn.Parameter, experts: int, split: Callable[[Tensor, int], list[Tensor]]) -> list[Tensor]:
-        """The parts of a parameter, with their gradients, after taking in their state."""
+        Args:
+            parameter: a lora_A or lora_B with a gradient.
+            experts: the number of matrices.
+            stack: gives a view of a tensor of the parameter's shape as so many matrices.
+        """
         assert parameter.grad is not None
-        parts = split(parameter.detach(), experts)
-        for part, gradient in zip(parts, split(parameter.grad, experts), strict=True):
+        parts = self._pieces(stack(parameter.detach(), experts))
+        for part, gradient in zip(parts, self._pieces(stack(parameter.grad, experts)), strict=True):
             part.grad = gradient
         for key, value in self._optimizer.state.get(parameter, {}).items():
             if self._kinds.get(key) == MATRIX:
-                of_experts = list(value)
+                of_parts = list(value) if experts > 1 else [value]
             elif self._kinds.get(key) and value.shape == parameter.shape:
-                of_experts = split(value, experts)
+                of_parts = self._pieces(stack(value, experts))
             else:
                 continue  # a rescale does not change it
-            for part, of_expert in zip(parts, of_experts, strict=True):
-                self.state[part][key] = of_expert
+            for part, of_part in zip(parts, of_parts, strict=True):
+                self.state[part][key] = of_part
         return parts
+
+    def _pieces(self, stack: Tensor) -> list[Tensor]:
+        """Matrices that are pieces of memory; copies of those that are scattered."""
+        pieces = stack.contiguous()
+        if pieces is not stack:
+            self._copies.append((stack, pieces))
+        return list(pieces)
+
+    def copy_back(self) -> None:
+        """Overwrite scattered matrices with their copies."""
+        for scattered, pieces in self._copies:
+            scattered.copy_(pieces)
 
 
 def groups_of_stacks(pairs: list[LoraPair]) -> list[Shapes]:
     """The layers that are rescaled together: of one rank, and not too many bytes.
 
     Args:
-        pairs: LoRA pairs over stacks of experts, with remainders.
+        pairs: LoRA pairs that are not one matrix, with remainders.
     """
     return [group for of_rank in by_rank(pairs) for group in in_buckets(by_shape(of_rank), _bytes, _BUCKET)]
 

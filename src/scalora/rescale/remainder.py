@@ -38,7 +38,7 @@ class DenseRemainder(nn.Module):
 
     Args:
         weight: the base weight, (m, n), or (n, m) if `transposed`; not quantised. Or a stack of such weights, the
-            experts of a mixture, to which `by_expert` adds.
+            experts of a mixture, or a convolution's, (m, inputs, …): `by_matrix` then is what takes merges.
         transposed: whether the base weight is stored transposed (Conv1D, embeddings).
 
     Attributes:
@@ -49,7 +49,7 @@ class DenseRemainder(nn.Module):
             None for a float32 or float64 weight.
     """
 
-    rounded_off: Int[Tensor, "*experts rows columns"] | None
+    rounded_off: Int[Tensor, ...] | None
 
     _KEPT: ClassVar[torch.dtype] = torch.int16
 
@@ -94,23 +94,25 @@ class DenseRemainder(nn.Module):
         part.first_row = first_row
         return part
 
-    def by_expert(self, weight: Float[Tensor, "experts rows columns"]) -> Sequence[DenseRemainder]:
-        """The remainders of the experts that a weight is a stack of, which share its memory.
+    def by_matrix(self, weight: Tensor, matrices: Sequence[Float[Tensor, "rows columns"]]) -> Sequence[DenseRemainder]:
+        """The remainders of the matrices that a weight consists of, which share its memory.
 
         Args:
             weight: the base weight.
+            matrices: views of it: those of experts, or a convolution's.
         """
         self.match(weight)
         low = self.rounded_off
-        return [self.of_part(part, 0) for part in ([None] * len(weight) if low is None else low.unbind())]
+        parts = [None] * len(matrices) if low is None else low.view(len(matrices), *matrices[0].shape)
+        return [self.of_part(part, 0) for part in parts]
 
-    def follow(self, experts: Sequence[DenseRemainder]) -> None:
-        """Take note of what has been added to the remainders of experts.
+    def follow(self, parts: Sequence[DenseRemainder]) -> None:
+        """Take note of what has been added to the remainders of matrices.
 
         Args:
-            experts: what `by_expert` has returned.
+            parts: what `by_matrix` has returned.
         """
-        self.changed = self.changed or any(expert.changed for expert in experts)
+        self.changed = self.changed or any(part.changed for part in parts)
 
     def match(self, weight: Tensor) -> None:
         """Begin to keep rounding errors, or stop, if the weight's dtype asks for it.
@@ -238,24 +240,27 @@ class FactoredRemainder(nn.Module):
         left, right = map(_matrices, self.used)
         return list(zip(left, right, strict=True))
 
-    def by_expert(self, weight: Tensor) -> Sequence[FactoredRemainder]:
+    def by_matrix(self, weight: Tensor, matrices: Sequence[Tensor]) -> Sequence[FactoredRemainder]:
         """The remainders of the experts, which share the memory of this one.
 
         Args:
-            weight: not used. It is here for a common signature with `DenseRemainder.by_expert`.
+            weight: not used. It is here for a common signature with `DenseRemainder.by_matrix`.
+            matrices: not used.
         """
+        if self.left.ndim == 2:
+            return [self]
         experts = [copy.copy(self) for _ in self.left]
         for expert, left, right, discarded in zip(experts, self.left, self.right, self.discarded, strict=True):
             expert._buffers = {"left": left, "right": right, "discarded": discarded}
         return experts
 
-    def follow(self, experts: Sequence[FactoredRemainder]) -> None:
+    def follow(self, parts: Sequence[FactoredRemainder]) -> None:
         """Take note of what has been added to the remainders of experts, as many columns to each.
 
         Args:
-            experts: what `by_expert` has returned.
+            parts: what `by_matrix` has returned.
         """
-        self.columns, self.changed = experts[0].columns, experts[0].changed
+        self.columns, self.changed = parts[0].columns, parts[0].changed
 
     @torch.no_grad()
     def resize(self, max_rank: int) -> None:

@@ -43,16 +43,17 @@ class StochasticRemainder(DenseRemainder):
         self.name_hash = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
         self.step = 0
 
-    def by_expert(self, weight: Float[Tensor, "experts rows columns"]) -> Sequence[DenseRemainder]:
-        """`DenseRemainder.by_expert`; the random numbers of each expert are its own.
+    def by_matrix(self, weight: Tensor, matrices: Sequence[Float[Tensor, "rows columns"]]) -> Sequence[DenseRemainder]:
+        """`DenseRemainder.by_matrix`; the random numbers of each matrix are its own.
 
         Args:
             weight: the base weight.
+            matrices: views of it.
         """
-        experts = [copy.copy(self) for _ in weight]
-        for number, expert in enumerate(experts):
-            expert.name_hash = _mixed_number(self.name_hash + number * _GOLDEN & _MASK)
-        return experts
+        parts = [copy.copy(self) for _ in matrices]
+        for number, part in enumerate(parts):
+            part.name_hash = _mixed_number(self.name_hash + number * _GOLDEN & _MASK)
+        return parts
 
     def _no_errors_yet(self, weight: Tensor) -> None:
         """Nothing is kept beside the weight."""

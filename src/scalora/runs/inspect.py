@@ -61,8 +61,8 @@ class _Layer(NamedTuple):
     expert: int | None = None
 
     def part_of(self, weight: Tensor) -> Tensor:
-        """The layer's part of a base weight."""
-        return weight if self.expert is None else weight[self.expert]
+        """The layer's part of a base weight, as a matrix in storage order."""
+        return weight if self.pair is None else self.pair.matrices_of_weight(weight)[self.expert or 0]
 
 
 class _Trained(NamedTuple):
@@ -171,7 +171,7 @@ def _trained(run: FinishedRun) -> _Trained:
 
 
 def _adapted(run: FinishedRun, model: PeftModel) -> _Trained:
-    pairs = find_lora_pairs(model, experts=True)
+    pairs = find_lora_pairs(model, all_shapes=True)
     layers = []
     for pair in pairs:
         name = pattern_key(pair.name.removeprefix("base_model.model."), pair.layer)
@@ -312,8 +312,8 @@ def _residuals(
 def _gradients(layers: list[_Layer], backward: Callable[[], None]) -> dict[str, Tensor]:
     """The gradient (m, n) with respect to each layer's weight, from the layer's inputs and output gradients.
 
-    This works for quantised weights, too, and with the model frozen no other gradients take up memory. Parameters that
-    are adapted themselves, as experts are, have gradients of their own.
+    This works for quantised weights, too, and with the model frozen no other gradients take up memory. Convolutions and
+    parameters that are adapted themselves, as experts are, have gradients of their own.
     """
     gradients: dict[str, Tensor] = {}
 
@@ -333,9 +333,9 @@ def _gradients(layers: list[_Layer], backward: Callable[[], None]) -> dict[str, 
 
     handles = []
     for layer in layers:
-        if layer.pair is None or not isinstance(layer.module, ParamWrapper):
+        if layer.pair is None or (layer.pair.is_matrix and not isinstance(layer.module, ParamWrapper)):
             handles.append(layer.module.register_forward_hook(partial(watch, layer.name)))
-        else:  # its inputs and outputs are those of a module with other parameters, too
+        else:  # its inputs and outputs are not those of one matrix
             layer.pair.weight.requires_grad_(True)
     try:
         backward()

@@ -39,7 +39,7 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
         UnsupportedLayerError: a module is not supported; the message names it. The model has not been changed then.
     """
     reshard(model)
-    pairs = find_lora_pairs(model, sharded=True, experts=True)
+    pairs = find_lora_pairs(model, sharded=True, all_shapes=True)
     check_shards(pairs)
     peft_model = peft_model_of(model)
     own = None if peft_model is not None else _injected_model(model)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from scalora.maths.lowrank import DEFAULT_RTOL, Factors, rank_for_tolerance
 from scalora.model.adapters import LoraPair
-from scalora.model.experts import factors_of_matrices
 from scalora.model.layers import pattern_key
+from scalora.model.matrices import factors_of
 from scalora.model.tuner import tensors_as_given
 from scalora.model.update import factored_update
 from scalora.saving.base_name import base_name, write_base_name
@@ -137,7 +137,8 @@ def write_factors(
         truncated = [update.truncated(ranks[pair.name]) for update in updates[pair.name]]
         A = [_padded(update.left * update.values.sqrt(), ranks[pair.name]) for update in truncated]
         Bt = [_padded(update.right * update.values.sqrt(), ranks[pair.name]).mT for update in truncated]
-        lora_A, lora_B = (Bt[0], A[0]) if pair.experts == 1 else factors_of_matrices(torch.stack(Bt), torch.stack(A))
+        matrices = (Bt[0], A[0]) if pair.experts == 1 else (torch.stack(Bt), torch.stack(A))
+        lora_A, lora_B = factors_of(*matrices, (pair.lora_A, pair.lora_B))
         key_A, key_B = pair.keys
         state[key_A], state[key_B] = lora_A.contiguous().to(dtype), lora_B.contiguous().to(dtype)
         if (bias := key_B.removesuffix("weight") + "bias") in state:  # lora_bias=True

@@ -99,7 +99,8 @@ def adapter_errors(
         A, B = (tensors[_in_file(key, adapter)] for key in pair.keys)
         module = pattern_key(pair.name.removeprefix("base_model.model."), pair.layer)
         rank, scaling = _rank_and_scaling(config, module)
-        if A.shape != (rank * pair.experts, pair.n) or B.shape != (pair.m, rank * pair.experts):
+        rows = rank * pair.experts
+        if A.shape != (rows, *pair.lora_A.shape[1:]) or B.shape[:2] != (pair.m, rows):
             raise ExportError(
                 f"the factors of {pair.name!r} are {tuple(B.shape)} and {tuple(A.shape)}, but adapter_config.json says "
                 f"rank {rank}"
