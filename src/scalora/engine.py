@@ -26,6 +26,7 @@ from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.model.placement import check_places, resolve_merge
 from scalora.model.solve_constants import ConstantsOnDevice
 from scalora.model.target_norms import BaseRates, target_norms
+from scalora.model.tied_factors import sum_gradients
 from scalora.pair_adamw import PairAdamW
 from scalora.parallel.data_parallel import keep_out_of_broadcasts, unwrapped
 from scalora.parallel.layout import Share, laid_out
@@ -377,6 +378,7 @@ class ScaLora:
             check_not_sharded_since(self.pairs)
             self._had_steps = True
         with_loss = evaluate_closure(args, kwargs)
+        sum_gradients(self.pairs)
         rescales = self.config.rescales_at(self.step + 1)
         if rescales:
             self._check_before_rescale()

@@ -284,12 +284,10 @@ def markdown(settings: EstimateSettings, found: Estimate) -> str:
         f"Rescale: a lower bound, {1000 * sum(found.seconds.rescale.values()):.3g} ms; a real one takes longer.",
     ]
     if found.experts:
-        kept_whole = (
-            "" if settings.quantization == "none" else " They are not quantised, because only linear layers are."
-        )
+        unpacked = "" if settings.quantization == "none" else " They are not quantised, because only linear layers are."
         sections.append(
-            f"PEFT adds the update of experts that are one parameter to a copy of their weights in each pass, which takes "
-            f"{_gib(found.experts)} GiB more without gradient checkpointing.{kept_whole}"
+            "PEFT adds the update of experts that are one parameter to a copy of their weights in each pass, which "
+            f"takes {_gib(found.experts)} GiB more without gradient checkpointing.{unpacked}"
         )
     if found.uncounted:
         sections.append(

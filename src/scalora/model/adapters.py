@@ -7,7 +7,7 @@ and, if PEFT keeps its factors or its weight elsewhere, to `_checked_pair`.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -64,6 +64,7 @@ class LoraPair:
         layer: the PEFT layer. Its scaling is read at each step, because PEFT lets users change it.
         adapter: the adapter's name.
         experts: E, the number of matrices that `weight` is a stack of; 1 for one matrix.
+        twin: of an embedding, the output head that has its factors, transposed (``ensure_weight_tying``).
     """
 
     name: str
@@ -76,6 +77,7 @@ class LoraPair:
     layer: LoraLayer
     adapter: str
     experts: int = 1
+    twin: LoraPair | None = None
 
     @property
     def m(self) -> int:
@@ -114,6 +116,11 @@ class LoraPair:
         """The layer's remainder, which `scalora.model.placement.place_remainders` has attached."""
         remainder: Remainder = getattr(self.layer, REMAINDER)
         return remainder
+
+    @property
+    def layers(self) -> list[LoraLayer]:
+        """The layers that have the factors: `layer`, and the twin's."""
+        return [self.layer] if self.twin is None else [self.layer, self.twin.layer]
 
     @property
     def other_adapters(self) -> list[str]:
@@ -202,6 +209,9 @@ def find_lora_pairs(model: nn.Module, *, sharded: bool = False, all_shapes: bool
             pairs.append(_checked_pair(name, module, owners, sharded=sharded, all_shapes=all_shapes))
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             refuse(name, f"{type(module).__name__} is not a LoRA layer", "adapt the model with peft.LoraConfig")
+    pairs = _with_twins(pairs) if all_shapes else pairs
+    for pair in pairs:
+        _check_untied(pair, owners)
     if not pairs:
         raise UnsupportedLayerError(
             "the model has no LoRA layers: wrap it with peft.get_peft_model(model, LoraConfig(...)) first"
@@ -216,11 +226,12 @@ def pairs_with_remainders(model: nn.Module) -> list[LoraPair]:
         model: the model.
     """
     owners = _owners_of_parameters(model)
-    return [
+    pairs = [
         _pair(name, module, module.trained_adapter, owners)
         for name, module in model.named_modules()
         if isinstance(module, RemainderLayer)
     ]
+    return _with_twins(pairs)
 
 
 def refuse(name: str, reason: str, way_out: str) -> None:
@@ -279,8 +290,23 @@ def _checked_pair(
         elif "_fsdp_wrapped_module" in name or parameter.numel() == 0:  # FSDP1, ZeRO-3
             refuse(name, f"its {key} is sharded", "use fully_shard() (FSDP2) or DistributedDataParallel")
     for key, factor in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
-        _check_factor(name, key, factor, owners)
+        _check_factor(name, key, factor)
     return pair
+
+
+def _with_twins(pairs: list[LoraPair]) -> list[LoraPair]:
+    """The pairs, with heads that have the factors of an embedding as its twins."""
+    heads = {
+        (_memory_of(pair.lora_B), _memory_of(pair.lora_A)): pair for pair in pairs if isinstance(pair.layer, Linear)
+    }
+    found, twins = [], set()
+    for pair in pairs:
+        head = heads.get((_memory_of(pair.lora_A), _memory_of(pair.lora_B)))
+        if head is not None and isinstance(pair.layer, Embedding) and head.lora_B.shape == pair.lora_A.mT.shape:
+            pair = replace(pair, twin=head)
+            twins.add(head.name)
+        found.append(pair)
+    return [pair for pair in found if pair.name not in twins]
 
 
 def _pair(name: str, layer: LoraLayer, adapter: str, owners: dict[int, list[str]]) -> LoraPair:
@@ -374,12 +400,16 @@ def _check_convolution(pair: LoraPair, *, allowed: bool) -> None:
             refuse(pair.name, f"the {key} of the convolution is not contiguous", way_out)
 
 
-def _check_factor(name: str, key: str, parameter: nn.Parameter, owners: dict[int, list[str]]) -> None:
+def _check_factor(name: str, key: str, parameter: nn.Parameter) -> None:
     if not parameter.requires_grad:
         refuse(name, f"{key} is frozen", "ScaLoRA trains both factors: set requires_grad=True")
     _check_dtype(name, key, parameter)
-    if len(names := owners[_memory_of(parameter)]) > 1:
-        refuse(name, f"{key} is tied ({' = '.join(names)})", "use one adapter for each layer")
+
+
+def _check_untied(pair: LoraPair, owners: dict[int, list[str]]) -> None:
+    for key, parameter in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
+        if len(names := owners[_memory_of(parameter)]) > len(pair.layers):
+            refuse(pair.name, f"{key} is tied ({' = '.join(names)})", "use one adapter for each layer")
 
 
 def _check_dtype(name: str, key: str, parameter: nn.Parameter) -> None:

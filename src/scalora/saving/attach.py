@@ -52,8 +52,8 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
         trained = frozenset(plain_name(name) for name, p in root.named_parameters() if p.requires_grad)
         attachment = Attachment(base_fingerprint(root), trained)
     place_remainders(pairs, merge, remainder_rank)
-    for pair in pairs:
-        pair.layer.attachment = attachment
+    for layer in (layer for pair in pairs for layer in pair.layers):
+        layer.attachment = attachment
     if any(pair.is_sharded for pair in pairs):
         keep_rounding_errors_with_weights(pairs)
         factors: list[Tensor] = [factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)]

@@ -141,6 +141,9 @@ def write_factors(
         lora_A, lora_B = factors_of(*matrices, (pair.lora_A, pair.lora_B))
         key_A, key_B = pair.keys
         state[key_A], state[key_B] = lora_A.contiguous().to(dtype), lora_B.contiguous().to(dtype)
+        if pair.twin is not None:
+            for key, factor in zip(pair.twin.keys, (state[key_B], state[key_A]), strict=True):
+                state[key] = factor.mT.contiguous()
         if (bias := key_B.removesuffix("weight") + "bias") in state:  # lora_bias=True
             state[bias] = (state[bias] * pair.scaling).to(dtype)
         norms[pair.name] = sum(update.energy.item() for update in truncated) ** 0.5
@@ -148,9 +151,10 @@ def write_factors(
         errors[pair.name] = lost / norms[pair.name] if norms[pair.name] else 0.0
     settings = {"safe_serialization": safe_serialization, "save_embedding_layers": save_embedding_layers}
     patterns = {
-        pattern_key(pair.name.removeprefix("base_model.model."), pair.layer): ranks[pair.name]
+        pattern_key(layer.name.removeprefix("base_model.model."), layer.layer): ranks[pair.name]
         for pair in pairs
-        if per_layer
+        for layer in (pair, pair.twin)
+        if per_layer and layer is not None
     }
     _save_with_peft(model, pairs[0].adapter, state, patterns, largest, folder, settings)
     return AdapterReport(ranks, needed, errors, norms)
