@@ -291,28 +291,57 @@ MIXTRAL = MixtralConfig(
             32 * 3 * 16 * 16 + (1 + 4 + 1) * 32,  # patches; positions of four patches and the class, and the class
         ),
         (GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=64), AutoModelForCausalLM, 0),
-        (MIXTRAL, AutoModelForCausalLM, 2 * (4 * 3 * 32 * 64 + 4 * 32)),  # experts and routers
+        (MIXTRAL, AutoModelForCausalLM, 2 * 4 * 32),  # routers
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
 def test_other_kinds_of_models(config, kind, uncounted, tmp_path):
     config.save_pretrained(tmp_path / "model")
     real = kind.from_config(config)
-    # PEFT counts a mixture's experts among "all-linear" layers, and ScaLoRA refuses them.
-    targets = "q_proj,v_proj" if config is MIXTRAL else "all-linear"
-    result = command(tmp_path / "model", "--target-modules", targets, "--json", tmp_path / "estimate.json")
+    result = command(tmp_path / "model", "--json", tmp_path / "estimate.json")
     assert result.exit_code == 0, result.stderr
     found = json.loads((tmp_path / "estimate.json").read_text())
     assert (found["model"], found["parameters"]) == (type(real).__name__, sum(p.numel() for p in real.parameters()))
-    names = targets.split(",") if config is MIXTRAL else targets
-    assert found["trainable"] == adapted(real, r=8, target_modules=names).get_nb_trainable_parameters()[0]
+    assert found["trainable"] == adapted(real, r=8, target_modules="all-linear").get_nb_trainable_parameters()[0]
     assert found["uncounted"] == uncounted
     assert (f"Not in the step: {uncounted:,} parameters" in result.stdout) == (uncounted > 0)
 
 
+def test_experts_are_counted_by_those_that_a_token_sees(tmp_path):
+    MIXTRAL.save_pretrained(tmp_path)
+    # A step with so many tokens is limited by arithmetic.
+    words = ("--target-modules", "experts.gate_up_proj,experts.down_proj", "--tokens", 10**6)
+    few = estimated(tmp_path, tmp_path, *words)
+    entries, seen, tokens, rate = 2 * 4 * 3 * 32 * 64, 2 * 2 * 3 * 32 * 64, 10**6, few["settings"]["tflops"] * 1e12
+    linear = 2 * (2 * 32 * 32 + 2 * 32 * 16) + 64 * 32
+    assert few["experts"] == 2 * entries
+    assert few["layers"] == 4
+    base = 4 * (linear + seen) * tokens
+    assert few["seconds"]["lora"] * rate == pytest.approx(base + 2 * seen * tokens + 6 * entries * 8)
+    # Their remainders are in the weights, and their lower halves beside them.
+    assert few["memory"]["remainder"] == (2 * entries if few["merge"] == "dense" else 0)
+    real = AutoModelForCausalLM.from_config(MIXTRAL, dtype=torch.bfloat16)
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_peft_model(real, LoraConfig(r=8, target_modules=[], target_parameters=names))
+    pairs = find_lora_pairs(model, all_shapes=True)
+    place_remainders(pairs, few["merge"], 64)
+    assert sum(pair.remainder.rounded_off.nbytes for pair in pairs) == few["memory"]["remainder"]
+    factored = estimated(tmp_path, tmp_path, *words, "--merge", "factored")
+    assert factored["seconds"]["columns"] * rate == pytest.approx(6 * entries * 1.5 * 64)
+
+
+def test_experts_stay_as_they_are_where_linear_layers_are_quantised(tmp_path):
+    MIXTRAL.save_pretrained(tmp_path)
+    whole, packed = (estimated(tmp_path, tmp_path, *words) for words in ((), ("--quantization", "nf4")))
+    linear = 2 * (2 * 32 * 32 + 2 * 32 * 16)
+    saved = whole["memory"]["base"] - packed["memory"]["base"]
+    assert saved == pytest.approx(linear * (2 - 0.5 - 4 / 64))
+    assert "They are not quantised" in command(tmp_path, "--quantization", "nf4").stdout
+
+
 def test_a_layer_that_training_would_refuse_is_refused(tmp_path):
     MIXTRAL.save_pretrained(tmp_path)
-    refused(command(tmp_path), "is not supported")
+    refused(command(tmp_path, "--merge", "dense", "--quantization", "nf4"), "can't merge into nf4 weights")
 
 
 def test_nothing_of_it_is_made(large, monkeypatch):

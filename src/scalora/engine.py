@@ -27,11 +27,12 @@ from scalora.model.placement import check_places, resolve_merge
 from scalora.model.present import check_present, present_factors
 from scalora.model.solve_constants import ConstantsOnDevice
 from scalora.model.target_norms import BaseRates, target_norms
+from scalora.model.tied_factors import sum_gradients
 from scalora.pair_adamw import PairAdamW
 from scalora.parallel.data_parallel import keep_out_of_broadcasts, unwrapped
 from scalora.parallel.layout import Shapes, Share, laid_out, ranks_in
 from scalora.parallel.processes import failing_together, process_rank
-from scalora.parallel.sharded_pairs import check_not_sharded_since, check_optimizer_of_shards, check_shards
+from scalora.parallel.sharded_pairs import check_not_sharded_since, check_optimizer_of_parts, check_shards
 from scalora.parallel.shards import reshard, state_split_as, wholes_for
 from scalora.rescale import native
 from scalora.rescale.changes import Change, ColumnChange, MatrixChange, split
@@ -156,9 +157,9 @@ class ScaLora:
                 "columns: only with scalora.PairAdamW is it known from the learning rate"
             )
         reshard(self._model)
-        pairs = find_lora_pairs(self._model, sharded=True)
+        pairs = find_lora_pairs(self._model, sharded=True, all_shapes=True)
         check_shards(pairs)
-        check_optimizer_of_shards(pairs, self.optimizer, self._kinds)
+        check_optimizer_of_parts(pairs, self.optimizer, self._kinds)
         check_places(pairs, self.config.merge, self.config.remainder_rank)
         merge = resolve_merge(pairs, self.config.merge, self.config.remainder_rank)
         if merge != "factored" and isinstance(self.optimizer, PairAdamW) and self.optimizer.decays:
@@ -251,7 +252,7 @@ class ScaLora:
         counts["scalora/rescales"] = rescales
         remainders = factored_metrics([pair.remainder for pair in self.pairs])
         self._notices.about_discarded(remainders.get("scalora/discarded", 0.0))
-        return summarise(self._last, len(self.pairs)) | counts | remainders
+        return summarise(self._last, sum(pair.experts for pair in self.pairs)) | counts | remainders
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs to continue exactly as if it had not stopped, as tensors, numbers and strings.
@@ -387,6 +388,7 @@ class ScaLora:
             self._had_steps = True
         check_moment(type(optimizer).__name__, self.pairs[0].lora_A.device)
         with_loss = evaluate_closure(args, kwargs)
+        sum_gradients(self.pairs)
         rescales = self.config.rescales_at(self.step + 1)
         if rescales:
             self._check_before_rescale()
@@ -478,7 +480,7 @@ class ScaLora:
         The solve is batched over all layers, the other operations over the layers of each shape, except for the merge,
         which takes one operation per weight.
         """
-        sizes = [len(pairs) for pairs in shapes]
+        sizes = [len(share.factors.remainders) for share in shares]
         with record_function(PARTS[0]):
             rates = self._progress.base_rates or {}
             constants = constants_of.of([pair for pairs in shapes for pair in pairs], rates)

@@ -21,6 +21,7 @@ from scalora.maths.pair_moments import directions, update_moments
 from scalora.maths.scaling import solver_dtype
 from scalora.maths.weight_steps import step_sizes
 from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.model.matrices import stack_of_A, stack_of_B
 from scalora.parallel.sharded_pairs import check_shards, with_their_shards
 from scalora.parallel.shards import axis_of, gathering, local
 from scalora.rescale.optimizers import loss_of
@@ -45,6 +46,7 @@ class _Alike(NamedTuple):
     m: int
     n: int
     r: int
+    experts: int
     dtype: torch.dtype
     device: torch.device
     of_A: _Moments
@@ -53,7 +55,7 @@ class _Alike(NamedTuple):
     @classmethod
     def of(cls, pair: LoraPair, groups: Sequence[_Group], steps: Sequence[int]) -> _Alike:
         moments = (_Moments(step, tuple(g["betas"]), g["eps"]) for g, step in zip(groups, steps, strict=True))
-        return cls(pair.m, pair.n, pair.r, pair.lora_A.dtype, pair.lora_A.device, *moments)
+        return cls(pair.m, pair.n, pair.r, pair.experts, pair.lora_A.dtype, pair.lora_A.device, *moments)
 
 
 class _Tensors(NamedTuple):
@@ -65,13 +67,14 @@ class _Tensors(NamedTuple):
 
 
 class _Factors(NamedTuple):
-    """The factors of one shape, A or B, of pairs that are alike.
+    """The factors of one shape, A or B, of pairs that are alike. Each expert is a layer.
 
     Attributes:
         parameters: the parameters.
         tensors: their tensors.
         values: the parameters with r columns each, (layers, d, r); may be overwritten.
         tall: whether the parameters themselves have r columns, as ``lora_B``, and not r rows, as ``lora_A``.
+        experts: of how many experts each parameter has the factors.
         groups: the parameter groups that they are in.
         sizes: step sizes with which an entry of a weight moves by 1, (layers,).
     """
@@ -80,6 +83,7 @@ class _Factors(NamedTuple):
     tensors: list[_Tensors]
     values: Float[Tensor, "layers d r"]
     tall: bool
+    experts: int
     groups: Sequence[_Group]
     sizes: Float[Tensor, " layers"]
 
@@ -89,28 +93,41 @@ class _Factors(NamedTuple):
         pairs, groups_A, groups_B = zip(*members, strict=True)
         of_A, of_B = [pair.lora_A for pair in pairs], [pair.lora_B for pair in pairs]
         tensors_A, tensors_B = list(map(tensors, of_A)), list(map(tensors, of_B))
-        A, B = torch.stack([t.value for t in tensors_B]), torch.stack([t.value for t in tensors_A]).mT
-        sizes = step_sizes(A, B, _of_layers([pair.scaling for pair in pairs], A))
+        experts = pairs[0].experts
+        A = _stacked([t.value for t in tensors_B], experts, tall=True)
+        B = _stacked([t.value for t in tensors_A], experts, tall=False)
+        sizes = step_sizes(A, B, _of_layers([pair.scaling for pair in pairs], A, experts))
         return (
-            cls(of_A, tensors_A, B, False, groups_A, sizes),
-            cls(of_B, tensors_B, A, True, groups_B, sizes),
+            cls(of_A, tensors_A, B, False, experts, groups_A, sizes),
+            cls(of_B, tensors_B, A, True, experts, groups_B, sizes),
         )
 
     def stacked(self, tensors: list[Tensor]) -> Float[Tensor, "layers d r"]:
         """Tensors of the parameters' shape as `values` are."""
-        stack = torch.stack(tensors)
-        return stack if self.tall else stack.mT
+        return _stacked(tensors, self.experts, tall=self.tall)
 
     def store(self, tensors: list[Any], values: Float[Tensor, "layers d r"]) -> None:
         """Overwrite tensors of the parameters' shape with others, given as `values` are."""
-        torch._foreach_copy_(tensors, list((values if self.tall else values.mT).unbind()))
+        stacks = [_as_stack(tensor, self.experts, tall=self.tall) for tensor in tensors]
+        torch._foreach_copy_(stacks, list(torch.split(values if self.tall else values.mT, self.experts)))
+
+    def of_layers(self, tensors: list[Tensor]) -> Tensor:
+        """Entries of the parameters' states, which have a dimension for experts if there are any, stacked."""
+        stack = torch.stack(tensors)
+        return stack if self.experts == 1 else stack.flatten(0, 1)
+
+    def of_parameters(self, stack: Tensor) -> list[Tensor]:
+        """The inverse of `of_layers`."""
+        if self.experts > 1:
+            stack = stack.view(len(self.parameters), self.experts, *stack.shape[1:])
+        return list(stack.unbind())
 
     def move(self, directions: Float[Tensor, "layers d r"]) -> None:
         """Take a step in directions with entries of order 1, which are overwritten."""
         if any(group["weight_decay"] for group in self.groups):
-            kept = _of_layers([_kept(group) for group in self.groups], self.values)
+            kept = _of_layers([_kept(group) for group in self.groups], self.values, self.experts)
             self.values.mul_(kept[:, None, None])
-        lengths = _of_layers([group["lr"] for group in self.groups], self.values) * self.sizes
+        lengths = _of_layers([group["lr"] for group in self.groups], self.values, self.experts) * self.sizes
         self.store([t.value for t in self.tensors], directions.mul_(-lengths[:, None, None]).add_(self.values))
 
 
@@ -165,7 +182,7 @@ class PairAdamW(Optimizer):
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {betas!r}")
-        self._pairs = find_lora_pairs(model, sharded=True)
+        self._pairs = find_lora_pairs(model, sharded=True, all_shapes=True)
         check_shards(self._pairs)
         self._had_steps = False
         given = [p for p in model.parameters() if p.requires_grad] if params is None else params
@@ -281,13 +298,15 @@ class PairAdamW(Optimizer):
     def _count_steps(self, pairs: list[LoraPair]) -> None:
         """Count a step in the states of factors, which are created before their first one."""
         for pair in pairs:
-            for parameter, (rows, r) in ((pair.lora_A, pair.lora_A.mT.shape), (pair.lora_B, pair.lora_B.shape)):
+            stack = () if pair.experts == 1 else (pair.experts,)
+            for parameter, rows in ((pair.lora_A, pair.n), (pair.lora_B, pair.m)):
                 if not (state := self.state[parameter]):
                     state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, as AdamW's
                     state["exp_avg"] = torch.zeros_like(parameter)
                     # Whole in every process, also where the parameter is split.
-                    state["second_moment"] = local(parameter).new_zeros(r, r, dtype=solver_dtype(parameter.device))
-                    state["row_weights"] = local(parameter).new_zeros(rows)
+                    square, dtype = (*stack, pair.r, pair.r), solver_dtype(parameter.device)
+                    state["second_moment"] = local(parameter).new_zeros(square, dtype=dtype)
+                    state["row_weights"] = local(parameter).new_zeros(*stack, rows)
         if pairs:
             torch._foreach_add_([self.state[f]["step"] for pair in pairs for f in (pair.lora_A, pair.lora_B)], 1)
 
@@ -299,15 +318,15 @@ class PairAdamW(Optimizer):
         for factors, of_shape in zip(of_all_shapes, states, strict=True):
             gradients.append(factors.stacked([t.gradient for t in factors.tensors]))
             firsts.append(factors.stacked([t.first for t in factors.tensors]))
-            seconds.append(torch.stack([state["second_moment"] for state in of_shape]))
-            row_weights.append(torch.stack([state["row_weights"] for state in of_shape]))
+            seconds.append(factors.of_layers([state["second_moment"] for state in of_shape]))
+            row_weights.append(factors.of_layers([state["row_weights"] for state in of_shape]))
         update_moments(gradients, firsts, seconds, row_weights, step=step, betas=betas)
         for factors, of_shape, first, second, weights in zip(
             of_all_shapes, states, firsts, seconds, row_weights, strict=True
         ):
             factors.store([t.first for t in factors.tensors], first)
-            torch._foreach_copy_([state["second_moment"] for state in of_shape], list(second.unbind()))
-            torch._foreach_copy_([state["row_weights"] for state in of_shape], list(weights.unbind()))
+            torch._foreach_copy_([state["second_moment"] for state in of_shape], factors.of_parameters(second))
+            torch._foreach_copy_([state["row_weights"] for state in of_shape], factors.of_parameters(weights))
         return directions(firsts, seconds, row_weights, step=step, betas=betas, eps=eps)
 
     def _step_others(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
@@ -345,6 +364,18 @@ def _kept(group: _Group) -> float:
     return kept
 
 
-def _of_layers(numbers: list[float], like: Tensor) -> Float[Tensor, " layers"]:
-    """One number for each layer, on the device of their factors, for which the host does not wait."""
-    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
+def _stacked(tensors: list[Tensor], experts: int, *, tall: bool) -> Float[Tensor, "layers d r"]:
+    """Tensors of the shape of ``lora_B`` (tall), or of ``lora_A``, with r columns each, those of each expert."""
+    stack = torch.cat([_as_stack(tensor, experts, tall=tall) for tensor in tensors])
+    return stack if tall else stack.mT
+
+
+def _as_stack(tensor: Tensor, experts: int, *, tall: bool) -> Float[Tensor, "experts rows columns"]:
+    """A view of a tensor of the shape of ``lora_B`` (tall), or of ``lora_A``, as matrices of that shape."""
+    return stack_of_B(tensor, experts) if tall else stack_of_A(tensor, experts)
+
+
+def _of_layers(numbers: list[float], like: Tensor, experts: int) -> Float[Tensor, " layers"]:
+    """One number for each pair, for each of its experts, on the device of their factors. The host does not wait."""
+    repeated = [number for number in numbers for _ in range(experts)]
+    return torch.tensor(repeated, dtype=like.dtype).to(like.device, non_blocking=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from scalora.config import Merge, ScaLoraConfig
 from scalora.maths.oracle import optimal_adapter
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
+from scalora.model.matrices import factors_of, matrices_of, stack_of_weight
 from scalora.model.placement import check_places
 from scalora.model.target_norms import target_norms
 from scalora.parallel.data_parallel import unwrapped
 from scalora.parallel.processes import averaged, require_process_group, take_from_first
+from scalora.rescale.remainder import Remainder
 from scalora.saving.attach import attach
 
 
@@ -55,7 +57,7 @@ def optimal_start(
     require_process_group("optimal_start")
     config = ScaLoraConfig(target_norm=target_norm, smoothness=smoothness, merge=merge, remainder_rank=remainder_rank)
     model = unwrapped(model)
-    pairs = find_lora_pairs(model)
+    pairs = find_lora_pairs(model, all_shapes=True)
     check_places(pairs, merge, remainder_rank)
     norms = _norms(pairs, config, learning_rate)
     # The gradients are those of one model, and the product that is merged into the base is one of these factors.
@@ -105,16 +107,14 @@ def random_start(
     require_process_group("random_start")
     config = ScaLoraConfig(target_norm=target_norm, smoothness=smoothness, merge=merge, remainder_rank=remainder_rank)
     model = unwrapped(model)
-    pairs = find_lora_pairs(model)
+    pairs = find_lora_pairs(model, all_shapes=True)
     norms = _norms(pairs, config, learning_rate)
     take_from_first([p.data for pair in pairs for p in (pair.lora_A, pair.lora_B)])
-    starts = [
-        (
-            norms[pair.name][0] * nn.functional.normalize(torch.randn_like(pair.lora_B), dim=0),
-            norms[pair.name][1] * nn.functional.normalize(torch.randn_like(pair.lora_A), dim=1).mT,
-        )
-        for pair in pairs
-    ]
+    starts = []
+    for pair in pairs:
+        Bt, A = matrices_of(torch.randn_like(pair.lora_A), torch.randn_like(pair.lora_B), pair.experts)
+        A = norms[pair.name][0] * nn.functional.normalize(A, dim=-2)
+        starts.append((A, norms[pair.name][1] * nn.functional.normalize(Bt, dim=-1).mT))
     _start_from(model, starts, config)
 
 
@@ -169,7 +169,7 @@ def weight_gradients(model: nn.Module, pairs: list[LoraPair], train_step: Callab
         train_step: computes the loss on a few batches and calls ``backward()``; called once.
 
     Returns:
-        The gradient of each pair's base weight, (m, n); None for a weight that got none.
+        The gradient of each pair's base weight, (m, n), or (E, m, n) of experts; None for a weight that got none.
 
     Raises:
         UnsupportedLayerError: a base weight is quantised or tied.
@@ -181,11 +181,16 @@ def weight_gradients(model: nn.Module, pairs: list[LoraPair], train_step: Callab
             pair.weight.requires_grad_(True)
         train_step()
         gradients = averaged([pair.weight.grad for pair in pairs], [pair.weight for pair in pairs])
-        return [None if G is None else pair.oriented(G) for pair, G in zip(pairs, gradients, strict=True)]
+        return [None if G is None else _as_matrix(pair, G) for pair, G in zip(pairs, gradients, strict=True)]
     finally:
         for pair, trained in zip(pairs, trained_before, strict=True):
             pair.weight.requires_grad_(trained)
         model.zero_grad(set_to_none=True)
+
+
+def _as_matrix(pair: LoraPair, gradient: Tensor) -> Tensor:
+    stack = stack_of_weight(gradient, pair.experts)
+    return pair.oriented(stack[0] if pair.experts == 1 else stack)
 
 
 @torch.no_grad()
@@ -194,11 +199,25 @@ def replace_factors(pairs: list[LoraPair], starts: list[tuple[Tensor, Tensor]]) 
 
     Args:
         pairs: LoRA pairs with remainders; modified.
-        starts: the new factors A, (m, r), and B, (n, r), of each pair.
+        starts: the new factors A, (m, r), and B, (n, r), of each pair; for experts, (E, m, r) and (E, n, r).
     """
     for pair, (A, B) in zip(pairs, starts, strict=True):
-        pair.remainder.add(pair.weight, pair.merge_scaling * pair.lora_B, pair.lora_A.mT)
-        pair.lora_B.copy_(A)
-        pair.lora_A.copy_(B.mT)
-        pair.remainder.add(pair.weight, -pair.merge_scaling * pair.lora_B, pair.lora_A.mT)
+        _add_product(pair, pair.merge_scaling)
+        lora_A, lora_B = factors_of(B.mT, A, (pair.lora_A, pair.lora_B))
+        pair.lora_B.copy_(lora_B)
+        pair.lora_A.copy_(lora_A)
+        _add_product(pair, -pair.merge_scaling)
     pairs[0].layer.factor_guard.forget()
+
+
+def _add_product(pair: LoraPair, scaling: float) -> None:
+    """Add ``scaling·A·Bᵀ`` to a pair's remainder, or to those of its experts."""
+    if pair.is_matrix:
+        pair.remainder.add(pair.weight, scaling * pair.lora_B, pair.lora_A.mT)
+        return
+    weights = pair.matrices_of_weight(pair.weight.detach())
+    parts: Sequence[Remainder] = pair.remainder.by_matrix(pair.weight, weights)
+    factors = pair.matrices_of_B(pair.lora_B), pair.matrices_of_A(pair.lora_A)
+    for remainder, weight, A, Bt in zip(parts, weights, *factors, strict=True):
+        remainder.add(weight, scaling * A, Bt.mT)
+    pair.remainder.follow(parts)  # type: ignore[arg-type]  # of its own kind

@@ -121,7 +121,7 @@ def _measure(
 
 def _rescale(name: str, contender: Contender, machine: Machine) -> Rescale:
     """The parts of a rescale and their lower bounds."""
-    pairs = find_lora_pairs(contender.model)
+    pairs = find_lora_pairs(contender.model, all_shapes=True)
     return Rescale(name, kind_of(pairs[0].remainder), rescale_parts(contender), seconds_of_parts(pairs, *machine))
 
 

@@ -89,7 +89,8 @@ class Estimate:
         share: trainable parameters as a fraction of all, the adapter's included, as PEFT counts them.
         layers: number of adapted layers.
         uncounted: number of parameters whose arithmetic is not counted: those with more than one dimension in layers
-            that are neither linear layers nor embeddings, such as experts and convolutions.
+            that are neither linear layers, nor embeddings, nor experts, such as convolutions and routers.
+        experts: bytes of adapted experts that are one parameter. PEFT adds the update to a copy of theirs in each pass.
         merge: where the remainder goes, any but ``"auto"``.
         memory: memory by part; with several GPUs, that of each.
         seconds: times of a step and a rescale.
@@ -102,6 +103,7 @@ class Estimate:
     share: float
     layers: int
     uncounted: int
+    experts: int
     merge: Merge
     memory: Memory
     seconds: Seconds
@@ -126,9 +128,10 @@ def estimate(settings: EstimateSettings) -> Estimate:
         base = _model(_config(settings.config), settings)
         quantised = set() if settings.quantization == "none" else quantisable_layers(base)
         base_bytes = bytes_of_base(base, quantised, settings.quantization)
-        matrices, uncounted = _matrices(base)
+        chosen = getattr(base.config.get_text_config(), "num_experts_per_tok", None)
+        matrices, uncounted = _matrices(base, chosen)
         units = bytes_of_units(base)
-        adapted = get_peft_model(base, LoraConfig(r=settings.r, target_modules=_targets(base, settings)))
+        adapted = get_peft_model(base, LoraConfig(r=settings.r, **_targets(base, settings)))
         trainable, total = adapted.get_nb_trainable_parameters()
         pairs = pairs_over_quantised(adapted, quantised)
     if settings.merge in MERGES_INTO_THE_BASE and any(pair.quantised for pair in pairs):
@@ -150,9 +153,10 @@ def estimate(settings: EstimateSettings) -> Estimate:
         share=trainable / total,
         layers=len(pairs),
         uncounted=uncounted,
+        experts=sum(pair.weight.nbytes for pair in pairs if pair.experts > 1),
         merge=merge,
         memory=memory,
-        seconds=_seconds(pairs, matrices, base_bytes, merge, settings, sent),
+        seconds=_seconds(pairs, matrices, chosen, base_bytes, merge, settings, sent),
         traffic=sent,
     )
 
@@ -189,44 +193,61 @@ def _model(config: PreTrainedConfig, settings: EstimateSettings) -> PreTrainedMo
         ) from None
 
 
-def _matrices(base: nn.Module) -> tuple[int, int]:
-    """Number of weights in linear layers, including the head's even if it is tied, and `Estimate.uncounted`."""
-    linear, known = 0, set()
+def _matrices(base: nn.Module, chosen: int | None) -> tuple[float, int]:
+    """Number of weights that a token is multiplied by, including the head's even if it is tied, and the uncounted."""
+    multiplied, known = 0.0, set()
     for layer in base.modules():
         if isinstance(layer, ADAPTABLE):
             known.add(layer.weight)
-            linear += 0 if isinstance(layer, nn.Embedding) else layer.weight.numel()
-    return linear, sum(p.numel() for p in base.parameters() if p.ndim > 1 and p not in known)
+            multiplied += 0 if isinstance(layer, nn.Embedding) else layer.weight.numel()
+        for weights in layer.parameters(recurse=False) if chosen else ():
+            if weights.ndim == 3 and len(weights) == getattr(layer, "num_experts", None):
+                known.add(weights)
+                multiplied += weights[0].numel() * chosen  # type: ignore[operator]
+    return multiplied, sum(p.numel() for p in base.parameters() if p.ndim > 1 and p not in known)
 
 
-def _targets(base: nn.Module, settings: EstimateSettings) -> str | list[str]:
+def _targets(base: nn.Module, settings: EstimateSettings) -> dict[str, Any]:
+    """PEFT's settings of what is adapted: layers, and parameters such as experts."""
     if settings.target_modules == DEFAULT_TARGET_MODULES:
-        return DEFAULT_TARGET_MODULES
-    targets = [name.strip() for name in settings.target_modules.split(",")]
+        return {"target_modules": DEFAULT_TARGET_MODULES}
     layers = [name for name, layer in base.named_modules() if isinstance(layer, ADAPTABLE)]
-    for target in targets:
+    parameters = [name for name, parameter in base.named_parameters() if parameter.ndim == 3]
+    found: dict[str, list[str]] = {"target_modules": [], "target_parameters": []}
+    for target in map(str.strip, settings.target_modules.split(",")):
+        of_layer, of_parameter = (
+            any(f".{name}".endswith(f".{target}") for name in names) for names in (layers, parameters)
+        )
         # PEFT ignores a name that matches no layer, as long as another one does.
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
-            kinds = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+        if not of_layer and not of_parameter:
+            kinds = dict.fromkeys(name.rpartition(".")[2] for name in layers + parameters)
             raise InputError(f"--target-modules {target!r}: no layer has that name; the names are {', '.join(kinds)}")
-    return targets
+        found["target_modules" if of_layer else "target_parameters"].append(target)
+    return found
 
 
 def _seconds(
     pairs: list[LoraPair],
-    matrices: int,
+    matrices: float,
+    chosen: int | None,
     base_bytes: int,
     merge: Merge,
     settings: EstimateSettings,
     sent: Traffic | None,
 ) -> Seconds:
-    """Estimated times; `matrices` is the number of weights in all linear layers."""
+    """Estimated times; a token is multiplied by so many weights of `matrices`, and goes through `chosen` experts."""
     factored = merge == "factored"
-    width = sum(pair.m + pair.n for pair in pairs)
+    stacks = [pair for pair in pairs if pair.experts > 1]
+    width = sum(pair.m + pair.n for pair in pairs if pair.experts == 1)
     # Operations per weight and token: 2 forward and 2 for the gradient with respect to the input. The adapter's weights
     # take 2 more for their own gradient; frozen weights have none.
     lora = (4 * matrices + 6 * width * settings.r) * settings.tokens
-    columns = 4 * width * _MEAN_COLUMNS * settings.remainder_rank * settings.tokens if factored else 0
+    # The update of experts is added to all their weights, whatever the number of tokens, and has the gradients of all
+    # its factors' entries, for which those weights have gradients as if they were trained.
+    lora += sum(6 * pair.weight.numel() * pair.r for pair in stacks)
+    lora += sum(2 * pair.m * pair.n * (chosen or pair.experts) for pair in stacks) * settings.tokens
+    kept = _MEAN_COLUMNS * settings.remainder_rank if factored else 0
+    columns = 4 * width * kept * settings.tokens + sum(6 * pair.weight.numel() * kept for pair in stacks)
     rescale = rescale_work_of(pairs, merge, settings.remainder_rank)._asdict()
     if sent is not None:
         rescale = work_of_one(rescale, merge, settings.parallel, settings.gpus)
@@ -288,6 +309,12 @@ def markdown(settings: EstimateSettings, found: Estimate) -> str:
         "or reading the weights twice if that takes longer. "
         f"Rescale: a lower bound, {1000 * sum(found.seconds.rescale.values()):.3g} ms; a real one takes longer.",
     ]
+    if found.experts:
+        unpacked = "" if settings.quantization == "none" else " They are not quantised, because only linear layers are."
+        sections.append(
+            "PEFT adds the update of experts that are one parameter to a copy of their weights in each pass, which "
+            f"takes {_gib(found.experts)} GiB more without gradient checkpointing.{unpacked}"
+        )
     if found.uncounted:
         sections.append(
             f"Not in the step: {found.uncounted:,} parameters of layers that are neither linear nor embeddings. A real "

@@ -142,6 +142,7 @@ def rescale_work_of(pairs: list[LoraPair], merge: Merge, remainder_rank: int, *,
                 remainder_rank=remainder_rank if merge == "factored" else None,
             )
             for pair in pairs
+            for _ in range(pair.experts)
         ),
     )
 

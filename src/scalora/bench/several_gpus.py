@@ -13,7 +13,8 @@ from scalora.bench.settings import Parallel
 from scalora.config import Merge
 from scalora.model.adapters import LoraPair
 from scalora.model.memory import Memory
-from scalora.parallel.buckets import alike, gathered_of, in_buckets
+from scalora.parallel.buckets import BUCKET, alike, gathered_of
+from scalora.parallel.layout import in_buckets
 from scalora.parallel.traffic import (
     Collective,
     of_gather,
@@ -102,7 +103,9 @@ def rescale_collectives(pairs: list[LoraPair], merge: Merge, parallel: Parallel,
         return gathered_of(pair, whole_B=pair.transposed or merge == "factored")
 
     buckets = in_buckets(
-        alike(pairs, lambda pair: pair.transposed), lambda pair: _SINGLE * of_gather(processes, matrices(pair))[1]
+        alike(pairs, lambda pair: pair.transposed),
+        lambda pair: _SINGLE * of_gather(processes, matrices(pair))[1],
+        BUCKET,
     )
     return rescale_of_shards(
         processes, [[(pair.r, matrices(pair)) for of_shape in bucket for pair in of_shape] for bucket in buckets]

@@ -7,25 +7,29 @@ and, if PEFT keeps its factors or its weight elsewhere, to `_checked_pair`.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from scalora.model.layers import (
     ADAPTABLE,
+    CONVOLUTIONS,
     QUANTISED,
     configured_scaling,
+    experts_of,
     factor_keys,
     factors_of,
     is_distributed,
     plain_name,
     stored_transposed,
+    weight_key,
 )
+from scalora.model.matrices import is_viewable, stack_of_A, stack_of_B, stack_of_weight
 from scalora.model.mixed_class import plain_class
 from scalora.model.remainder_forward import WithRemainder
 from scalora.model.remainder_layer import REMAINDER, RemainderLayer
@@ -35,6 +39,9 @@ from scalora.rescale.remainder import HALF, FactoredRemainder, Remainder
 MERGEABLE = (torch.float32, torch.float64, *HALF)
 """Dtypes of base weights that can take a merge."""
 
+# PEFT's layers over unquantised weights.
+_PLAIN = (Linear, Embedding, Conv1d, Conv2d, Conv3d)
+
 
 class UnsupportedLayerError(ValueError):
     """A module that ScaLoRA does not support. The message names the module, the reason and what to do."""
@@ -42,18 +49,22 @@ class UnsupportedLayerError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class LoraPair:
-    """One adapted layer: ``W + s·A·Bᵀ``.
+    """One adapted layer: ``W + s·A·Bᵀ``, or a stack of E such matrices, a mixture's experts.
 
     Attributes:
         name: the module's name in the model, without wrappers (`scalora.model.layers.plain_name`).
-        lora_A: PEFT's ``lora_A.weight``, (r, n): the paper's Bᵀ.
-        lora_B: PEFT's ``lora_B.weight``, (m, r): the paper's A.
-        weight: the frozen base weight, (m, n), or (n, m) if `transposed`; in a packed format if `quantised`.
+        lora_A: PEFT's ``lora_A.weight``, (r, n): the paper's Bᵀ. Of other shapes for experts and convolutions
+            (`scalora.model.matrices`).
+        lora_B: PEFT's ``lora_B.weight``, (m, r): the paper's A. Of other shapes for experts and convolutions.
+        weight: the frozen base weight, (m, n), or (n, m) if `transposed`; in a packed format if `quantised`. For
+            experts, (E, m, n) or (E, n, m); for a convolution, (m, inputs, …).
         quantised: whether the base weight is quantised, so that nothing can be merged into it.
         tied: the names of the base weight if it has more than one, so that a merge would change other layers.
         transposed: whether the base weight is stored transposed (Conv1D, embeddings).
         layer: the PEFT layer. Its scaling is read at each step, because PEFT lets users change it.
         adapter: the adapter's name.
+        experts: E, the number of matrices that `weight` is a stack of; 1 for one matrix.
+        twin: of an embedding, the output head that has its factors, transposed (``ensure_weight_tying``).
     """
 
     name: str
@@ -65,6 +76,8 @@ class LoraPair:
     transposed: bool
     layer: LoraLayer
     adapter: str
+    experts: int = 1
+    twin: LoraPair | None = None
 
     @property
     def m(self) -> int:
@@ -73,13 +86,13 @@ class LoraPair:
 
     @property
     def n(self) -> int:
-        """Columns of W: in_features."""
-        return self.lora_A.shape[1]
+        """Columns of W: in_features, or the entries of a convolution's patches."""
+        return self.lora_A.shape[1:].numel()
 
     @property
     def r(self) -> int:
-        """The adapter's rank."""
-        return self.lora_A.shape[0]
+        """The adapter's rank, that of each expert."""
+        return self.lora_A.shape[0] // self.experts
 
     @property
     def scaling(self) -> float:
@@ -103,6 +116,11 @@ class LoraPair:
         """The layer's remainder, which `scalora.model.placement.place_remainders` has attached."""
         remainder: Remainder = getattr(self.layer, REMAINDER)
         return remainder
+
+    @property
+    def layers(self) -> list[LoraLayer]:
+        """The layers that have the factors: `layer`, and the twin's."""
+        return [self.layer] if self.twin is None else [self.layer, self.twin.layer]
 
     @property
     def other_adapters(self) -> list[str]:
@@ -140,26 +158,60 @@ class LoraPair:
         """
         return matrix.mT if self.transposed else matrix
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the layer is one matrix, with tensors of its shape: not a stack of experts, nor a convolution."""
+        return self.experts == 1 and self.lora_A.ndim == 2
 
-def find_lora_pairs(model: nn.Module, *, sharded: bool = False) -> list[LoraPair]:
+    def matrices_of_A(self, lora_A: Tensor) -> list[Tensor]:
+        """The (r, n) of each expert, or of the layer, as views.
+
+        Args:
+            lora_A: `lora_A`, or a tensor of its shape, also for another rank.
+        """
+        return list(stack_of_A(lora_A, self.experts))
+
+    def matrices_of_B(self, lora_B: Tensor) -> list[Tensor]:
+        """The (m, r) of each expert, or of the layer, as views.
+
+        Args:
+            lora_B: `lora_B`, or a tensor of its shape, also for another rank.
+        """
+        return list(stack_of_B(lora_B, self.experts))
+
+    def matrices_of_weight(self, weight: Tensor) -> list[Tensor]:
+        """The weight of each expert, or of the layer, as matrices in their storage order, as views.
+
+        Args:
+            weight: `weight`, or a tensor of its shape.
+        """
+        return list(stack_of_weight(weight, self.experts))
+
+
+def find_lora_pairs(model: nn.Module, *, sharded: bool = False, all_shapes: bool = False) -> list[LoraPair]:
     """Find all LoRA pairs of a model and check that each is supported.
 
     Args:
         model: a `PeftModel`, or any module into which PEFT has injected LoRA layers.
         sharded: whether the caller can do with the shards of FSDP2. Few can, so by default these are refused.
+        all_shapes: whether the caller can do with layers that are not one matrix: experts that are one parameter, and
+            convolutions. Few can, so by default these are refused.
 
     Raises:
-        UnsupportedLayerError: there is no LoRA layer, or an unsupported one: DoRA and other variants, convolutions,
-            attention modules, sharded or trained base weights, adapter weights that are in half precision, frozen or
-            tied, a merged or disabled adapter, more than one active adapter.
+        UnsupportedLayerError: there is no LoRA layer, or an unsupported one: DoRA and other variants, attention
+            modules, grouped convolutions, sharded or trained base weights, adapter weights that are in half precision,
+            frozen or tied, a merged or disabled adapter, more than one active adapter.
     """
     owners = _owners_of_parameters(model)
     pairs = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            pairs.append(_checked_pair(name, module, owners, sharded=sharded))
+            pairs.append(_checked_pair(name, module, owners, sharded=sharded, all_shapes=all_shapes))
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             refuse(name, f"{type(module).__name__} is not a LoRA layer", "adapt the model with peft.LoraConfig")
+    pairs = _with_twins(pairs) if all_shapes else pairs
+    for pair in pairs:
+        _check_untied(pair, owners)
     if not pairs:
         raise UnsupportedLayerError(
             "the model has no LoRA layers: wrap it with peft.get_peft_model(model, LoraConfig(...)) first"
@@ -174,11 +226,12 @@ def pairs_with_remainders(model: nn.Module) -> list[LoraPair]:
         model: the model.
     """
     owners = _owners_of_parameters(model)
-    return [
+    pairs = [
         _pair(name, module, module.trained_adapter, owners)
         for name, module in model.named_modules()
         if isinstance(module, RemainderLayer)
     ]
+    return _with_twins(pairs)
 
 
 def refuse(name: str, reason: str, way_out: str) -> None:
@@ -210,10 +263,16 @@ def _memory_of(parameter: Tensor) -> int:
     return parameter.data_ptr() if has_memory else -id(parameter)
 
 
-def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]], *, sharded: bool) -> LoraPair:
+def _checked_pair(
+    name: str, layer: LoraLayer, owners: dict[int, list[str]], *, sharded: bool, all_shapes: bool
+) -> LoraPair:
     adapter = _only_adapter(name, layer)
     _check_plain_lora(name, layer, adapter)
     pair = _pair(name, layer, adapter, owners)
+    if isinstance(layer, ParamWrapper):
+        _check_parameter(pair, layer, allowed=all_shapes)
+    if isinstance(pair.layer.get_base_layer(), CONVOLUTIONS):
+        _check_convolution(pair, allowed=all_shapes)
     # Controls have attached layers compute the gradients of their weights (`scalora.rivals.controls.OracleRestarts`).
     if pair.weight.requires_grad and not isinstance(layer, RemainderLayer):
         refuse(
@@ -231,8 +290,23 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]], *, 
         elif "_fsdp_wrapped_module" in name or parameter.numel() == 0:  # FSDP1, ZeRO-3
             refuse(name, f"its {key} is sharded", "use fully_shard() (FSDP2) or DistributedDataParallel")
     for key, factor in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
-        _check_factor(name, key, factor, owners)
+        _check_factor(name, key, factor)
     return pair
+
+
+def _with_twins(pairs: list[LoraPair]) -> list[LoraPair]:
+    """The pairs, with heads that have the factors of an embedding as its twins."""
+    heads = {
+        (_memory_of(pair.lora_B), _memory_of(pair.lora_A)): pair for pair in pairs if isinstance(pair.layer, Linear)
+    }
+    found, twins = [], set()
+    for pair in pairs:
+        head = heads.get((_memory_of(pair.lora_A), _memory_of(pair.lora_B)))
+        if head is not None and isinstance(pair.layer, Embedding) and head.lora_B.shape == pair.lora_A.mT.shape:
+            pair = replace(pair, twin=head)
+            twins.add(head.name)
+        found.append(pair)
+    return [pair for pair in found if pair.name not in twins]
 
 
 def _pair(name: str, layer: LoraLayer, adapter: str, owners: dict[int, list[str]]) -> LoraPair:
@@ -240,7 +314,29 @@ def _pair(name: str, layer: LoraLayer, adapter: str, owners: dict[int, list[str]
     lora_A, lora_B = factors_of(layer, adapter)
     names = owners[_memory_of(weight)]
     tied = tuple(names) if len(names) > 1 else ()
-    return LoraPair(plain_name(name), lora_A, lora_B, weight, quantised, tied, stored_transposed(layer), layer, adapter)
+    transposed, experts = stored_transposed(layer), experts_of(layer)
+    return LoraPair(plain_name(name), lora_A, lora_B, weight, quantised, tied, transposed, layer, adapter, experts)
+
+
+def _check_parameter(pair: LoraPair, layer: ParamWrapper, *, allowed: bool) -> None:
+    """Check a parameter that PEFT adapts itself, which most often is a stack of experts."""
+    what = f"PEFT adapts the parameter {layer.parameter_name!r} of {type(layer.get_base_layer()).__name__} itself"
+    if pair.experts > 1 and not allowed:
+        refuse(
+            pair.name,
+            f"{what} (experts: for target_modules='all-linear' too, whatever exclude_modules says), which this "
+            "method can't train",
+            "list the linear layers, as in target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], and leave "
+            "target_parameters out",
+        )
+    if pair.weight.ndim != (2 if pair.experts == 1 else 3):
+        refuse(pair.name, f"{what}, a stack of one matrix", "leave it out of target_parameters")
+    if pair.is_sharded or "_fsdp_wrapped_module" in pair.name or pair.weight.numel() == 0:
+        refuse(
+            pair.name,
+            f"{what}, and it is sharded, which is not supported of such parameters",
+            "train with DistributedDataParallel, or leave it out of target_parameters",
+        )
 
 
 def _only_adapter(name: str, layer: LoraLayer) -> str:
@@ -269,34 +365,51 @@ def _base_weight(name: str, layer: LoraLayer) -> tuple[Tensor, bool]:
     """The frozen weight under a layer, and whether it is quantised."""
     base = layer.get_base_layer()
     kind = plain_class(layer)
-    packed = kind.__name__ in QUANTISED
-    if issubclass(kind, ParamWrapper):
+    packed, of_parameter = kind.__name__ in QUANTISED, issubclass(kind, ParamWrapper)
+    known = kind in _PLAIN and isinstance(base, (*ADAPTABLE, *CONVOLUTIONS))
+    if not (packed or of_parameter or known):
         refuse(
             name,
-            f"PEFT adapts the parameter {layer.parameter_name!r} of {type(base).__name__} itself (experts: for "
-            "target_modules='all-linear' too, whatever exclude_modules says)",
-            "list the linear layers, as in target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], and leave "
-            "target_parameters out",
-        )
-    if not packed and (kind not in (Linear, Embedding) or not isinstance(base, ADAPTABLE)):
-        refuse(
-            name,
-            f"{kind.__name__} over {type(base).__name__} is not a linear, Conv1D or embedding layer",
+            f"{kind.__name__} over {type(base).__name__} is not a linear, Conv1D, embedding or convolutional layer",
             "leave it out of target_modules",
         )
-    weight = next(base.parameters(), None) if packed else base.weight
+    weight = next(base.parameters(), None) if packed else getattr(base, weight_key(layer))
     if weight is None:
         weight = next(base.buffers())
     plain = type(weight) is nn.Parameter or is_distributed(weight)
     return weight, packed or not plain or weight.dtype not in MERGEABLE
 
 
-def _check_factor(name: str, key: str, parameter: nn.Parameter, owners: dict[int, list[str]]) -> None:
+def _check_convolution(pair: LoraPair, *, allowed: bool) -> None:
+    """Check a convolution, whose update is ``s·A·Bᵀ`` only if that of PEFT sees the patches that the base sees."""
+    base, leave = pair.layer.get_base_layer(), "leave it out of target_modules"
+    what = f"{type(base).__name__} is a convolution"
+    if not allowed:
+        refuse(pair.name, f"{what}, which this method can't train", leave)
+    if pair.is_sharded:
+        refuse(pair.name, f"{what}, and it is sharded", f"train with DistributedDataParallel, or {leave}")
+    if base.groups > 1:
+        refuse(pair.name, f"with groups={base.groups} its update is no product of PEFT's lora_B and lora_A", leave)
+    if base.padding_mode != "zeros" or set(base.dilation) != {1}:
+        reason = f"padding_mode={base.padding_mode!r}, dilation={base.dilation}"
+        refuse(pair.name, f"PEFT's lora_A has other patches than the base layer with {reason}", leave)
+    tensors = {"base weight": pair.weight, "lora_A": pair.lora_A, "lora_B": pair.lora_B}
+    for key, tensor in tensors.items():
+        if not is_viewable(tensor):
+            way_out = "call model.to(memory_format=torch.contiguous_format) before attaching"
+            refuse(pair.name, f"the {key} of the convolution is not contiguous", way_out)
+
+
+def _check_factor(name: str, key: str, parameter: nn.Parameter) -> None:
     if not parameter.requires_grad:
         refuse(name, f"{key} is frozen", "ScaLoRA trains both factors: set requires_grad=True")
     _check_dtype(name, key, parameter)
-    if len(names := owners[_memory_of(parameter)]) > 1:
-        refuse(name, f"{key} is tied ({' = '.join(names)})", "use one adapter for each layer")
+
+
+def _check_untied(pair: LoraPair, owners: dict[int, list[str]]) -> None:
+    for key, parameter in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
+        if len(names := owners[_memory_of(parameter)]) > len(pair.layers):
+            refuse(pair.name, f"{key} is tied ({' = '.join(names)})", "use one adapter for each layer")
 
 
 def _check_dtype(name: str, key: str, parameter: nn.Parameter) -> None:

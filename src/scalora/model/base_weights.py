@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from scalora.model.layers import weight_key
 from scalora.rescale.remainder import HALF
 
 
@@ -20,6 +22,8 @@ class BaseWeights:
         self._layer, self._outer, self._base = layer, layer.base_layer, layer.get_base_layer()
         # A merge into a quantised weight makes new objects, so keeping the old ones is enough.
         self._objects = dict(self._base._parameters)
+        if isinstance(layer, ParamWrapper):  # other layers have the other parameters
+            self._objects = {key: self._objects[key] for key in [weight_key(layer)]}
         self._data = {name: p.detach().to("cpu", copy=True) for name, p in self._objects.items() if is_float(p)}
         state = vars(self._base).get("state")  # of bitsandbytes' 8-bit layers
         self._state = None if state is None else (state, dict(vars(state)))

@@ -6,7 +6,7 @@ import math
 import re
 
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding
+from peft.tuners.lora.layer import Embedding, ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +18,9 @@ LINEAR = (nn.Linear, Conv1D)
 
 ADAPTABLE = (*LINEAR, nn.Embedding)
 """Layers whose update is ``s·A·Bᵀ``. An embedding stores its weight transposed."""
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose update is ``s·A·Bᵀ`` if their weight is taken for a matrix (`scalora.model.matrices`)."""
 
 # Checked with PEFT 0.21. The factored remainder needs a forward pass that calls a `LoraVariant`: those of bitsandbytes,
 # GPTQ, HQQ and torchao layers do, those of AWQ, EETQ and AQLM layers do not.
@@ -61,12 +64,43 @@ def configured_scaling(layer: LoraLayer, adapter: str) -> float:
 
 
 def stored_transposed(layer: LoraLayer) -> bool:
-    """Whether a layer's base weight is stored (n, m).
+    """Whether a layer's base weight is stored (n, m); that of experts, (E, n, m).
 
     Args:
         layer: the PEFT layer.
     """
+    if isinstance(layer, ParamWrapper):  # checked with PEFT 0.21
+        return bool(layer._param_ndim == 3 and not layer._did_swap_in_out_features)
     return isinstance(layer, Embedding) or bool(getattr(layer, "fan_in_fan_out", False))
+
+
+def weight_key(layer: LoraLayer) -> str:
+    """The name of the parameter of a layer's base layer that is adapted.
+
+    Args:
+        layer: the PEFT layer.
+    """
+    return str(layer.parameter_name) if isinstance(layer, ParamWrapper) else "weight"
+
+
+def experts_of(layer: LoraLayer) -> int:
+    """The number of matrices that a layer's base weight is a stack of: a mixture's experts; 1 for one matrix.
+
+    Args:
+        layer: the PEFT layer.
+    """
+    return int(layer.num_experts) if isinstance(layer, ParamWrapper) else 1
+
+
+def pattern_key(name: str, layer: LoraLayer) -> str:
+    """What PEFT matches the keys of ``rank_pattern`` and ``alpha_pattern`` with.
+
+    Args:
+        name: the layer's name in the base model.
+        layer: the PEFT layer.
+    """
+    # Layers of parameters are nested, one around the other, and PEFT knows them by their parameters' names.
+    return f"{name.replace('.base_layer', '')}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
 
 
 def plain_name(name: str) -> str:

@@ -93,7 +93,8 @@ def pairs_over_quantised(model: nn.Module, quantised: set[nn.Module]) -> list[Lo
     Raises:
         UnsupportedLayerError: a module is not supported.
     """
-    return [replace(pair, quantised=pair.layer.get_base_layer() in quantised) for pair in find_lora_pairs(model)]
+    pairs = find_lora_pairs(model, all_shapes=True)
+    return [replace(pair, quantised=pair.layer.get_base_layer() in quantised) for pair in pairs]
 
 
 def quantisable_layers(base: PreTrainedModel) -> set[nn.Module]:
@@ -126,11 +127,11 @@ def _bytes_of_remainder(pair: LoraPair, merge: Merge, remainder_rank: int) -> in
     m, n, r = pair.m, pair.n, pair.r
     if merge == "factored":
         # Before a compression, which comes when there are more columns than twice the rank.
-        return _SINGLE * (m + n) * (2 * remainder_rank + r)
-    return bytes_beside(merge, pair.weight.dtype) * m * n
+        return _SINGLE * pair.experts * (m + n) * (2 * remainder_rank + r)
+    return bytes_beside(merge, pair.weight.dtype) * pair.experts * m * n
 
 
 def _bytes_of_scratch(stack: list[LoraPair]) -> int:
     """A, G·B, B and GᵀA of layers of one shape, stacked in float32; in float64 too the first two, then the others."""
     m, n, r = stack[0].m, stack[0].n, stack[0].r
-    return len(stack) * 2 * r * ((m + n) * _SINGLE + max(m, n) * _DOUBLE)
+    return sum(pair.experts for pair in stack) * 2 * r * ((m + n) * _SINGLE + max(m, n) * _DOUBLE)

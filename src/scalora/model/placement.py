@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 
 from scalora.config import Merge
 from scalora.model.adapters import LoraPair, refuse
 from scalora.model.factor_guard import FactorGuard
+from scalora.model.parameter_layer import ParameterRemainderLayer
 from scalora.model.remainder_layer import REMAINDER, RemainderLayer, give_remainder
+from scalora.model.tied_factors import TransposedRemainder
 from scalora.rescale.eight_bit import EightBitRemainder
 from scalora.rescale.remainder import HALF, DenseRemainder, FactoredRemainder, Remainder
 from scalora.rescale.stochastic import StochasticRemainder
@@ -64,10 +67,10 @@ def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
         return merge
     if (present := getattr(pairs[0].layer, REMAINDER, None)) is not None:
         return kind_of(present)
-    if any(pair.quantised or pair.tied or pair.other_adapters for pair in pairs):
+    if any(pair.quantised or pair.tied or pair.twin or pair.other_adapters for pair in pairs):
         return "factored"
     half = [pair for pair in pairs if pair.weight.dtype in HALF]
-    factors = sum(_BYTES_OF_FACTORS * 2 * max_rank * (pair.m + pair.n) for pair in half)
+    factors = sum(_BYTES_OF_FACTORS * 2 * max_rank * (pair.m + pair.n) * pair.experts for pair in half)
     beside_weights = sum(bytes_beside("dense", pair.weight.dtype) * pair.weight.numel() for pair in half)
     return "factored" if 0 < 2 * factors <= beside_weights else "dense"
 
@@ -112,12 +115,17 @@ def place_remainders(pairs: list[LoraPair], merge: Merge, max_rank: int) -> None
             if isinstance(pair.remainder, FactoredRemainder):
                 pair.remainder.resize(max_rank)
             continue
-        give_remainder(pair.layer, pair.adapter, _new(pair, max_rank, kind), base_is_tied=bool(pair.tied))
+        of_parameter = isinstance(pair.layer, ParamWrapper)
+        mixin = ParameterRemainderLayer if of_parameter else RemainderLayer
+        give_remainder(pair.layer, mixin, pair.adapter, _new(pair, max_rank, kind), base_is_tied=bool(pair.tied))
+        if pair.twin is not None and isinstance(pair.remainder, FactoredRemainder):
+            transposed = TransposedRemainder(pair.remainder)
+            give_remainder(pair.twin.layer, mixin, pair.adapter, transposed, base_is_tied=bool(pair.tied))
         new.append(pair.layer)
     if new:
         guard = FactorGuard([pair.layer for pair in pairs])
-        for pair in pairs:
-            pair.layer.factor_guard = guard
+        for layer in (layer for pair in pairs for layer in pair.layers):
+            layer.factor_guard = guard
 
 
 def _new(pair: LoraPair, max_rank: int, kind: Merge) -> Remainder:
@@ -128,10 +136,12 @@ def _new(pair: LoraPair, max_rank: int, kind: Merge) -> Remainder:
     if kind == "dense":
         return DenseRemainder(pair.weight, transposed=pair.transposed)
     dtype, device = pair.lora_A.dtype, pair.lora_A.device
-    return FactoredRemainder(pair.m, pair.n, max_rank, pair.r, dtype=dtype, device=device)
+    return FactoredRemainder(pair.m, pair.n, max_rank, pair.r, dtype=dtype, device=device, experts=pair.experts)
 
 
 def _check_mergeable(pair: LoraPair) -> None:
+    if pair.twin is not None:
+        refuse(pair.name, f"it shares its factors with {pair.twin.name!r}, and not its weight", "set merge='factored'")
     reasons = {
         f"is quantised ({type(pair.weight).__name__}, {pair.weight.dtype})": pair.quantised,
         f"is tied ({' = '.join(pair.tied)})": bool(pair.tied),

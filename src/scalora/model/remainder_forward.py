@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora.layer import Embedding, LoraVariant
+from peft.tuners.lora.layer import Embedding, LoraVariant, _ConvNd
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from scalora.model.shared_pass import add_in_one_pass, can_share
 from scalora.rescale.moments import is_being_captured
@@ -50,13 +51,18 @@ class WithRemainder(LoraVariant):  # type: ignore[misc]
             if (scale := module._get_embed_scale()) is not None:
                 update = update * scale.to(update.dtype)
             update = update + remainder_of_embedding(module, x)
+        elif isinstance(module, _ConvNd):
+            lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+            update = lora_B(lora_A(module.lora_dropout[active_adapter](x))) * scaling
+            if module.has_remainder:  # no convolution has no output channels
+                update = update + _remainder_of_convolution(module, lora_A, x)
         else:
             lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
             if can_share(module, active_adapter, x):
-                adapter, remainder = (lora_A.weight, lora_B.weight, scaling), _factors_for_a_pass(module)
+                adapter, remainder = (lora_A.weight, lora_B.weight, scaling), factors_for_a_pass(module)
                 return add_in_one_pass(result, x, adapter, (*remainder, module.remainder_scaling))
             update = lora_B(lora_A(module.lora_dropout[active_adapter](x))) * scaling
-            (left, right), linear = _factors_for_a_pass(module), nn.functional.linear
+            (left, right), linear = factors_for_a_pass(module), nn.functional.linear
             of_remainder = linear(linear(x, right.mT.to(x.dtype)), left.to(x.dtype))
             update = update + _scaled(of_remainder, module.remainder_scaling)
         output: Tensor = result + update
@@ -86,6 +92,16 @@ class WithRemainder(LoraVariant):  # type: ignore[misc]
         orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
 
+def _remainder_of_convolution(layer: RemainderLayer, lora_A: Any, x: Tensor) -> Tensor:
+    """The output of a convolution's remainder alone: its right factor on the patches, its left one on the channels."""
+    left, right = factors_for_a_pass(layer)
+    kernels = right.mT.reshape(-1, *lora_A.weight.shape[1:]).to(x.dtype)
+    hidden = functional_call(lora_A, {"weight": kernels}, x)
+    channels = 1 - kernels.ndim  # a batch has a dimension more
+    output = nn.functional.linear(hidden.movedim(channels, -1), left.to(x.dtype)).movedim(-1, channels)
+    return _scaled(output, layer.remainder_scaling)
+
+
 def remainder_of_embedding(layer: RemainderLayer, ids: Tensor) -> Tensor:
     """The output of an embedding's remainder alone, (…, m).
 
@@ -93,17 +109,20 @@ def remainder_of_embedding(layer: RemainderLayer, ids: Tensor) -> Tensor:
         layer: PEFT's embedding layer, with a factored remainder.
         ids: token ids, (…).
     """
-    left, right = _factors_for_a_pass(layer)
+    left, right = factors_for_a_pass(layer)
     output = layer._embed(ids, right) @ left.mT
     if (scale := layer._get_embed_scale()) is not None:
         output = output * scale.to(output.dtype)
     return _scaled(output, layer.remainder_scaling)
 
 
-def _factors_for_a_pass(layer: RemainderLayer) -> tuple[Tensor, Tensor]:
+def factors_for_a_pass(layer: RemainderLayer) -> tuple[Tensor, Tensor]:
     """The factors in their full width where another one would be compiled for, else the columns in use, for speed.
 
     What is captured in a CUDA graph goes on with the columns that it was captured with, so these have to be all.
+
+    Args:
+        layer: a layer with a factored remainder.
     """
     remainder = layer.factored_remainder()
     fixed = torch.compiler.is_compiling() or is_being_captured(remainder.left.device)

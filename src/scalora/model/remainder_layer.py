@@ -20,7 +20,17 @@ from torch import Tensor, nn
 
 from scalora.model.base_weights import BaseWeights, is_float
 from scalora.model.factor_guard import FactorGuard
-from scalora.model.layers import configured_scaling, factor_keys, factors_of, is_distributed, stored_transposed
+from scalora.model.layers import (
+    configured_scaling,
+    experts_of,
+    factor_keys,
+    factors_of,
+    is_distributed,
+    stored_transposed,
+    weight_key,
+)
+from scalora.model.matrices import factors_of as factors_of_matrices
+from scalora.model.matrices import matrices_of
 from scalora.model.mixed_class import MixedIn, mix_in, plain_class
 from scalora.model.remainder_forward import WithRemainder, remainder_of_embedding
 from scalora.model.shared_pass import autocasts, can_share
@@ -67,6 +77,16 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         return remainder
 
     @property
+    def base_weight(self) -> Any:
+        """The base layer's weight; None if it has none of that name, as some quantised layers."""
+        return getattr(self.get_base_layer(), weight_key(self), None)
+
+    @property
+    def base_weight_name(self) -> str:
+        """The name of the base weight in the layer."""
+        return "base_layer.weight"
+
+    @property
     def has_remainder(self) -> bool:
         """Whether anything has been added to the remainder. Looked up in every forward pass, so without detours."""
         changed: bool = self._modules[REMAINDER].changed
@@ -87,7 +107,7 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         """What a factored remainder is multiplied by: 1, unless PEFT's scaling has been changed from the configured."""
         return self.trained_scaling / configured_scaling(self, self.trained_adapter)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """PEFT's forward pass.
 
         Args:
@@ -96,7 +116,7 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
             kwargs: other arguments of PEFT's layer and the base layer.
 
         Returns:
-            The layer's output.
+            The layer's output: a tensor, or what a module whose parameter is adapted returns.
 
         Raises:
             ChangedBaseError: the original base is needed, or the merged part of the update would have to be scaled.
@@ -104,8 +124,7 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         """
         if self.has_remainder:
             self._check_use(kwargs.get("adapter_names"))
-        output: Tensor = super().forward(x, *args, **kwargs)
-        return output
+        return super().forward(x, *args, **kwargs)
 
     def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
         # PEFT casts to the adapter's float32 what autocast casts back for the products: two passes over the input.
@@ -188,8 +207,18 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         update: Tensor = super().get_delta_weight(adapter)
         if adapter == self.trained_adapter and isinstance(self.remainder, FactoredRemainder):
             remainder = self.remainder_scaling * self.remainder.dense()
-            update = update + (remainder.mT if stored_transposed(self) else remainder).to(update.dtype)
+            remainder = remainder.mT if stored_transposed(self) else remainder
+            update = update + remainder.reshape(update.shape).to(update.dtype)
         return update
+
+    def exact_update(self) -> Tensor:
+        """The update of the trained adapter and its factored remainder, as stored, in the adapter's dtype."""
+        A, B = matrices_of(*self.trained_factors, experts_of(self))
+        update = B @ A * self.trained_scaling
+        if isinstance(self.remainder, FactoredRemainder):
+            update = update + self.remainder_scaling * self.remainder.dense()
+        update = update.mT if stored_transposed(self) else update
+        return update.reshape(self.base_weight.shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's merge, rounded once, and such that `unmerge` restores the weights bit for bit.
@@ -224,9 +253,9 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         names = check_adapters_to_merge(self, adapter_names)
         self.check_adapters(names, f"merging adapters {names}")
         if names and self.base_is_tied:
-            base = self.get_base_layer()
-            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
-        if self.trained_adapter in names and is_float(getattr(self.get_base_layer(), "weight", None)):
+            own = nn.Parameter(self.base_weight.detach().clone(), requires_grad=False)
+            setattr(self.get_base_layer(), weight_key(self), own)
+        if self.trained_adapter in names and is_float(self.base_weight):
             self._merge_exactly(safe_merge)
             names = [name for name in names if name != self.trained_adapter]
         if names:
@@ -235,10 +264,9 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
                 super().merge(safe_merge=safe_merge, adapter_names=names)
 
     def _merge_exactly(self, safe_merge: bool) -> None:
-        base, name = self.get_base_layer(), self.trained_adapter
-        weight = base.weight
+        base, name, weight = self.get_base_layer(), self.trained_adapter, self.base_weight
         exact = self.remainder.exact(weight) if isinstance(self.remainder, DenseRemainder) else weight
-        merged = exact.to(torch.promote_types(exact.dtype, torch.float32)) + self.get_delta_weight(name)
+        merged = exact.to(torch.promote_types(exact.dtype, torch.float32)) + self.exact_update()
         bias = self.lora_B[name].bias if self.lora_bias.get(name) else None
         if bias is not None and getattr(base, "bias", None) is None:
             raise RuntimeError(
@@ -358,14 +386,14 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         # With the weight's dtype, what a merge rounds off changes: the exact weight is rounded once more, from scratch.
         remainder, exact = self.remainder, None
         if isinstance(remainder, DenseRemainder):
-            weight = self.get_base_layer().weight
+            weight = self.base_weight
             if fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype != weight.dtype:
                 if self.merged:
                     self.unmerge()
                 exact = remainder.exact(weight.detach())
         super()._apply(fn, recurse)
         if exact is not None and isinstance(remainder, DenseRemainder):
-            remainder.rebuild(exact, self.get_base_layer().weight)
+            remainder.rebuild(exact, self.base_weight)
         self.factor_guard.forget()
         return self
 
@@ -400,11 +428,14 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
     def whole_factors(self) -> tuple[Tensor, Tensor]:
         """lora_A, (r + c, n), and lora_B, (m, r + c), of the whole update, at the adapter's own scaling.
 
-        c is the number of columns of the remainder, which must be factored, without those that are zero.
+        c is the number of columns of the remainder, which must be factored, without those that are zero. Experts all
+        have the same number.
         """
-        (lora_A, lora_B), (left, right) = self.trained_factors, self.factored_remainder().nonzero
+        A, B = matrices_of(*self.trained_factors, experts_of(self))
+        left, right = self.factored_remainder().nonzero
         left = left / configured_scaling(self, self.trained_adapter)
-        return torch.cat([lora_A, right.mT.to(lora_A)]), torch.cat([lora_B, left.to(lora_B)], dim=1)
+        A, B = torch.cat([A, right.mT.to(A)], dim=-2), torch.cat([B, left.to(B)], dim=-1)
+        return factors_of_matrices(A, B, self.trained_factors)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(self.remainder, FactoredRemainder):
@@ -420,22 +451,24 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         lora_A, lora_B = state_dict.get(key_A), state_dict.get(key_B)
         if lora_A is None or lora_B is None:
             return
-        own_A, own_B = self.trained_factors
-        r, beside = len(own_A), f"{prefix}{REMAINDER}.left" in state_dict
+        (own_A, own_B), experts = self.trained_factors, experts_of(self)
+        beside = f"{prefix}{REMAINDER}.left" in state_dict
         if lora_A.shape[1:] != own_A.shape[1:] or len(lora_B) != len(own_B) or len(lora_A) != lora_B.shape[1]:
             return  # torch says so, and loads none of them
-        if len(lora_A) > r:
-            state_dict[key_A], state_dict[key_B] = lora_A[:r], lora_B[:, :r]
+        if len(lora_A) > len(own_A) and len(lora_A) % experts == 0:
+            r, (A, B) = len(own_A) // experts, matrices_of(lora_A, lora_B, experts)
+            own = factors_of_matrices(A[..., :r, :], B[..., :r], (lora_A, lora_B))
+            state_dict[key_A], state_dict[key_B] = own
             if not beside:
                 unit = configured_scaling(self, self.trained_adapter)
-                state_dict[f"{prefix}{REMAINDER}.left"] = unit * lora_B[:, r:]
-                state_dict[f"{prefix}{REMAINDER}.right"] = lora_A[r:].mT
-        elif len(lora_A) == r and not beside:
+                state_dict[f"{prefix}{REMAINDER}.left"] = unit * B[..., r:]
+                state_dict[f"{prefix}{REMAINDER}.right"] = A[..., r:, :].mT
+        elif len(lora_A) == len(own_A) and not beside:
             self.factored_remainder().clear()
 
     def _check_complete(self, state_dict: dict[str, Any], prefix: str) -> None:
         """The base weight, its rounding errors and the factors belong together."""
-        together = [*factor_keys(self, self.trained_adapter), "base_layer.weight"]
+        together = [*factor_keys(self, self.trained_adapter), self.base_weight_name]
         low = self.remainder.rounded_off
         if isinstance(low, Tensor) and not is_distributed(low):
             together.append(f"{REMAINDER}.rounded_off")
@@ -444,19 +477,22 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
             self._refuse(f"loading some of the weights of {prefix.removesuffix('.')!r}")
 
 
-def give_remainder(layer: LoraLayer, adapter: str, remainder: Remainder, *, base_is_tied: bool) -> None:
+def give_remainder(
+    layer: LoraLayer, kind: type[RemainderLayer], adapter: str, remainder: Remainder, *, base_is_tied: bool
+) -> None:
     """Make a remainder part of a LoRA layer.
 
     Args:
         layer: the layer; modified. It still needs `factor_guard` and `attachment`.
+        kind: what is mixed into its class.
         adapter: name of the adapter that the remainder belongs to.
         remainder: the remainder.
         base_is_tied: whether the base weight is another module's, too.
     """
     layer.add_module(REMAINDER, remainder)
-    mix_in(layer, RemainderLayer)
+    mix_in(layer, kind)
     layer.trained_adapter, layer.base_is_tied = adapter, base_is_tied
-    if isinstance(remainder, FactoredRemainder):
+    if kind is RemainderLayer and isinstance(remainder, FactoredRemainder):
         layer.lora_variant[adapter] = WithRemainder()
 
 

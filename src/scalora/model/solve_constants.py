@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from scalora.model.target_norms import Rates, target_norms
 
 
 class SolveConstants(NamedTuple):
-    """Constants of layers of one rank.
+    """Constants of layers of one rank, with an entry for each expert of those that are stacks of experts.
 
     Attributes:
         target_norms: the target norms for α and β of each layer.
@@ -40,7 +41,10 @@ class ConstantsOnDevice:
     def __init__(self, shapes: list[list[LoraPair]], config: ScaLoraConfig) -> None:
         self._pairs = [pair for pairs in shapes for pair in pairs]
         self._config = config
-        self._position = {pair.name: i for i, pair in enumerate(self._pairs)}
+        starts = itertools.accumulate((pair.experts for pair in self._pairs), initial=0)
+        self._places = {
+            pair.name: range(start, start + pair.experts) for pair, start in zip(self._pairs, starts, strict=False)
+        }
         self._values: list[tuple[tuple[float, float], float, float]] = []
         self._of_all: SolveConstants | None = None
 
@@ -52,7 +56,11 @@ class ConstantsOnDevice:
             rates: the base learning rates of all layers.
         """
         norms = target_norms(self._pairs, rates, self._config)
-        values = [(norms[pair.name], pair.scaling, pair.merge_scaling) for pair in self._pairs]
+        values = [
+            of_pair
+            for pair in self._pairs
+            for of_pair in [(norms[pair.name], pair.scaling, pair.merge_scaling)] * pair.experts
+        ]
         if self._of_all is None or values != self._values:
             device = self._pairs[0].lora_A.device
             columns = (torch.tensor(column, dtype=solver_dtype(device)) for column in zip(*values, strict=True))
@@ -60,5 +68,6 @@ class ConstantsOnDevice:
             self._values, self._of_all = values, SolveConstants(targets, scaling[:, None], merge_scaling[:, None])
         if len(active) == len(self._pairs):
             return self._of_all
-        chosen = torch.tensor([self._position[pair.name] for pair in active]).to(self._of_all.scaling.device)
+        places = [place for pair in active for place in self._places[pair.name]]
+        chosen = torch.tensor(places).to(self._of_all.scaling.device)
         return SolveConstants(*(column[chosen] for column in self._of_all))

@@ -16,6 +16,7 @@ import torch
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import Tensor, nn
 
 from scalora.model.layers import factor_keys, factors_of
@@ -123,6 +124,24 @@ class RemainderLoraModel(LoraModel):  # type: ignore[misc]
             layer.check_deletion(adapter_name)
         super().delete_adapter(adapter_name)
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's merge of adapters into the base.
+
+        Args:
+            args: arguments of PEFT's method.
+            kwargs: arguments of PEFT's method.
+
+        Raises:
+            ChangedBaseError: an adapter of the original base would be merged into the changed one.
+        """
+        _untie_tokens(self.model)
+        super().merge_adapter(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            _untie_tokens(self.model)
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
     def _check_adapters(self, names: Iterable[str], what: str) -> None:
         for layer in remainder_layers(self.model).values():
             layer.check_adapters(names, what)
@@ -173,6 +192,17 @@ class RemainderLoraModel(LoraModel):  # type: ignore[misc]
             layer.scaling[name] = layer.trained_scaling
 
 
+def _untie_tokens(model: nn.Module) -> None:
+    """Give layers whose tokens are trained apart weights of their own, where PEFT would merge all tokens into one."""
+    merged = set()
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
+            base = module.get_base_layer()
+            if id(base.weight) in merged:
+                base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+            merged.add(id(base.weight))
+
+
 def _check_whole(entries: dict[str, Tensor], prefix: str, layer: RemainderLayer) -> None:
     """Check that the factors among an adapter's tensors are those of its whole update."""
     adapter = layer.trained_adapter
@@ -183,7 +213,7 @@ def _check_whole(entries: dict[str, Tensor], prefix: str, layer: RemainderLayer)
             "adapter of that with scalora.export_adapter(), or set merge='factored'"
         )
     key_A = prefix + factor_keys(layer, adapter)[0]
-    if len(entries[key_A]) == layer.r[adapter]:
+    if len(entries[key_A]) == len(layer.trained_factors[0]):
         raise ChangedBaseError(
             f"the state_dict holds the factors of adapter {adapter!r} without the remainder ({key_A}), which are not "
             "its whole update: pass the model's own state_dict(), or none"

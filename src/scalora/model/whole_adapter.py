@@ -13,7 +13,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from scalora.model.layers import configured_scaling
+from scalora.model.layers import configured_scaling, pattern_key
 from scalora.model.remainder_layer import RemainderLayer
 from scalora.rescale.remainder import FactoredRemainder
 
@@ -41,9 +41,10 @@ def whole_config(config: LoraConfig, layers: Mapping[str, RemainderLayer]) -> Lo
     """
     ranks, alphas = {}, {}
     for name, layer in layers.items():
-        columns = layer.remainder.nonzero[0].shape[1] if isinstance(layer.remainder, FactoredRemainder) else 0
-        ranks[name] = layer.r[layer.trained_adapter] + columns
-        alphas[name] = _whole_number(configured_scaling(layer, layer.trained_adapter) * ranks[name])
+        columns = layer.remainder.nonzero[0].shape[-1] if isinstance(layer.remainder, FactoredRemainder) else 0
+        key = pattern_key(name, layer)
+        ranks[key] = layer.r[layer.trained_adapter] + columns
+        alphas[key] = _whole_number(configured_scaling(layer, layer.trained_adapter) * ranks[key])
     rank, alpha = max(ranks.values()), max(alphas.values())
     whole = copy.copy(config)
     whole.__class__ = LoraConfig

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from scalora.model.adapters import LoraPair, by_rank, by_shape
-from scalora.parallel.layout import Shapes
+from scalora.parallel.layout import Shapes, in_buckets
 from scalora.parallel.shards import axis_key, axis_of
 from scalora.parallel.traffic import of_gather
 from scalora.rescale.optimizers import LINEAR, Kind
@@ -49,30 +49,7 @@ def buckets_of_shards(pairs: list[LoraPair], kinds: Mapping[str, Kind], *, by_ma
     by_axis: dict[Any, list[LoraPair]] = defaultdict(list)
     for pair in pairs:
         by_axis[axis_key(pair.lora_A)].append(pair)
-    return [bucket for of_axis in by_axis.values() for bucket in in_buckets(alike(of_axis, _kind), size)]
-
-
-def in_buckets(shapes: Shapes, size: Callable[[LoraPair], int]) -> list[Shapes]:
-    """Layers in lists of at most `BUCKET` bytes, or of one layer.
-
-    Args:
-        shapes: the layers, in lists of equal shapes.
-        size: the bytes that are gathered of a layer.
-    """
-    buckets: list[Shapes] = [[]]
-    space = BUCKET
-    for pairs in shapes:
-        each = size(pairs[0])
-        rest = pairs
-        while rest:
-            if space < each and buckets[-1]:
-                buckets.append([])
-                space = BUCKET
-            fit = max(1, space // each) if each else len(rest)
-            buckets[-1].append(rest[:fit])
-            space -= each * len(rest[:fit])
-            rest = rest[fit:]
-    return buckets
+    return [bucket for of_axis in by_axis.values() for bucket in in_buckets(alike(of_axis, _kind), size, BUCKET)]
 
 
 def has_its_rows(pair: LoraPair) -> bool:

@@ -1,7 +1,8 @@
 """Which part of each layer's tensors is in this process, so that a rescale gets plain tensors: the seam.
 
-`Whole`: all of them, as with one process or DistributedDataParallel. `scalora.parallel.rows.Rows`: some rows of each,
-as with FSDP2. The mathematics and the kernels see tensors without knowing which part of a matrix they are.
+`Whole`: all of them, as with one process or DistributedDataParallel. `scalora.parallel.stacks.Stacks`: all of them, for
+layers that are not one matrix, as the experts of a mixture. `scalora.parallel.rows.Rows`: some rows of each, as with
+FSDP2. The mathematics and the kernels see tensors without knowing which part of a matrix they are.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ Shapes = list[list[LoraPair]]
 
 class Share(NamedTuple):
     """What this process works on in a rescale of layers of one shape: plain tensors.
+
+    Lists have an entry for each layer, or for each expert of each layer.
 
     Attributes:
         grams: lora_B, their gradients, lora_A, their gradients: what this process sums to inner products.
@@ -95,7 +98,7 @@ class Whole:
         Args:
             shapes: all layers.
         """
-        return list(filter(None, ([pair for pair in pairs if pair.has_gradients] for pairs in shapes)))
+        return with_gradients(shapes)
 
     def begin(self, shapes: Shapes) -> None:
         """Everything is here.
@@ -144,13 +147,18 @@ def laid_out(
     Raises:
         UnsupportedLayerError: the layers' tensors are sharded in a way that is not supported.
     """
-    if not any(pair.is_sharded for pair in pairs):
-        return [(Whole(optimizer), by_shape(of_rank)) for of_rank in by_rank(pairs)]
-    from scalora.parallel.buckets import buckets_of_shards  # here, because they import this
-    from scalora.parallel.rows import Rows
+    # Here, because they import this.
+    from scalora.parallel.stacks import Stacks, groups_of_stacks
 
-    buckets = buckets_of_shards(pairs, kinds, by_matrices=by_matrices)
-    return [(Rows(optimizer, kinds, by_matrices), shapes) for shapes in buckets]
+    if any(pair.is_sharded for pair in pairs):
+        from scalora.parallel.buckets import buckets_of_shards
+        from scalora.parallel.rows import Rows
+
+        buckets = buckets_of_shards(pairs, kinds, by_matrices=by_matrices)
+        return [(Rows(optimizer, kinds, by_matrices), shapes) for shapes in buckets]
+    single, stacks = ([pair for pair in pairs if pair.is_matrix is matrix] for matrix in (True, False))
+    groups: list[tuple[Layout, Shapes]] = [(Whole(optimizer), by_shape(of_rank)) for of_rank in by_rank(single)]
+    return groups + [(Stacks(optimizer, kinds), shapes) for shapes in groups_of_stacks(stacks)]
 
 
 def ranks_in(shapes: Shapes) -> list[Shapes]:
@@ -160,6 +168,38 @@ def ranks_in(shapes: Shapes) -> list[Shapes]:
         shapes: the layers, those of one rank beside each other.
     """
     return [list(of_rank) for _, of_rank in groupby(shapes, key=lambda pairs: rank_key(pairs[0]))]
+
+
+def with_gradients(shapes: Shapes) -> Shapes:
+    """The layers that have gradients.
+
+    Args:
+        shapes: all layers.
+    """
+    return list(filter(None, ([pair for pair in pairs if pair.has_gradients] for pairs in shapes)))
+
+
+def in_buckets(shapes: Shapes, bytes_of: Callable[[LoraPair], int], limit: int) -> list[Shapes]:
+    """Layers in lists of at most so many bytes, or of one layer.
+
+    Args:
+        shapes: the layers, in lists of equal shapes.
+        bytes_of: bytes of a layer.
+        limit: the most bytes of a list.
+    """
+    buckets: list[Shapes] = [[]]
+    space = limit
+    for pairs in shapes:
+        each, rest = bytes_of(pairs[0]), pairs
+        while rest:
+            if space < each and buckets[-1]:
+                buckets.append([])
+                space = limit
+            fit = max(1, space // each) if each else len(rest)
+            buckets[-1].append(rest[:fit])
+            space -= each * len(rest[:fit])
+            rest = rest[fit:]
+    return buckets
 
 
 def _nothing() -> None:

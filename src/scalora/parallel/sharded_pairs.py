@@ -42,8 +42,8 @@ def check_shards(pairs: list[LoraPair]) -> None:
             )
 
 
-def check_optimizer_of_shards(pairs: list[LoraPair], optimizer: Optimizer, kinds: Mapping[str, Kind]) -> None:
-    """Check that an optimizer's state can be carried over where factors are split.
+def check_optimizer_of_parts(pairs: list[LoraPair], optimizer: Optimizer, kinds: Mapping[str, Kind]) -> None:
+    """Check that an optimizer's state can be carried over where factors are split, over processes or experts.
 
     Args:
         pairs: the LoRA pairs of one model.
@@ -53,10 +53,20 @@ def check_optimizer_of_shards(pairs: list[LoraPair], optimizer: Optimizer, kinds
     Raises:
         UnsupportedOptimizerError: it can't.
     """
-    if any(key in COMPANIONS for key in kinds) and any(pair.is_sharded for pair in pairs):
+    if not any(key in COMPANIONS for key in kinds):
+        return
+    in_blocks = f"optimizer {type(optimizer).__name__} keeps its state in blocks of entries, which"
+    if any(pair.is_sharded for pair in pairs):
         raise UnsupportedOptimizerError(
-            f"optimizer {type(optimizer).__name__} keeps its state in blocks of entries, which shards cut up: with "
-            "FSDP2 use torch.optim.AdamW, or train with DistributedDataParallel"
+            f"{in_blocks} shards cut up: with FSDP2 use torch.optim.AdamW, or train with DistributedDataParallel"
+        )
+    # Checked with bitsandbytes 0.50, whose optimizers with 32 bits keep plain tensors.
+    in_8_bits = getattr(getattr(optimizer, "args", None), "optim_bits", 8) == 8
+    if in_8_bits and (other := next((pair for pair in pairs if not pair.is_matrix), None)) is not None:
+        kind = "experts" if other.experts > 1 else "a convolution"
+        raise UnsupportedOptimizerError(
+            f"{in_blocks} is not supported for {kind} (module {other.name!r}): use torch.optim.AdamW or an optimizer "
+            "with 32 bits, or leave the module out of the adapter"
         )
 
 

@@ -101,7 +101,7 @@ def factored_metrics(remainders: Sequence[Remainder]) -> dict[str, float]:
     factored = [remainder for remainder in remainders if isinstance(remainder, FactoredRemainder)]
     if not factored:
         return {}
-    lost = sum(remainder.discarded.item() for remainder in factored)
+    lost = sum(remainder.discarded.sum().item() for remainder in factored)
     kept = sum(remainder.energy().item() for remainder in factored)
     return {
         "scalora/remainder_columns": float(max(remainder.columns for remainder in factored)),

@@ -38,7 +38,8 @@ class DenseRemainder(nn.Module):
     PyTorch); for float16, whose exponent is shorter, they are a fraction of the rounding interval.
 
     Args:
-        weight: the base weight, (m, n), or (n, m) if `transposed`; not quantised.
+        weight: the base weight, (m, n), or (n, m) if `transposed`; not quantised. Or a stack of such weights, the
+            experts of a mixture, or a convolution's, (m, inputs, …): `by_matrix` then is what takes merges.
         transposed: whether the base weight is stored transposed (Conv1D, embeddings).
 
     Attributes:
@@ -49,7 +50,7 @@ class DenseRemainder(nn.Module):
             None for a float32 or float64 weight.
     """
 
-    rounded_off: Int[Tensor, "rows columns"] | None
+    rounded_off: Int[Tensor, ...] | None
 
     _KEPT: ClassVar[torch.dtype] = torch.int16
 
@@ -93,6 +94,26 @@ class DenseRemainder(nn.Module):
         part._buffers = self._buffers | {"rounded_off": rounded_off}
         part.first_row = first_row
         return part
+
+    def by_matrix(self, weight: Tensor, matrices: Sequence[Float[Tensor, "rows columns"]]) -> Sequence[DenseRemainder]:
+        """The remainders of the matrices that a weight consists of, which share its memory.
+
+        Args:
+            weight: the base weight.
+            matrices: views of it: those of experts, or a convolution's.
+        """
+        self.match(weight)
+        low = self.rounded_off
+        parts = [None] * len(matrices) if low is None else low.view(len(matrices), *matrices[0].shape)
+        return [self.of_part(part, 0) for part in parts]
+
+    def follow(self, parts: Sequence[DenseRemainder]) -> None:
+        """Take note of what has been added to the remainders of matrices.
+
+        Args:
+            parts: what `by_matrix` has returned.
+        """
+        self.changed = self.changed or any(part.changed for part in parts)
 
     def match(self, weight: Tensor) -> None:
         """Begin to keep rounding errors, or stop, if the weight's dtype asks for it.
@@ -170,6 +191,8 @@ class FactoredRemainder(nn.Module):
         r: the most columns that are added at once: the adapter's rank.
         dtype: dtype of the factors, the adapter's: float32 or float64.
         device: device of the factors, the adapter's.
+        experts: number of products, each of which is compressed by itself: a mixture's experts. With more than one,
+            all tensors have a first dimension for them.
 
     Attributes:
         max_rank: the most columns that a compression keeps.
@@ -181,32 +204,64 @@ class FactoredRemainder(nn.Module):
         discarded: sum over all compressions of the squared Frobenius norm of what they left out.
     """
 
-    left: Float[Tensor, "m k"]
-    right: Float[Tensor, "n k"]
-    discarded: Float[Tensor, ""]
+    left: Float[Tensor, "*experts m k"]
+    right: Float[Tensor, "*experts n k"]
+    discarded: Float[Tensor, "*experts"]
 
-    def __init__(self, m: int, n: int, max_rank: int, r: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, m: int, n: int, max_rank: int, r: int, *, dtype: torch.dtype, device: torch.device, experts: int = 1
+    ) -> None:
         super().__init__()
         self.max_rank = max_rank
         self.columns = 0
         self.changed = False
         self._added = r
+        stack = () if experts == 1 else (experts,)
         # Column by column in memory, so that the columns in use are one piece of it.
         for name, rows in (("left", m), ("right", n)):
-            self.register_buffer(name, torch.zeros(2 * max_rank + r, rows, dtype=dtype, device=device).mT)
-        self.register_buffer("discarded", torch.zeros((), dtype=dtype, device=device))
+            self.register_buffer(name, torch.zeros(*stack, 2 * max_rank + r, rows, dtype=dtype, device=device).mT)
+        self.register_buffer("discarded", torch.zeros(stack, dtype=dtype, device=device))
 
     @property
-    def used(self) -> tuple[Float[Tensor, "m c"], Float[Tensor, "n c"]]:
+    def used(self) -> tuple[Float[Tensor, "*experts m c"], Float[Tensor, "*experts n c"]]:
         """The columns of `left` and `right` that are in use, as views."""
-        return self.left[:, : self.columns], self.right[:, : self.columns]
+        return self.left[..., : self.columns], self.right[..., : self.columns]
 
     @property
-    def nonzero(self) -> tuple[Float[Tensor, "m c"], Float[Tensor, "n c"]]:
-        """The columns in use without those that add nothing. Waits for the device."""
+    def nonzero(self) -> tuple[Float[Tensor, "*experts m c"], Float[Tensor, "*experts n c"]]:
+        """The columns in use without those that add nothing to any product. Waits for the device."""
         left, right = self.used
-        adds = left.any(0) & right.any(0)
-        return left[:, adds], right[:, adds]
+        adds = left.any(-2) & right.any(-2)
+        adds = adds.any(0) if adds.ndim == 2 else adds
+        return left[..., adds], right[..., adds]
+
+    @property
+    def products(self) -> list[tuple[Float[Tensor, "m c"], Float[Tensor, "n c"]]]:
+        """The columns of each product that are in use, as views: one product, or one of each expert."""
+        left, right = map(_matrices, self.used)
+        return list(zip(left, right, strict=True))
+
+    def by_matrix(self, weight: Tensor, matrices: Sequence[Tensor]) -> Sequence[FactoredRemainder]:
+        """The remainders of the experts, which share the memory of this one.
+
+        Args:
+            weight: not used. It is here for a common signature with `DenseRemainder.by_matrix`.
+            matrices: not used.
+        """
+        if self.left.ndim == 2:
+            return [self]
+        experts = [copy.copy(self) for _ in self.left]
+        for expert, left, right, discarded in zip(experts, self.left, self.right, self.discarded, strict=True):
+            expert._buffers = {"left": left, "right": right, "discarded": discarded}
+        return experts
+
+    def follow(self, parts: Sequence[FactoredRemainder]) -> None:
+        """Take note of what has been added to the remainders of experts, as many columns to each.
+
+        Args:
+            parts: what `by_matrix` has returned.
+        """
+        self.columns, self.changed = parts[0].columns, parts[0].changed
 
     @torch.no_grad()
     def resize(self, max_rank: int) -> None:
@@ -216,7 +271,7 @@ class FactoredRemainder(nn.Module):
             max_rank: the most columns that a compression keeps.
         """
         self.max_rank = max_rank
-        if self.left.shape[1] != 2 * max_rank + self._added:
+        if self.left.shape[-1] != 2 * max_rank + self._added:
             self._replace(*self.used)
 
     @contextmanager
@@ -254,17 +309,17 @@ class FactoredRemainder(nn.Module):
         if self.is_full:
             compress([self])
 
-    def append(self, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
+    def append(self, left: Float[Tensor, "*experts m r"], right: Float[Tensor, "*experts n r"]) -> None:
         """Add ``left @ right.T`` to the product by filling in columns, without compressing it.
 
         Args:
             left: left factor, (m, r), in the adapter's dtype.
             right: right factor, (n, r), in the adapter's dtype.
         """
-        for columns, factor in zip(self.take(left.shape[1]), (left, right), strict=True):
+        for columns, factor in zip(self.take(left.shape[-1]), (left, right), strict=True):
             columns.copy_(factor)
 
-    def take(self, count: int) -> tuple[Float[Tensor, "m r"], Float[Tensor, "n r"]]:
+    def take(self, count: int) -> tuple[Float[Tensor, "*experts m r"], Float[Tensor, "*experts n r"]]:
         """Put free columns to use.
 
         Args:
@@ -274,7 +329,7 @@ class FactoredRemainder(nn.Module):
             These columns of `left` and `right`, as views, which are to be overwritten.
         """
         start, self.columns, self.changed = self.columns, self.columns + count, True
-        return self.left[:, start : self.columns], self.right[:, start : self.columns]
+        return self.left[..., start : self.columns], self.right[..., start : self.columns]
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
@@ -291,26 +346,27 @@ class FactoredRemainder(nn.Module):
         return self.columns > 2 * self.max_rank
 
     def energy(self) -> Float[Tensor, ""]:
-        """Squared Frobenius norm of the product, from k × k Gram matrices."""
+        """Squared Frobenius norm of the product, or of all experts' together, from k × k Gram matrices."""
         left, right = self.used
         return ((left.mT @ left) * (right.mT @ right)).sum()
 
-    def dense(self) -> Float[Tensor, "m n"]:
-        """The product itself, (m, n)."""
+    def dense(self) -> Float[Tensor, "*experts m n"]:
+        """The product itself, (m, n); of experts (E, m, n)."""
         left, right = self.used
         return left @ right.mT
 
-    def _replace(self, left: Float[Tensor, "m c"], right: Float[Tensor, "n c"]) -> None:
+    def _replace(self, left: Float[Tensor, "*experts m c"], right: Float[Tensor, "*experts n c"]) -> None:
         """Put other columns in place of those in use, in the buffers if these are as wide as they should be."""
-        width = max(2 * self.max_rank + self._added, left.shape[1])
+        columns = left.shape[-1]
+        width = max(2 * self.max_rank + self._added, columns)
         for name, used in (("left", left), ("right", right)):
             buffer = getattr(self, name)
-            if buffer.shape[1] != width:
-                buffer = buffer.new_empty(width, len(buffer)).mT
+            if buffer.shape[-1] != width:
+                buffer = buffer.new_empty(*buffer.shape[:-2], width, buffer.shape[-2]).mT
                 setattr(self, name, buffer)
-            buffer[:, : used.shape[1]] = used
-            buffer[:, used.shape[1] :] = 0
-        self.columns, self.changed = left.shape[1], left.shape[1] > 0
+            buffer[..., :columns] = used
+            buffer[..., columns:] = 0
+        self.columns, self.changed = columns, columns > 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> FactoredRemainder:
         # Rescales add to the sum for the whole of a run: a conversion of the model to half precision leaves it alone.
@@ -325,12 +381,18 @@ class FactoredRemainder(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Copies: safetensors, with which Accelerate saves, does not take a part of a larger piece of memory.
         for name in ("left", "right"):
-            used = destination[prefix + name][:, : self.columns]
+            used = destination[prefix + name][..., : self.columns]
             destination[prefix + name] = used.clone(memory_format=torch.contiguous_format)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         left, right = (state_dict.get(prefix + name) for name in ("left", "right"))
-        if isinstance(left, Tensor) and isinstance(right, Tensor) and left.shape[1:] == right.shape[1:] != ():
+        if (
+            isinstance(left, Tensor)
+            and isinstance(right, Tensor)
+            and left.shape[:-1] == self.left.shape[:-1]
+            and right.shape[:-1] == self.right.shape[:-1]
+            and left.shape[-1] == right.shape[-1]
+        ):
             with torch.no_grad():
                 self._replace(left, right)
             # The buffers hold them now, at another width than a state's: torch compares shapes.
@@ -371,6 +433,10 @@ def add_to_all(
         remainder.add(weight, left, right)
 
 
+def _matrices(stack: Float[Tensor, "*experts rows columns"]) -> Sequence[Float[Tensor, "rows columns"]]:
+    return list(stack) if stack.ndim == 3 else [stack]
+
+
 @torch.no_grad()
 def compress_full(remainders: Iterable[Remainder]) -> None:
     """Compress those remainders that are factored and full.
@@ -392,14 +458,17 @@ def compress(remainders: Sequence[FactoredRemainder]) -> None:
     """
     alike = defaultdict(list)
     for remainder in remainders:
-        rank = min(remainder.max_rank, remainder.columns, len(remainder.left), len(remainder.right))
+        rank = min(remainder.max_rank, remainder.columns, remainder.left.shape[-2], remainder.right.shape[-2])
         alike[remainder.left.device, remainder.columns, rank].append(remainder)
     for (_, _, rank), group in alike.items():
-        smaller, discarded = compressed_products([remainder.used for remainder in group], rank)
-        buffers = [buffer.mT for remainder in group for buffer in (remainder.left, remainder.right)]
+        used = [product for remainder in group for product in remainder.products]
+        smaller, discarded = compressed_products(used, rank)
+        stacks = [map(_matrices, (remainder.left.mT, remainder.right.mT)) for remainder in group]
+        buffers = [buffer for left, right in stacks for both in zip(left, right, strict=True) for buffer in both]
         torch._foreach_copy_([buffer[:rank] for buffer in buffers], [new.mT for pair in smaller for new in pair])
         torch._foreach_zero_([buffer[rank:] for buffer in buffers])
-        torch._foreach_add_([r.discarded for r in group], list(discarded.to(group[0].discarded.dtype)))
+        of_all = [of_product for remainder in group for of_product in remainder.discarded.view(-1)]
+        torch._foreach_add_(of_all, list(discarded.to(of_all[0].dtype)))
         for remainder in group:
             remainder.columns = rank
             remainder.resize(remainder.max_rank)

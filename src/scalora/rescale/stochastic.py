@@ -7,7 +7,9 @@ all processes of a run, and all devices draw the same ones.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +42,18 @@ class StochasticRemainder(DenseRemainder):
         super().__init__(weight, transposed=transposed)
         self.name_hash = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
         self.step = 0
+
+    def by_matrix(self, weight: Tensor, matrices: Sequence[Float[Tensor, "rows columns"]]) -> Sequence[DenseRemainder]:
+        """`DenseRemainder.by_matrix`; the random numbers of each matrix are its own.
+
+        Args:
+            weight: the base weight.
+            matrices: views of it.
+        """
+        parts = [copy.copy(self) for _ in matrices]
+        for number, part in enumerate(parts):
+            part.name_hash = _mixed_number(self.name_hash + number * _GOLDEN & _MASK)
+        return parts
 
     def _no_errors_yet(self, weight: Tensor) -> None:
         """Nothing is kept beside the weight."""

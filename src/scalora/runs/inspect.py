@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ from scalora.maths.lowrank import factors_of_product
 from scalora.maths.residuals import step_residuals
 from scalora.maths.spectrum import update_figures
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
-from scalora.model.layers import LINEAR
+from scalora.model.layers import LINEAR, pattern_key
 from scalora.model.remainder_layer import REMAINDER
 from scalora.model.target_norms import target_norms
 from scalora.model.update import dense_update, factored_update
@@ -49,11 +50,19 @@ _LISTED = 3  # layers that an error message names
 
 
 class _Layer(NamedTuple):
-    """An adapted layer: its name in the base model, its module, and its factors if the method trains nothing else."""
+    """An adapted layer: its name in the base model, its module, and its factors if the method trains nothing else.
+
+    The experts of a layer that is a stack of them are layers of their own, with their number.
+    """
 
     name: str
     module: Any
     pair: LoraPair | None
+    expert: int | None = None
+
+    def part_of(self, weight: Tensor) -> Tensor:
+        """The layer's part of a base weight, as a matrix in storage order."""
+        return weight if self.pair is None else self.pair.matrices_of_weight(weight)[self.expert or 0]
 
 
 class _Trained(NamedTuple):
@@ -162,8 +171,13 @@ def _trained(run: FinishedRun) -> _Trained:
 
 
 def _adapted(run: FinishedRun, model: PeftModel) -> _Trained:
-    pairs = find_lora_pairs(model)
-    layers = [_Layer(pair.name.removeprefix("base_model.model."), pair.layer, pair) for pair in pairs]
+    pairs = find_lora_pairs(model, all_shapes=True)
+    layers = []
+    for pair in pairs:
+        name = pattern_key(pair.name.removeprefix("base_model.model."), pair.layer)
+        if pair.experts == 1:
+            layers.append(_Layer(name, pair.layer, pair))
+        layers += [_Layer(f"{name}.{e}", pair.layer, pair, e) for e in range(pair.experts) if pair.experts > 1]
     merged = isinstance(getattr(pairs[0].layer, REMAINDER, None), DenseRemainder)
     return _Trained(model, layers, run.load() if merged else None)
 
@@ -194,14 +208,12 @@ def _pattern(layers: str | None) -> Callable[[str], object]:
 @torch.no_grad()
 def _described(layer: _Layer, base: PreTrainedModel | None) -> dict[str, Any]:
     """The entries of one layer in the result, without its residual."""
-    own = base.get_submodule(layer.name) if base is not None else layer.module.get_base_layer()
-    weight = dequantize_module_weight(own)
-    if layer.pair is not None:
-        rows, columns = layer.pair.oriented(weight).shape
-    else:
-        rows, columns = (weight.mT if isinstance(own, Conv1D) else weight).shape
+    whole = _base_weight(layer, base)
+    weight = layer.part_of(whole)
+    transposed = isinstance(layer.module, Conv1D) if layer.pair is None else layer.pair.transposed
+    rows, columns = (weight.mT if transposed else weight).shape
     try:
-        values = _singular_values(layer, weight)
+        values = _singular_values(layer, whole)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise InputError(
             f"layer {layer.name!r}: the update has NaN or infinite entries; the run has diverged"
@@ -217,26 +229,42 @@ def _described(layer: _Layer, base: PreTrainedModel | None) -> dict[str, Any]:
     }
 
 
+def _base_weight(layer: _Layer, base: PreTrainedModel | None) -> Tensor:
+    """The base weight that a layer was trained on, of all experts of a stack."""
+    if layer.pair is None or not isinstance(layer.module, ParamWrapper):
+        own = base.get_submodule(layer.name) if base is not None else layer.module.get_base_layer()
+        weight: Tensor = dequantize_module_weight(own)
+        return weight
+    if base is None:
+        return layer.pair.weight.detach()
+    parameter: Tensor = base.get_parameter(layer.name if layer.expert is None else layer.name.rpartition(".")[0])
+    return parameter.detach()
+
+
 def _singular_values(layer: _Layer, base_weight: Tensor) -> Tensor:
     """Singular values of the total update, from its factors if it has any."""
     pair = layer.pair
     if pair is None:
         update: Tensor = layer.module.weight.double() - base_weight.double()
     else:
-        A, B = _factors(pair)
+        A, B = _factors(layer)
         remainder = getattr(pair.layer, REMAINDER, None)
         if remainder is None:
             return factors_of_product(pair.scaling * A, B).values
+        expert = layer.expert or 0
         if isinstance(remainder, FactoredRemainder):
-            return factored_update(pair).values
-        update = dense_update(pair, remainder, pair.weight, base_weight, pair.lora_A.detach(), pair.lora_B.detach())
+            return factored_update(pair, expert).values
+        factors = pair.lora_A.detach(), pair.lora_B.detach()
+        update = dense_update(pair, remainder, pair.weight, base_weight, *factors, expert)
     values: Tensor = torch.linalg.svdvals(update)
     return values
 
 
-def _factors(pair: LoraPair) -> tuple[Tensor, Tensor]:
-    """The paper's A (m, r) and B (n, r)."""
-    return pair.lora_B.detach(), pair.lora_A.detach().mT
+def _factors(layer: _Layer) -> tuple[Tensor, Tensor]:
+    """The paper's A (m, r) and B (n, r) of a layer that has them."""
+    pair, expert = layer.pair, layer.expert or 0
+    assert pair is not None
+    return pair.matrices_of_B(pair.lora_B.detach())[expert], pair.matrices_of_A(pair.lora_A.detach())[expert].mT
 
 
 def _scaling(run: FinishedRun, pairs: list[LoraPair]) -> tuple[ScaLoraConfig, dict[str, float]]:
@@ -260,7 +288,7 @@ def _residuals(
     residuals: list[dict[str, float] | None] = []
     for layer in track(layers, "residuals"):
         assert layer.pair is not None
-        A, B = _factors(layer.pair)
+        A, B = _factors(layer)
         G = gradients.pop(layer.name, None)
         if G is None or not G.any():
             residuals.append(None)
@@ -284,7 +312,8 @@ def _residuals(
 def _gradients(layers: list[_Layer], backward: Callable[[], None]) -> dict[str, Tensor]:
     """The gradient (m, n) with respect to each layer's weight, from the layer's inputs and output gradients.
 
-    This works for quantised weights, too, and with the model frozen no other gradients take up memory.
+    This works for quantised weights, too, and with the model frozen no other gradients take up memory. Convolutions and
+    parameters that are adapted themselves, as experts are, have gradients of their own.
     """
     gradients: dict[str, Tensor] = {}
 
@@ -302,12 +331,20 @@ def _gradients(layers: list[_Layer], backward: Callable[[], None]) -> dict[str, 
             G.index_add_(1, x.flatten(), upstream.mT)
         gradients[name] = G + gradients.get(name, 0)
 
-    handles = [layer.module.register_forward_hook(partial(watch, layer.name)) for layer in layers]
+    handles = []
+    for layer in layers:
+        if layer.pair is None or (layer.pair.is_matrix and not isinstance(layer.module, ParamWrapper)):
+            handles.append(layer.module.register_forward_hook(partial(watch, layer.name)))
+        else:  # its inputs and outputs are not those of one matrix
+            layer.pair.weight.requires_grad_(True)
     try:
         backward()
     finally:
         for handle in handles:
             handle.remove()
+    for layer in layers:
+        if layer.name not in gradients and layer.pair is not None and layer.pair.weight.grad is not None:
+            gradients[layer.name] = layer.pair.oriented(layer.part_of(layer.pair.weight.grad)).float()
     return gradients
 
 

@@ -62,7 +62,8 @@ def check_adapted(run: PreparedRun, model: nn.Module) -> None:
         InputError: a setting matches no adapted module, or a module has no bias to train.
     """
     lora = _settings(run)
-    adapted: Sequence[str] = getattr(getattr(model, "base_model", None), "targeted_module_names", ())
+    tuner = getattr(model, "base_model", None)
+    adapted: list[str] = [*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())]
     if not adapted:
         return
     for key in ("rank_pattern", "alpha_pattern"):

@@ -55,7 +55,7 @@ def write_results(run: PreparedRun, model: Any, folder: Path) -> None:
         model: the trained model.
         folder: the run folder.
     """
-    pairs = find_lora_pairs(model) if isinstance(run.method, ScaLoraMethod) else []
+    pairs = find_lora_pairs(model, all_shapes=True) if isinstance(run.method, ScaLoraMethod) else []
     factored = bool(pairs) and isinstance(pairs[0].remainder, FactoredRemainder)
 
     def write_delta(target: Path) -> None:

@@ -212,7 +212,7 @@ def _sample(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
 def _pairs(model: nn.Module) -> list[LoraPair]:
     """The model's LoRA pairs; none if its adapters are of another kind or their device has no float64."""
     try:
-        pairs = find_lora_pairs(model)
+        pairs = find_lora_pairs(model, all_shapes=True)
     except UnsupportedLayerError:
         return []
     return [pair for pair in pairs if pair.lora_A.device.type != "mps"]

@@ -40,7 +40,7 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
         UnsupportedLayerError: a module is not supported; the message names it. The model has not been changed then.
     """
     reshard(model)
-    pairs = find_lora_pairs(model, sharded=True)
+    pairs = find_lora_pairs(model, sharded=True, all_shapes=True)
     check_shards(pairs)
     peft_model = peft_model_of(model)
     own = None if peft_model is not None else _injected_model(model)
@@ -55,8 +55,8 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
     place_remainders(pairs, merge, remainder_rank)
     complete_copies(model)
     pairs[0].layer.factor_guard.follow()
-    for pair in pairs:
-        pair.layer.attachment = attachment
+    for layer in (layer for pair in pairs for layer in pair.layers):
+        layer.attachment = attachment
     if any(pair.is_sharded for pair in pairs):
         keep_rounding_errors_with_weights(pairs)
         factors: list[Tensor] = [factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)]

@@ -5,8 +5,9 @@ Only one whole model is in memory at a time: the base, into which the state is r
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from scalora.config import STARTS_THAT_CHANGE_THE_BASE, ScaLoraConfig
 from scalora.maths.lowrank import DEFAULT_RTOL, Factors, factors_of_dense
 from scalora.model.adapters import LoraPair
+from scalora.model.layers import weight_key
 from scalora.model.update import dense_update, factored_update
 from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.attach import attach
@@ -94,12 +96,13 @@ def export_adapter(
     state = read_state(Path(folder))
     model, pairs = _wrap(base, state)
     limit = max_rank or max(max(pair.m, pair.n) for pair in pairs)
-    updates: dict[str, Factors] = {}
+    updates: dict[str, list[Factors]] = {}
     if state["merge"] != "factored":  # while the base still has its own weights
-        updates = {pair.name: factors_of_dense(_dense_update_of(pair, state["tensors"]), rtol, limit) for pair in pairs}
+        tensors = state["tensors"]
+        updates = {p.name: [factors_of_dense(d, rtol, limit) for d in _dense_updates_of(p, tensors)] for p in pairs}
     restore(model, pairs, state["tensors"])
     if not updates:
-        updates = {pair.name: factored_update(pair) for pair in pairs}
+        updates = {pair.name: [factored_update(pair, e) for e in range(pair.experts)] for pair in pairs}
     with atomic_folder(Path(output)) as target:
         report = write_factors(
             model, pairs, updates, target, rtol=rtol, max_rank=max_rank, per_layer=per_layer, dtype=dtype
@@ -148,10 +151,10 @@ def export_merged(
     # In float32, a merge loses nothing that is worth the time to measure.
     norms: dict[str, float] = {}
     if dtype.itemsize == 2 and state["merge"] != "factored":  # while the base still has its own weights
-        norms = {pair.name: float(_dense_update_of(pair, state["tensors"]).norm()) for pair in pairs}
+        norms = {p.name: _norm(d.square().sum() for d in _dense_updates_of(p, state["tensors"])) for p in pairs}
     restore(model, pairs, state["tensors"])
     if dtype.itemsize == 2 and not norms:
-        norms = {pair.name: float(factored_update(pair).energy.sqrt()) for pair in pairs}
+        norms = {p.name: _norm(factored_update(p, e).energy for e in range(p.experts)) for p in pairs}
     if with_model is not None:
         with_model(model)
     if any(pair.quantised for pair in pairs):
@@ -228,14 +231,19 @@ def _base_name(model: PeftModel, adapter: str, state: dict[str, Any]) -> BaseNam
 
 def _merge_exactly(pair: LoraPair, dtype: torch.dtype) -> float:
     """Merge one layer in float32 or better and round it once, to `dtype`; returns the norm of what rounding changed."""
-    layer, weight = pair.layer.get_base_layer(), pair.weight.detach()
+    weight = pair.weight.detach()
     if isinstance(pair.remainder, DenseRemainder):
         weight = pair.remainder.exact(weight)
-    layer.weight = torch.nn.Parameter(weight.to(torch.promote_types(weight.dtype, torch.float32)), False)
+    merged = torch.nn.Parameter(weight.to(torch.promote_types(weight.dtype, torch.float32)), False)
+    setattr(pair.layer.get_base_layer(), weight_key(pair.layer), merged)
     pair.layer.merge_for_good(adapter_names=[pair.adapter])
-    exact = layer.weight.data
-    layer.weight.data = exact.to(dtype)
-    return float(torch.linalg.vector_norm(layer.weight.data.to(exact.dtype) - exact)) if dtype.itemsize == 2 else 0.0
+    exact = merged.data
+    merged.data = exact.to(dtype)
+    return float(torch.linalg.vector_norm(merged.data.to(exact.dtype) - exact)) if dtype.itemsize == 2 else 0.0
+
+
+def _norm(energies: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(map(float, energies)))
 
 
 def _warn_about_losses(losses: dict[str, float], dtype: torch.dtype) -> None:
@@ -248,15 +256,16 @@ def _warn_about_losses(losses: dict[str, float], dtype: torch.dtype) -> None:
         )
 
 
-def _dense_update_of(pair: LoraPair, tensors: dict[str, Tensor]) -> Tensor:
-    """The update of one layer, (m, n), from its original weight in the base and the tensors of a state."""
+def _dense_updates_of(pair: LoraPair, tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+    """The update of one layer, (m, n), or of each of its experts, from the base's weight and a state's tensors."""
     device = pair.weight.device
     weight = tensors[f"weight.{pair.name}"].to(device)
     trained = DenseRemainder(weight, transposed=pair.transposed)
     rounded_off = tensors.get(f"rounded_off.{pair.name}")
     trained.rounded_off = None if rounded_off is None else rounded_off.to(device)
     lora_A, lora_B = (tensors[f"trained.{key}"].to(device) for key in pair.keys)
-    return dense_update(pair, trained, weight, pair.weight.detach(), lora_A, lora_B)
+    for expert in range(pair.experts):
+        yield dense_update(pair, trained, weight, pair.weight.detach(), lora_A, lora_B, expert)
 
 
 def _require_unused(output: Path) -> None:

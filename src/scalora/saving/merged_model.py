@@ -33,8 +33,13 @@ def _untie(model: PreTrainedModel) -> None:
     Libraries that go by the config would take the input embedding for the head, and never read the trained one.
     """
     config = model.config.get_text_config()
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if getattr(config, "tie_word_embeddings", False) and outputs is not None and outputs.weight is not inputs.weight:
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    try:
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:  # a model without them, whose config has Transformers' default
+        return
+    if outputs is not None and outputs.weight is not inputs.weight:
         model.config.tie_word_embeddings = config.tie_word_embeddings = False
 
 

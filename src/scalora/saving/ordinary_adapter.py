@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from scalora.maths.lowrank import DEFAULT_RTOL, Factors, rank_for_tolerance
 from scalora.model.adapters import LoraPair
+from scalora.model.layers import pattern_key
+from scalora.model.matrices import factors_of
 from scalora.model.tuner import tensors_as_given
 from scalora.model.update import factored_update
 from scalora.saving.base_name import base_name, write_base_name
@@ -35,7 +37,8 @@ class AdapterReport(NamedTuple):
     Attributes:
         ranks: rank of each layer in the file, by the layer's name.
         needed: rank that each layer needs for the tolerance.
-        errors: Frobenius norm of what is left out of each layer's update, relative to that of the update.
+        errors: Frobenius norm of what is left out of each layer's update, relative to that of the update. Of a layer
+            with experts, the update of all of them.
         norms: Frobenius norm of each layer's update.
     """
 
@@ -77,7 +80,7 @@ def write_adapter(
     Returns:
         Ranks and errors of the adapter.
     """
-    updates = {pair.name: factored_update(pair) for pair in pairs}
+    updates = {pair.name: [factored_update(pair, e) for e in range(pair.experts)] for pair in pairs}
     return write_factors(
         model,
         pairs,
@@ -91,7 +94,7 @@ def write_adapter(
 def write_factors(
     model: PeftModel,
     pairs: list[LoraPair],
-    updates: Mapping[str, Factors],
+    updates: Mapping[str, Sequence[Factors]],
     folder: Path,
     *,
     rtol: float = DEFAULT_RTOL,
@@ -107,7 +110,8 @@ def write_factors(
         model: a PEFT model with the run's LoRA configuration. Modules that are trained in addition to LoRA are
             written with their current weights.
         pairs: the model's LoRA pairs.
-        updates: the whole update of each layer, by the pair's name.
+        updates: the whole update of each layer, or of each of its experts, by the pair's name. Experts of a layer have
+            one rank.
         folder: the folder to write to; must exist. A README.md of the user's in it is not changed.
         rtol: the largest error allowed in each layer, relative to the Frobenius norm of its update.
         max_rank: the largest rank allowed, even if errors then exceed `rtol`. None: no limit.
@@ -123,25 +127,36 @@ def write_factors(
         OSError: the folder can't be written to.
     """
     limit = max_rank or math.inf
-    needed = {name: max(1, rank_for_tolerance(update, rtol)) for name, update in updates.items()}
+    needed = {name: max(1, *(rank_for_tolerance(one, rtol) for one in of_layer)) for name, of_layer in updates.items()}
     capped = {name: int(min(rank, limit)) for name, rank in needed.items()}
     largest = max(capped.values())
     ranks = capped if per_layer else dict.fromkeys(capped, largest)
     state = model.state_dict()
     errors, norms = {}, {}
     for pair in pairs:
-        update = updates[pair.name].truncated(ranks[pair.name])
-        root = update.values.sqrt()
-        A = _padded(update.left * root, ranks[pair.name])
-        B = _padded(update.right * root, ranks[pair.name])
+        truncated = [update.truncated(ranks[pair.name]) for update in updates[pair.name]]
+        A = [_padded(update.left * update.values.sqrt(), ranks[pair.name]) for update in truncated]
+        Bt = [_padded(update.right * update.values.sqrt(), ranks[pair.name]).mT for update in truncated]
+        matrices = (Bt[0], A[0]) if pair.experts == 1 else (torch.stack(Bt), torch.stack(A))
+        lora_A, lora_B = factors_of(*matrices, (pair.lora_A, pair.lora_B))
         key_A, key_B = pair.keys
-        state[key_A], state[key_B] = B.mT.contiguous().to(dtype), A.contiguous().to(dtype)
+        state[key_A], state[key_B] = lora_A.contiguous().to(dtype), lora_B.contiguous().to(dtype)
+        if pair.twin is not None:
+            for key, factor in zip(pair.twin.keys, (state[key_B], state[key_A]), strict=True):
+                state[key] = factor.mT.contiguous()
         if (bias := key_B.removesuffix("weight") + "bias") in state:  # lora_bias=True
             state[bias] = (state[bias] * pair.scaling).to(dtype)
-        norms[pair.name] = update.energy.sqrt().item()
-        errors[pair.name] = update.discarded().sqrt().item() / norms[pair.name] if norms[pair.name] else 0.0
+        norms[pair.name] = sum(update.energy.item() for update in truncated) ** 0.5
+        lost = sum(update.discarded().item() for update in truncated) ** 0.5
+        errors[pair.name] = lost / norms[pair.name] if norms[pair.name] else 0.0
     settings = {"safe_serialization": safe_serialization, "save_embedding_layers": save_embedding_layers}
-    _save_with_peft(model, pairs[0].adapter, state, ranks if per_layer else {}, largest, folder, settings)
+    patterns = {
+        pattern_key(layer.name.removeprefix("base_model.model."), layer.layer): ranks[pair.name]
+        for pair in pairs
+        for layer in (pair, pair.twin)
+        if per_layer and layer is not None
+    }
+    _save_with_peft(model, pairs[0].adapter, state, patterns, largest, folder, settings)
     return AdapterReport(ranks, needed, errors, norms)
 
 
@@ -153,7 +168,7 @@ def _save_with_peft(
     model: PeftModel,
     adapter: str,
     state: dict[str, Tensor],
-    ranks: dict[str, int],
+    layers: dict[str, int],
     largest: int,
     folder: Path,
     settings: dict[str, Any],
@@ -162,7 +177,6 @@ def _save_with_peft(
     own = model.peft_config[adapter]
     config = copy.deepcopy(own)
     config.r = config.lora_alpha = largest
-    layers = {name.removeprefix("base_model.model."): rank for name, rank in ranks.items()}
     # PEFT matches a pattern with the end of a name too.
     config.rank_pattern = {
         f"^{name}" if any(other.endswith(f".{name}") for other in layers) else name: rank

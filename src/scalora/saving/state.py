@@ -227,7 +227,7 @@ def check_fit(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Ten
     for name, saved in tensors.items():
         wanted = expected[name]
         if name.startswith(("left.", "right.")):  # of any number of columns
-            fits = saved.ndim == 2 and len(saved) == len(wanted)
+            fits = saved.ndim == wanted.ndim and saved.shape[:-1] == wanted.shape[:-1]
         else:
             fits = saved.shape == wanted.shape
         if not fits or saved.dtype != wanted.dtype:
@@ -239,7 +239,7 @@ def check_fit(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Ten
             raise StateError(f"{name!r} in the state has NaN or infinite entries")
     for pair in pairs:
         if (left := tensors.get(f"left.{pair.name}")) is not None and (
-            left.shape[1] != tensors[f"right.{pair.name}"].shape[1]
+            left.shape[-1] != tensors[f"right.{pair.name}"].shape[-1]
         ):
             raise StateError(f"the factors of {pair.name!r} in the state have different numbers of columns")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from scalora.maths.lowrank import Factors, factors_of_product
 from scalora.model.adapters import LoraPair
+from scalora.model.layers import pattern_key
 
 
 class ExportError(RuntimeError):
@@ -66,7 +67,11 @@ def check_model(folder: Path, model: nn.Module) -> None:
 
 
 def adapter_errors(
-    folder: Path, model: PeftModel, pairs: list[LoraPair], updates: Mapping[str, Factors], left_out: Mapping[str, float]
+    folder: Path,
+    model: PeftModel,
+    pairs: list[LoraPair],
+    updates: Mapping[str, Sequence[Factors]],
+    left_out: Mapping[str, float],
 ) -> dict[str, float]:
     """Read a written adapter back, as PEFT would, and measure how far each layer is from the update.
 
@@ -74,7 +79,7 @@ def adapter_errors(
         folder: the adapter's folder.
         model: the PEFT model that it was written from.
         pairs: its LoRA pairs.
-        updates: the whole update of each layer, by the pair's name.
+        updates: the whole update of each layer, or of each of its experts, by the pair's name.
         left_out: error of each layer that its rank allows for, relative to the update in the Frobenius norm.
 
     Returns:
@@ -92,13 +97,16 @@ def adapter_errors(
     errors = {}
     for pair in pairs:
         A, B = (tensors[_in_file(key, adapter)] for key in pair.keys)
-        rank, scaling = _rank_and_scaling(config, pair.name.removeprefix("base_model.model."))
-        if A.shape != (rank, pair.n) or B.shape != (pair.m, rank):
+        module = pattern_key(pair.name.removeprefix("base_model.model."), pair.layer)
+        rank, scaling = _rank_and_scaling(config, module)
+        rows = rank * pair.experts
+        if A.shape != (rows, *pair.lora_A.shape[1:]) or B.shape[:2] != (pair.m, rows):
             raise ExportError(
                 f"the factors of {pair.name!r} are {tuple(B.shape)} and {tuple(A.shape)}, but adapter_config.json says "
                 f"rank {rank}"
             )
-        errors[pair.name] = _relative_error(updates[pair.name], B, A, scaling)
+        written = zip(pair.matrices_of_B(B), pair.matrices_of_A(A), strict=True)
+        errors[pair.name] = _relative_error(updates[pair.name], list(written), scaling)
         # Rounding each entry to nearest changes a product by at most two units of its dtype; twice that is generous.
         allowed = 1.01 * left_out[pair.name] + 2 * torch.finfo(A.dtype).eps + 1e-6
         if not errors[pair.name] <= allowed:
@@ -139,18 +147,21 @@ def _rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, floa
     return rank, alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
 
 
-def _relative_error(update: Factors, left: Tensor, right: Tensor, scaling: float) -> float:
-    """Frobenius norm of the update minus ``scaling·left·right``, relative to that of the update."""
-    device = update.left.device
-    left, right = (scaling * left.double()).to(device), right.double().mT.to(device)
-    kept = update.values.square().sum()
-    difference = factors_of_product(
-        torch.cat([update.left * update.values, -left], dim=1), torch.cat([update.right, right], dim=1)
-    )
-    lost = difference.energy + (update.energy - kept).clamp_min(0)
-    if not update.energy:
+def _relative_error(updates: Sequence[Factors], written: Sequence[tuple[Tensor, Tensor]], scaling: float) -> float:
+    """Frobenius norm of the updates minus ``scaling·left·right``, relative to that of the updates."""
+    lost = energy = 0.0
+    for update, (left, right) in zip(updates, written, strict=True):
+        device = update.left.device
+        left, right = (scaling * left.double()).to(device), right.double().mT.to(device)
+        kept = update.values.square().sum()
+        difference = factors_of_product(
+            torch.cat([update.left * update.values, -left], dim=1), torch.cat([update.right, right], dim=1)
+        )
+        lost += (difference.energy + (update.energy - kept).clamp_min(0)).item()
+        energy += update.energy.item()
+    if not energy:
         return 0.0 if not lost else math.inf
-    return math.sqrt(lost / update.energy)
+    return math.sqrt(lost / energy)
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
