@@ -207,6 +207,6 @@ def rank_for_tolerance(factors: Factors, rtol: float) -> int:
         The rank; the number of singular values in `factors` if even all of them leave out more than `rtol`.
     """
     squares = factors.values.square()
-    left_out = factors.energy - torch.cat([torch.zeros_like(squares[:1]), squares.cumsum(0)])
+    left_out = factors.energy - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
     enough = left_out <= rtol**2 * factors.energy
     return int(torch.where(enough.any(), enough.int().argmax(), len(squares)))
