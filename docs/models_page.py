@@ -21,18 +21,18 @@ HEADER = "| architecture | head | adapted | dense | factored |"
 _INTRODUCTION = """\
 # Models
 
-ScaLoRA takes what PEFT's LoRA takes. Every line below is a tiny model of an architecture in Transformers {transformers},
-made from its configuration class with its sizes shrunk, which PEFT {peft} adapts and trains. With ScaLoRA attached, with a
-dense and with a factored remainder, "yes" means:
+ScaLoRA takes what PEFT's LoRA takes. Every line below is a tiny model of an architecture in Transformers
+{transformers}, made from its configuration class by shrinking its sizes, which PEFT {peft} adapts and trains. "Yes"
+means that with ScaLoRA, and a dense or a factored remainder,
 
 - after five steps with AdamW and a rescale before each, the loss is lower;
 - one more rescale leaves the logits as they are, to 1e-5;
-- the saved run, loaded into a fresh base, has the same logits to 1e-6;
-- the whole update has a higher rank than the adapter's, and exported as an ordinary adapter and loaded by plain PEFT it
-  has the same logits to 1e-4.
+- the saved run, loaded into a fresh base, has the same logits, to 1e-6;
+- the whole update has a higher rank than the adapter, and exported as an ordinary adapter and loaded by plain PEFT it
+  has the same logits, to 1e-4.
 
-A refusal names the module and comes before training. Architectures that are not here could not be made tiny by rules that
-know nothing of them, or PEFT itself does not train them or does not load what it has saved of them.
+A refusal names the module and comes before training. Architectures that are not here could not be made tiny by rules
+that know nothing of them, or PEFT itself does not train them or does not load what it has saved of them.
 
 This page is written by `python docs/models_page.py`, and every line of it is a test (`tests/test_architectures.py`).
 

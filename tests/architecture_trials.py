@@ -1,4 +1,4 @@
-"""What a user does with a model, on a tiny one: adapts, trains, saves, loads and exports it, and compares the logits."""
+"""What a user does with a model, on a tiny one: adapts, trains, saves, loads and exports it; the logits must agree."""
 
 import copy
 import tempfile

@@ -30,7 +30,8 @@ _SIZES = {
     r"attention_heads|n_heads?|num_heads": 4,
     r"head_dim|d_kv|kv_channels": 8,
     r"intermediate_size|ffn_dim|n_inner|d_ff|ffn_hidden_size|mlp_dim|ffn_embed_dim": 48,
-    r"hidden_size|d_model|n_embd|^dim|embed_dim|embedding_size|word_embed_proj_dim|hidden_dim|lru_width|projection_dim": 32,
+    r"hidden_size|d_model|n_embd|^dim|embed_dim|embedding_size|word_embed_proj_dim|hidden_dim|lru_width": 32,
+    r"projection_dim": 32,
     r"position_embeddings|n_positions|n_ctx|max_seq_len|sliding_window|attention_window_size|block_size": 64,
     r"image_size": 16,
     r"patch_size": 8,
@@ -71,7 +72,7 @@ def _smaller(kind):
     defaults = kind().to_dict()
     settings = {key: _smaller(nested) for key, nested in getattr(kind, "sub_configs", {}).items() if _is_plain(nested)}
     for key, value in defaults.items():
-        if isinstance(value, int) and not isinstance(value, bool) or (value is None and key in _DEFAULT_IS_NONE):
+        if (isinstance(value, int) and not isinstance(value, bool)) or (value is None and key in _DEFAULT_IS_NONE):
             size = next((size for pattern, size in _SIZES.items() if re.search(rf"({pattern})$", key)), None)
             if size is not None and (value is None or value > size):
                 settings[key] = size
