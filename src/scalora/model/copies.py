@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from scalora.model.layers import factors_of
+from scalora.model.layers import experts_of, factors_of
 from scalora.model.remainder_layer import RemainderLayer
 from scalora.model.roots import peft_model_of
 from scalora.model.whole_adapter import remainder_layers, whole_config
@@ -53,8 +53,9 @@ def _is_copy(layer: RemainderLayer, name: str) -> bool:
 def _complete(layer: RemainderLayer, name: str) -> None:
     for copied, whole in zip(factors_of(layer, name), layer.whole_factors(), strict=True):
         copied.data = whole.to(copied)
-    rank = len(factors_of(layer, name)[0])
+    rows = len(factors_of(layer, name)[0])
+    rank = rows // experts_of(layer)
     if name in layer.lora_A:
-        layer.lora_A[name].out_features = layer.lora_B[name].in_features = rank
+        layer.lora_A[name].out_features = layer.lora_B[name].in_features = rows
     layer.r[name], layer.lora_alpha[name] = rank, layer.trained_scaling * rank
     layer.scaling[name], layer.use_rslora[name] = layer.trained_scaling, False

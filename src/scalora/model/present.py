@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from scalora.model.adapters import LoraPair, refuse
-from scalora.model.layers import factors_of
+from scalora.model.layers import factors_of, weight_key
 from scalora.rescale.remainder import DenseRemainder
 
 
@@ -66,7 +66,7 @@ def _check_layer(pair: LoraPair) -> None:
         )
     ]
     if isinstance(pair.remainder, DenseRemainder):
-        found.append(("base weight", pair.weight, pair.layer.get_base_layer().weight))
+        found.append(("base weight", pair.weight, getattr(pair.layer.get_base_layer(), weight_key(pair.layer))))
     for key, own, now in found:
         if own is not now:
             refuse(
