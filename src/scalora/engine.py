@@ -325,7 +325,7 @@ class ScaLora:
         self._progress.restart(step=state["step"], rescales=state["rescales"])
         self._checked_states = False
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, resumable: bool = True) -> None:
         """Write `state_dict` to ``scalora_state.safetensors`` in a folder, atomically.
 
         Of several processes, the first one writes it. The others write the states of their random number generators
@@ -335,14 +335,20 @@ class ScaLora:
         Args:
             folder: the folder; created if it does not exist. An earlier state in it is replaced once the new one is
                 complete.
+            resumable: whether with the optimizer's state and the states of random number generators. Without them it
+                is the state of the model, as `save_pretrained` writes it.
 
         Raises:
             OSError: the state can't be written; an earlier one is unchanged.
         """
         rank = process_rank()
         state = self.state_dict() if rank == 0 or self.is_sharded else {}
+        if not resumable:
+            state = {key: value for key, value in state.items() if key not in ("optimizer", "random")}
         if self.is_sharded:
             state = wholes_for(state, keep=rank == 0)
+        if rank and not resumable:
+            return
         Path(folder).mkdir(parents=True, exist_ok=True)
         if rank:
             write_state(random_file(Path(folder), rank), {"step": self.step, "random": random_state()})

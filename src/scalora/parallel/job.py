@@ -18,6 +18,30 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def join(*, use_cpu: bool = False) -> None:
+    """Have the processes of a job find each other, and each its own device, if that has not happened yet.
+
+    Making a Trainer's arguments does the same.
+
+    Args:
+        use_cpu: whether they compute on the CPU although there may be a GPU.
+    """
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        from accelerate import PartialState
+
+        PartialState(cpu=use_cpu)
+
+
+def leave() -> None:
+    """End the communication between the processes of a job, which PyTorch otherwise warns about when they end."""
+    import torch.distributed as dist
+
+    from scalora.parallel.processes import have_a_group
+
+    if have_a_group():
+        dist.destroy_process_group()
+
+
 def let_the_first_speak() -> None:
     """Before a process that is not the first prints its error: wait for the launcher to end it.
 
@@ -53,3 +77,29 @@ def from_first(value: Any) -> Any:
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def first_of_any(value: Any) -> Any:
+    """What any process has found: of several that have found something, the value of the lowest number.
+
+    Args:
+        value: what this process has found; None if it has found nothing.
+    """
+    return next((found for found in from_all(value) if found is not None), None)
+
+
+def from_all(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their numbers.
+
+    Args:
+        value: the value of this process; any object that can be pickled.
+    """
+    import torch.distributed as dist
+
+    from scalora.parallel.processes import have_a_group
+
+    if not have_a_group():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
