@@ -38,7 +38,7 @@ def launch(folder, *words, processes=2, shards=False, seconds=120, before=None, 
     """
     logs = Path(folder)
     logs.mkdir(parents=True, exist_ok=True)
-    forkserver.set_forkserver_preload([__name__])
+    _start_forkserver()
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id="test", max_restarts=0, monitor_interval=0.1, start_method="forkserver",
@@ -55,6 +55,20 @@ def launch(folder, *words, processes=2, shards=False, seconds=120, before=None, 
         for kind in ("stdout", "stderr")
     }
     return error, printed["stdout"], printed["stderr"]
+
+
+def _start_forkserver():
+    """Start the process that processes are forked from, with this module imported."""
+    forkserver.set_forkserver_preload([__name__])
+    earlier = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # all that it looks for modules in, up to Python 3.12
+    try:
+        forkserver.ensure_running()
+    finally:
+        if earlier is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = earlier
 
 
 def process(words, shards, seconds, before, environment):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from scalora._version import __version__
 from scalora.bench.settings import ACHIEVED, H100_TFLOPS, BenchSettings, EstimateSettings, Quantization
 from scalora.config import Dtype, Merge
-from scalora.parallel.job import is_first, let_the_first_speak
+from scalora.parallel.job import is_first, leave, let_the_first_speak
 from scalora.runs.errors import DivergedError
 from scalora.runs.messages import only_relevant_messages
 
@@ -144,11 +145,20 @@ def train(
 
             show_plan(make_plan(settings, overwrite=overwrite, resume=resume))
             return
+        from scalora.runs.stopping import TerminatedError
         from scalora.runs.train import train as run_training
 
-        folder = run_training(settings, overwrite=overwrite, resume=resume)
+        try:
+            folder = run_training(settings, overwrite=overwrite, resume=resume)
+        except TerminatedError as stopped:
+            if is_first():
+                typer.echo(f"error: {stopped}: --resume goes on from the last checkpoint", err=True)
+            # As the signal would have ended it: no other exit status says that to who has sent it.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
         if is_first():
             show_summary(folder, settings)
+        leave()
 
     _in_one_line(run, debug)
 
@@ -212,9 +222,11 @@ def evaluate(
         if output is not None:
             check_output(output, "--output", {"weights", "examples"})
         scores = score(model, settings)
-        show_scores(scores)
-        if output is not None:
-            write_json(output, scores)
+        if is_first():
+            show_scores(scores)
+            if output is not None:
+                write_json(output, scores)
+        leave()
 
     _in_one_line(run, debug)
 

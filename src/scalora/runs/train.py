@@ -43,6 +43,7 @@ from scalora.runs.results import write_results, write_results_of_shards
 from scalora.runs.resume import is_longer, resumed_environment, set_results_aside, warn_about_the_schedule
 from scalora.runs.run_folder import (
     DIVERGED_FILE,
+    STOPPED_FILE,
     SUMMARY_FILE,
     MetricsFile,
     json_lines,
@@ -51,6 +52,7 @@ from scalora.runs.run_folder import (
 from scalora.runs.settings import Settings
 from scalora.runs.sharding import check_processes, measures_updates, splits_weights
 from scalora.runs.special_tokens import require_vocabulary
+from scalora.runs.stopping import stops_noted
 from scalora.runs.update_spectra import UPDATES_FILE, UpdateSpectra
 from scalora.runs.whole_run import WholeRun
 from scalora.saving.attach import attach
@@ -78,6 +80,7 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
         InputError: something in the config, the data or the model can't be used. Raised before training, and before an
             earlier run's folder is moved aside.
         DivergedError: a loss, gradient or weight is NaN or infinite. No result is written then.
+        TerminatedError: the process was asked to end while it trained.
     """
     folder = Path(settings.output_dir)
     with _claim(settings, overwrite=overwrite, resume=resume) as claim:
@@ -95,7 +98,8 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
             claim.begin(run.settings, run.environment)
         trainer.add_callback(_Resumption(run, claim))
         try:
-            summary = _run(run, trainer, spectra, folder)
+            with stops_noted(folder, lambda: trainer.state.global_step):
+                summary = _run(run, trainer, spectra, folder)
         except DivergedError as error:
             if claim is not None:
                 write_json(folder / DIVERGED_FILE, {"step": error.step, "error": str(error)})
@@ -152,6 +156,7 @@ class _Resumption(TrainerCallback):  # type: ignore[misc]
         set_broken_checkpoints_aside(Path(args.output_dir))
         environment = resumed_environment(folder, self._run.environment, state.global_step, changes)
         self._claim.go_on(self._run.settings, environment)
+        (folder / STOPPED_FILE).unlink(missing_ok=True)  # the environment has it now
 
 
 def _load(run: PreparedRun) -> PreTrainedModel:
