@@ -17,8 +17,11 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import scalora.runs.evaluate
 import scalora.runs.train  # noqa: F401 - imported before processes are started
 from scalora.cli import app
+from scalora.engine import ScaLora
+from scalora.runs.measure import StepClock
 
 
 def launch(folder, *words, processes=2, shards=False, seconds=120, before=None, environment=None):
@@ -55,6 +58,27 @@ def launch(folder, *words, processes=2, shards=False, seconds=120, before=None, 
         for kind in ("stdout", "stderr")
     }
     return error, printed["stdout"], printed["stderr"]
+
+
+def kill_after_step():
+    """End a process by SIGKILL after a step, by the variables KILL_RANK and KILL_STEP."""
+    _kill_before(StepClock, "on_step_end", lambda self, args, state, *_: state.global_step)
+
+
+def kill_while_saving():
+    """End a process by SIGKILL while the checkpoint of a step lacks ScaLoRA's state only."""
+    _kill_before(ScaLora, "save", lambda self, *_: self.step)
+
+
+def _kill_before(owner, name, step_of):
+    method = getattr(owner, name)
+
+    def killed(self, *args, **kwargs):
+        if (os.environ["RANK"], str(step_of(self, *args))) == (os.environ["KILL_RANK"], os.environ["KILL_STEP"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(self, *args, **kwargs)
+
+    setattr(owner, name, killed)
 
 
 def _start_forkserver():

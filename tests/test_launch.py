@@ -5,22 +5,22 @@ it is to shard.
 """
 
 import json
-import os
+import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import WORDS, pairs
-from launched import launch
+from launched import kill_after_step, kill_while_saving, launch
 from safetensors.torch import load_file
 from test_broken_input import contents
 from typer.testing import CliRunner
 
 from scalora.cli import app
-from scalora.engine import ScaLora
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -155,3 +155,151 @@ def test_one_process_speaks_for_all(name, printed):
     assert [line for line in messages.splitlines() if line.startswith("step ")]
     assert not second
     assert not [line for line in others.splitlines() if line.startswith(("step ", "warning: ", "error: ", "loading /"))]
+
+
+# ---- Killed and resumed
+
+KILLS = {
+    # What is trained, by whom it is ended and when, and the checkpoint from which it goes on.
+    "ddp, the second process": ({}, kill_after_step, 1, 5, 4),
+    "ddp, the first process": ({}, kill_after_step, 0, 3, 2),
+    "fsdp, the second process": (FSDP, kill_after_step, 1, 5, 4),
+    "fsdp, while it saves": (FSDP, kill_while_saving, 1, 4, 2),
+    "fsdp, the first while it saves": (FSDP, kill_while_saving, 0, 4, 2),
+}
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_a_job_whose_process_is_killed_ends_says_so_and_goes_on_as_if_nothing_had_been(name, config, printed, place):
+    settings, how, rank, step, checkpoint = KILLS[name]
+    run, shards = place / name, bool(settings)
+    file = config(name, 2, **settings)
+    variables = {"KILL_RANK": str(rank), "KILL_STEP": str(step)}
+    start = time.monotonic()
+    error, _, messages = launch(
+        place / "logs" / name, "train", file, shards=shards, before=how, environment=variables
+    )
+    assert time.monotonic() - start < 60
+    assert set(error.failures) == {rank}
+    assert error.failures[rank].exitcode == -signal.SIGKILL
+    assert not (run / "summary.json").exists()
+    stopped = read(run / "stopped.json")
+    assert (stopped["process"], stopped["processes"]) == (1 - rank, 2)
+    assert stopped["step"] in (step, step - 1)
+    assert "another process of the job has ended" in stopped["reason"] or "SIGTERM" in stopped["reason"]
+    assert sum(len(error_lines(text)) for text in messages) <= 1
+    failed = CliRunner().invoke(app, ["inspect", str(run)])
+    assert f"is not finished (stopped at step {stopped['step']}: {stopped['reason']})" in failed.stderr
+
+    error, _, (messages, _) = launch(place / "logs" / f"{name}, on", "train", file, "--resume", shards=shards)
+    assert error is None, messages
+    assert not (run / "stopped.json").exists()
+    (resumed,) = read(run / "environment.json")["resumed"]
+    assert (resumed["step"], resumed["stopped"]) == (checkpoint, stopped)
+    aside = {path.name for path in (run / "trainer").glob("incomplete-*")}
+    assert aside == ({f"incomplete-checkpoint-{step}"} if how is kill_while_saving else set())
+    unharmed = place / ("fsdp" if shards else "ddp")
+    assert not different_bits(tensors(run), tensors(unharmed))
+    assert not different_bits(weights(run), weights(unharmed))
+    assert [line["loss"] for line in metrics(run) if "loss" in line] == [
+        line["loss"] for line in metrics(unharmed) if "loss" in line
+    ]
+
+
+@pytest.mark.parametrize(("name", "processes"), [("fsdp", 1), ("ddp", 1), ("fsdp", 4)])
+def test_a_run_goes_on_in_another_number_of_processes(name, processes, config, printed, place):
+    again = f"{name} on {processes}"
+    file = config(again, 4 // processes, **RUNS[name])
+    shutil.copytree(place / name, place / again)
+    shutil.rmtree(place / again / "trainer" / f"checkpoint-{STEPS}")
+    for result in ("summary.json", "delta", "model"):
+        path = place / again / result
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    error, _, (messages, *_) = launch(
+        place / "logs" / again, "train", file, "--resume", processes=processes, shards=bool(RUNS[name])
+    )
+    assert error is None, messages
+    assert read(place / again / "environment.json")["resumed"][0]["step"] == STEPS - 2
+    assert worst(weights(place / again), weights(place / name)) <= 1e-5
+
+
+# ---- Refused
+
+REFUSED = {
+    "a mistyped key": ({"learning_rat": 1}, True, "unknown key 'training.learning_rat'"),
+    "the best model": (
+        {**FSDP, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2},
+        True,
+        "training.load_best_model_at_end=True with training.fsdp=True: .* set it to false",
+    ),
+    "FSDP1": (
+        {"fsdp": True, "fsdp_config": {"fsdp_version": 1}},
+        True,
+        "training.fsdp=True with training.fsdp_config.fsdp_version=1: .*set it to 2",
+    ),
+    "CPUs": (FSDP, False, "training.fsdp=True: Accelerate splits weights over GPUs alone"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_ends_all_processes_at_once_with_one_line(name, config, place):
+    settings, shards, words = REFUSED[name]
+    file = config(f"refused {name}", 2, **settings)
+    start = time.monotonic()
+    error, _, messages = launch(place / "logs" / f"refused {name}", "train", file, shards=shards)
+    assert time.monotonic() - start < 60
+    assert error.failures[0].exitcode == 2
+    (line,) = [line for text in messages for line in error_lines(text)]
+    assert re.match(f"error: {words}", line)
+    assert not (place / f"refused {name}").exists()
+
+
+def test_a_folder_that_is_taken_ends_all_processes_with_one_line(alone, config, place):
+    before = contents(alone)
+    error, _, messages = launch(place / "logs" / "taken", "train", alone.with_suffix(".yaml"))
+    assert error.failures[0].exitcode == 2
+    (line,) = [line for text in messages for line in error_lines(text)]
+    assert "is not empty: choose another or add --overwrite" in line
+    assert contents(alone) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "lora"], "method='lora' with training.fsdp=True: of the methods only scalora"),
+        (["--track_updates", "3"], "track_updates=3 with training.fsdp=True: no process has whole weights"),
+        ([], "training.fsdp=True splits the weights over several processes, and this is one: start them with `torchrun"),
+    ],
+)
+def test_what_one_process_can_see_is_refused_in_one(words, said, config, place):
+    result = CliRunner().invoke(app, ["train", str(config("refused alone", 4, **FSDP)), *words])
+    assert (result.exit_code, len(error_lines(result.stderr))) == (2, 1)
+    assert said in result.stderr
+    assert not (place / "refused alone").exists()
+
+
+# ---- Evaluated
+
+
+def test_several_processes_score_as_one(alone, config, place):
+    examples = [
+        {"prompt": f"say: {a}", "completion": f" {b}", "choices": [f" {b}", f" {c}", " no"], "answer": i % 3}
+        for i, (a, b, c) in enumerate(zip(WORDS, WORDS[1:], WORDS[2:] + WORDS[:1], strict=False))
+    ]
+    (place / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
+    content = yaml.safe_load((alone / "config.yaml").read_text())
+    content["data"]["eval"] = str(place / "scored.jsonl")
+    content["evaluate"] = {"metrics": ["loss", "exact_match", "multiple_choice"], "batch_size": 2, "max_new_tokens": 4}
+    file = place / "scored.yaml"
+    file.write_text(yaml.safe_dump(content))
+    scalora("evaluate", alone, file, "--output", place / "one.json")
+    error, (shown, nothing), messages = launch(
+        place / "logs" / "scored", "evaluate", alone, file, "--output", place / "two.json"
+    )
+    assert error is None, messages
+    assert shown.count("exact_match") >= 1
+    assert not nothing
+    one, two = read(place / "one.json"), read(place / "two.json")
+    close = {key: pytest.approx(one[key], rel=1e-6) for key in ("loss", "perplexity")}
+    assert two == one | close
+    assert list(two) == list(one)

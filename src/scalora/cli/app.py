@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from scalora._version import __version__
 from scalora.bench.settings import ACHIEVED, H100_TFLOPS, BenchSettings, EstimateSettings, Quantization
 from scalora.config import Dtype, Merge
-from scalora.parallel.job import is_first, leave, let_the_first_speak
+from scalora.parallel.job import is_first, leave, let_the_first_speak, let_the_lost_be_named
 from scalora.runs.errors import DivergedError
 from scalora.runs.messages import only_relevant_messages
 
@@ -620,4 +620,5 @@ def _in_one_line(command: Callable[[], Any], debug: bool) -> None:
         message = " ".join(str(error).split()) or "no message"
         named = bad_input or isinstance(error, DivergedError)
         typer.echo(f"error: {message if named else f'{type(error).__name__}: {message}'}", err=True)
+        let_the_lost_be_named(error)
         sys.exit(2 if bad_input else 1)

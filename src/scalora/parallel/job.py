@@ -12,6 +12,9 @@ from typing import Any
 # Longer than the first process takes to meet the same mistake and to end, after which a launcher ends the others.
 _LAUNCHER_SECONDS = 15.0
 
+# What errors of collectives say if another process has ended.
+_LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited")
+
 
 def is_first() -> bool:
     """Whether this process is the first of its job, or the only one, also before they have found each other."""
@@ -49,6 +52,25 @@ def let_the_first_speak() -> None:
     by this process, because nothing ends it while it waits.
     """
     if not is_first():
+        time.sleep(_LAUNCHER_SECONDS)
+
+
+def is_loss_of_another(error: BaseException) -> bool:
+    """Whether an error says that another process of the job has ended.
+
+    Args:
+        error: what this process met.
+    """
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1") and any(text in str(error) for text in _LOST)
+
+
+def let_the_lost_be_named(error: BaseException) -> None:
+    """Before a process ends because another has: wait for the launcher to see that one first, and to name it.
+
+    Args:
+        error: what this process met.
+    """
+    if is_loss_of_another(error):
         time.sleep(_LAUNCHER_SECONDS)
 
 

@@ -41,6 +41,7 @@ _FREE_IN_TRAINING = {
     "ddp_timeout",
     "debug",
     "disable_tqdm",
+    "gradient_accumulation_steps",  # of these two and the number of processes, `check_same_data` checks the product
     "gradient_checkpointing",  # recomputes what it would have kept
     "gradient_checkpointing_kwargs",
     "activation_checkpointing",
@@ -50,6 +51,8 @@ _FREE_IN_TRAINING = {
     "dataloader_pin_memory",
     "dataloader_prefetch_factor",
     "dataset_num_proc",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
     "project",
     "push_to_hub",
     "report_to",
@@ -178,7 +181,8 @@ def check_same_data(folder: Path, environment: Mapping[str, Any]) -> None:
     if (seen := before.get(key)) is not None and seen != environment[key]:
         raise InputError(
             f"a step would have {environment[key]} examples, but had {seen} in the run to resume: use as many "
-            "processes and GPUs as it did"
+            "processes and GPUs as it did, or set training.per_device_train_batch_size or "
+            "training.gradient_accumulation_steps so that it has as many"
         )
 
 

@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
+from scalora.parallel.job import is_loss_of_another
 from scalora.parallel.processes import process_count, process_rank
 from scalora.runs.errors import DivergedError
 from scalora.runs.run_folder import STOPPED_FILE, write_json
@@ -25,9 +26,6 @@ from scalora.runs.run_folder import STOPPED_FILE, write_json
 _GRACE_SECONDS = 10.0
 
 _SHOWN = 300  # characters of an error that the note quotes
-
-# How the errors of collectives begin or go on when another process has ended.
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 class TerminatedError(BaseException):
@@ -48,11 +46,12 @@ def stops_noted(folder: Path, step: Callable[[], int]) -> Iterator[None]:
     Raises:
         TerminatedError: the process got SIGTERM.
     """
-    written = threading.Event()
+    one_at_a_time = threading.Lock()  # neither thread ends the process while the other writes
 
     def note(reason: str) -> None:
-        if not written.is_set() and step() and not (folder / STOPPED_FILE).exists():
-            written.set()
+        with one_at_a_time:
+            if not step() or (folder / STOPPED_FILE).exists():
+                return
             content = {
                 "step": step(),
                 "reason": reason,
@@ -76,8 +75,9 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "it was interrupted (SIGINT)"
     words = " ".join(f"{type(error).__name__}: {error}".split())[:_SHOWN]
-    lost = process_count() > 1 and any(text in words for text in _LOST)
-    return f"another process of the job has ended, which the launcher names ({words})" if lost else words
+    if is_loss_of_another(error):
+        return f"another process of the job has ended, which the launcher names ({words})"
+    return words
 
 
 @contextmanager

@@ -72,15 +72,19 @@ def set_broken_checkpoints_aside(output_dir: Path) -> None:
     """Rename incomplete or damaged checkpoints to ``incomplete-checkpoint-N``, with a warning. Nothing is deleted.
 
     The Trainer's own search for the last checkpoint then finds a complete one. Finished checkpoints of runs without
-    ScaLoRA stay as they are, and so do those of ``save_only_model``, which are whole. One process of a job does this,
+    ScaLoRA stay as they are, and so do those of ``save_only_model``, which are whole. With FSDP, one without ScaLoRA's
+    state is of such a run if no other checkpoint has a state either. One process of a job does this,
     when the job resumes; another may do the same at the same time.
 
     Args:
         output_dir: the Trainer's output folder; need not exist.
     """
-    for folder in _checkpoints(output_dir):
+    folders = _checkpoints(output_dir)
+    with_scalora = any(os.path.lexists(folder / STATE_FILE) for folder in folders)
+    for folder in folders:
         flaw = _flaw(folder)
-        if flaw is None or ((folder / _WRITTEN_LAST).is_file() and not os.path.lexists(folder / STATE_FILE)):
+        finished = (folder / _WRITTEN_LAST).is_file() and not (with_scalora and any(folder.glob(_OF_FSDP)))
+        if flaw is None or (finished and not os.path.lexists(folder / STATE_FILE)):
             continue
         aside = folder.with_name(f"incomplete-{folder.name}")
         number = 1
