@@ -236,7 +236,19 @@ def compare(
     context: typer.Context,
     study: Annotated[Path, typer.Argument(help="Study file (YAML). --key value overrides its keys.")],
     cores: Annotated[int | None, typer.Option(min=1, help="CPU cores to use (default: all).")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads per run; cores/threads runs execute in parallel.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads per run; cores/threads runs execute in parallel without GPUs (default: 1)."),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs in parallel, which divide the cores; instead of --threads.")
+    ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            help="GPUs to use, such as 0,1,2,3. Each executes one run at a time; name it twice for two (default: all)."
+        ),
+    ] = None,
     table_only: Annotated[
         bool, typer.Option("--table-only", help="Train nothing; write the tables of the runs that are finished.")
     ] = False,
@@ -256,7 +268,8 @@ def compare(
         from scalora.cli.console import show_comparison
         from scalora.studies.compare import compare as run_study
 
-        comparison = run_study(wanted, cores=cores, threads=threads)
+        names = None if gpus is None else [name.strip() for name in gpus.split(",")]
+        comparison = run_study(wanted, cores=cores, threads=threads, jobs=jobs, gpus=names)
         show_comparison(comparison)
         if not comparison.complete:
             sys.exit(1)
