@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import scalora.runs.evaluate
 import scalora.runs.train  # noqa: F401 - imported before processes are started
 from scalora.cli import app
 from scalora.engine import ScaLora
+from scalora.runs import stopping
 from scalora.runs.measure import StepClock
 
 
@@ -70,12 +72,30 @@ def kill_while_saving():
     _kill_before(ScaLora, "save", lambda self, *_: self.step)
 
 
-def _kill_before(owner, name, step_of):
+def end_after_step():
+    """Ask a process to end (SIGTERM) after a step."""
+    _kill_before(StepClock, "on_step_end", lambda self, args, state, *_: state.global_step, signal.SIGTERM)
+
+
+def end_while_it_waits():
+    """Ask a process to end (SIGTERM) while it waits, after a step, for another that never comes."""
+    stopping._GRACE_SECONDS = 0.5
+
+    def wait(signal_number):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal_number)).start()
+        # As in a collective, no handler of Python's gets its turn.
+        torch.distributed.FileStore(os.environ["KILL_FILE"], 1).wait(["never"], timedelta(seconds=100))
+
+    _kill_before(StepClock, "on_step_end", lambda self, args, state, *_: state.global_step, signal.SIGTERM, wait)
+
+
+def _kill_before(owner, name, step_of, signal_number=signal.SIGKILL, kill=None):
+    kill = kill or (lambda number: os.kill(os.getpid(), number))
     method = getattr(owner, name)
 
     def killed(self, *args, **kwargs):
         if (os.environ["RANK"], str(step_of(self, *args))) == (os.environ["KILL_RANK"], os.environ["KILL_STEP"]):
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill(signal_number)
         return method(self, *args, **kwargs)
 
     setattr(owner, name, killed)

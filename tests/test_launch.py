@@ -1,7 +1,7 @@
 """The command in several processes, as torchrun and `accelerate launch` start them, is one job with one result.
 
-The processes are started by torchrun's launcher (`launched.py`); Accelerate is made to believe that there are GPUs where
-it is to shard.
+The processes are started by torchrun's launcher (`launched.py`); Accelerate is made to believe that there are GPUs
+where it is to shard.
 """
 
 import json
@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import WORDS, pairs
-from launched import kill_after_step, kill_while_saving, launch
+from launched import end_after_step, end_while_it_waits, kill_after_step, kill_while_saving, launch
 from safetensors.torch import load_file
 from test_broken_input import contents
 from typer.testing import CliRunner
@@ -154,7 +156,32 @@ def test_one_process_speaks_for_all(name, printed):
     assert messages.count("loading /") == 1
     assert [line for line in messages.splitlines() if line.startswith("step ")]
     assert not second
-    assert not [line for line in others.splitlines() if line.startswith(("step ", "warning: ", "error: ", "loading /"))]
+    spoken = ("step ", "warning: ", "error: ", "loading /", "[transformers]")
+    assert not [line for line in others.splitlines() if line.startswith(spoken)]
+
+
+def test_a_run_of_shards_is_exported_as_that_of_one_process(alone, printed, place):
+    exported = []
+    for run in (alone, place / "fsdp"):
+        scalora("export", run, "--to", "adapter", "--output", place / f"{run.name} exported")
+        assert read(place / f"{run.name} exported" / "export.json")["error"] < 1e-3
+        found = load_file(place / f"{run.name} exported" / "adapter_model.safetensors")
+        layers = {name.partition(".lora_A")[0] for name in found if ".lora_A" in name}
+        exported.append({name: found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"] for name in layers})
+    assert worst(*exported) <= 1e-3
+
+
+def test_accelerate_s_own_settings_shard_too(config, printed, place, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    words = ["--config_file", "recipes/launch/fsdp2.yaml", "-m", "scalora"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    settings = {key: value for key, value in prepare_multi_gpu_env(args).items() if "FSDP" in key}
+    file = config("launched", 2)
+    error, _, messages = launch(place / "logs" / "launched", "train", file, shards=True, environment=settings)
+    assert error is None, messages
+    assert list((place / "launched" / "trainer").glob("checkpoint-2/pytorch_model_fsdp*"))
+    assert not different_bits(tensors(place / "launched"), tensors(place / "fsdp"))
+    assert not different_bits(weights(place / "launched"), weights(place / "fsdp"))
 
 
 # ---- Killed and resumed
@@ -176,9 +203,7 @@ def test_a_job_whose_process_is_killed_ends_says_so_and_goes_on_as_if_nothing_ha
     file = config(name, 2, **settings)
     variables = {"KILL_RANK": str(rank), "KILL_STEP": str(step)}
     start = time.monotonic()
-    error, _, messages = launch(
-        place / "logs" / name, "train", file, shards=shards, before=how, environment=variables
-    )
+    error, _, messages = launch(place / "logs" / name, "train", file, shards=shards, before=how, environment=variables)
     assert time.monotonic() - start < 60
     assert set(error.failures) == {rank}
     assert error.failures[rank].exitcode == -signal.SIGKILL
@@ -204,6 +229,24 @@ def test_a_job_whose_process_is_killed_ends_says_so_and_goes_on_as_if_nothing_ha
     assert [line["loss"] for line in metrics(run) if "loss" in line] == [
         line["loss"] for line in metrics(unharmed) if "loss" in line
     ]
+
+
+@pytest.mark.parametrize(
+    ("how", "exitcode", "said"), [(end_after_step, -signal.SIGTERM, 1), (end_while_it_waits, 128 + signal.SIGTERM, 0)]
+)
+def test_a_process_that_is_asked_to_end_says_so_even_while_it_waits_for_another(how, exitcode, said, config, place):
+    name = f"ended, {exitcode}"
+    variables = {"KILL_RANK": "0", "KILL_STEP": "3", "KILL_FILE": str(place / f"{name} file")}
+    start = time.monotonic()
+    error, _, (messages,) = launch(
+        place / "logs" / name, "train", config(name, 4), processes=1, before=how, environment=variables
+    )
+    assert time.monotonic() - start < 60
+    assert error.failures[0].exitcode == exitcode
+    stopped = read(place / name / "stopped.json")
+    assert (stopped["step"], stopped["reason"]) == (3, "it was asked to end (SIGTERM)")
+    line = "error: training was asked to end (SIGTERM): --resume goes on from the last checkpoint"
+    assert error_lines(messages) == [line] * said
 
 
 @pytest.mark.parametrize(("name", "processes"), [("fsdp", 1), ("ddp", 1), ("fsdp", 4)])
@@ -268,7 +311,7 @@ def test_a_folder_that_is_taken_ends_all_processes_with_one_line(alone, config, 
     [
         (["--method", "lora"], "method='lora' with training.fsdp=True: of the methods only scalora"),
         (["--track_updates", "3"], "track_updates=3 with training.fsdp=True: no process has whole weights"),
-        ([], "training.fsdp=True splits the weights over several processes, and this is one: start them with `torchrun"),
+        ([], "training.fsdp=True splits the weights over several processes, and this is one: start them with"),
     ],
 )
 def test_what_one_process_can_see_is_refused_in_one(words, said, config, place):

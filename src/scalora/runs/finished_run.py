@@ -78,8 +78,8 @@ class FinishedRun:
             return int(json.loads((path / name).read_text(encoding="utf-8"))[key])
         except FileNotFoundError:
             raise InputError(
-                f"run {str(path)!r} is not finished{self._how_it_stopped()}: continue it with `scalora train CONFIG --resume`, or use one of "
-                f"the checkpoints in {str(path / 'trainer')!r}"
+                f"run {str(path)!r} is not finished{self._how_it_stopped()}: continue it with `scalora train CONFIG "
+                f"--resume`, or use one of the checkpoints in {str(path / 'trainer')!r}"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{str(path / name)!r} can't be read: {error}") from None

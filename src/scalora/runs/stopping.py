@@ -25,6 +25,8 @@ from scalora.runs.run_folder import STOPPED_FILE, write_json
 # Between being asked to end and ending all the same. Launchers and schedulers kill after 30 seconds.
 _GRACE_SECONDS = 10.0
 
+_ASKED = "it was asked to end (SIGTERM)"
+
 _SHOWN = 300  # characters of an error that the note quotes
 
 
@@ -61,7 +63,7 @@ def stops_noted(folder: Path, step: Callable[[], int]) -> Iterator[None]:
             }
             write_json(folder / STOPPED_FILE, content)
 
-    with _woken_by_sigterm(lambda: note("it was asked to end (SIGTERM)")):
+    with _woken_by_sigterm(lambda: note(_ASKED)):
         try:
             yield
         except DivergedError:
@@ -72,6 +74,8 @@ def stops_noted(folder: Path, step: Callable[[], int]) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, TerminatedError):
+        return _ASKED
     if isinstance(error, KeyboardInterrupt):
         return "it was interrupted (SIGINT)"
     words = " ".join(f"{type(error).__name__}: {error}".split())[:_SHOWN]

@@ -88,8 +88,9 @@ def compare(
         How many cells are finished, which failed, and the results.
 
     Raises:
-        InputError: `threads`, `jobs` or `gpus` can't be used, the study folder can't be used, a finished cell was run with another
-            config, or evaluation does not report the study's metric (found when the first cell finishes).
+        InputError: `threads`, `jobs` or `gpus` are out of range, the study folder can't be used, a finished cell was
+            run with another config, or evaluation does not report the study's metric (found when the first cell
+            finishes).
     """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     slots = slots_of(study, available if cores is None else cores, threads=threads, jobs=jobs, gpus=gpus)
@@ -122,7 +123,7 @@ class _Runner:
 
     def __init__(self, study: Study, slots: Slots, lock: int, stop: Event) -> None:
         self._study = study
-        self._parallel = slots.count
+        self._parallel = slots.runs
         self._free = list(slots.gpus)
         self._gpus: dict[Path, str] = {}  # of the cells that are running
         self._lock = lock

@@ -17,19 +17,17 @@ class Slots(NamedTuple):
     """Places for runs.
 
     Attributes:
-        count: how many runs execute at the same time.
+        runs: how many execute at the same time.
         threads: CPU threads of each.
         gpus: the GPU of each; empty on CPUs.
     """
 
-    count: int
+    runs: int
     threads: int
     gpus: tuple[str, ...]
 
 
-def slots_of(
-    study: Study, cores: int, *, threads: int | None, jobs: int | None, gpus: Sequence[str] | None
-) -> Slots:
+def slots_of(study: Study, cores: int, *, threads: int | None, jobs: int | None, gpus: Sequence[str] | None) -> Slots:
     """The places for a study's runs.
 
     Args:
