@@ -42,6 +42,7 @@ class SequenceTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *args: Any, head_rate: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)
         self._head_rate = head_rate
+        self._evaluates = False
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """As Transformers does, with the head's learning rate.
@@ -58,15 +59,30 @@ class SequenceTrainer(Trainer):  # type: ignore[misc]
             give_rate(optimizer, head_parameters(self.model), rate)
         return optimizer
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers does, with the loss of this process's examples alone.
+
+        Args:
+            *args: arguments of `transformers.Trainer.prediction_step`.
+            **kwargs: the same by name.
+        """
+        self._evaluates = True
+        try:
+            return super().prediction_step(*args, **kwargs)
+        finally:
+            self._evaluates = False
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count examples, of all processes. Transformers would not count a regression's target of -100."""
+        if self._evaluates:
+            return None
         counted = [{"labels": torch.zeros(len(batch["labels"]), dtype=torch.long)} for batch in batch_samples]
         return super()._get_num_items_in_batch(counted, device)
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         logits = (outputs["logits"] if isinstance(outputs, dict) else outputs[0]).float()
         labels = labels.to(logits.device)
-        if num_items_in_batch is None and not self.model.training:
+        if self._evaluates:
             own = max(1, own_rows(self.accelerator, len(labels)))  # one, which does not count, where there are none
             logits, labels = logits[:own], labels[:own]
         if logits.shape[-1] == 1:
