@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType, str_to_bool
 from transformers import TrainingArguments
+from transformers.integrations import deepspeed
 
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
@@ -43,7 +46,9 @@ def check_sharding(settings: Settings, method: Method, arguments: TrainingArgume
     """
     if not splits_weights(arguments):
         return
-    how = _fsdp(arguments) or f"training.deepspeed={settings.training.get('deepspeed')!r}"
+    given = settings.training.get("deepspeed")
+    zero = f"training.deepspeed={given!r}" if given else "DeepSpeed ZeRO-3 of `accelerate launch`"
+    how = _fsdp(arguments) or zero
     if not isinstance(method, ScaLoraMethod):
         raise InputError(
             f"method={settings.method!r} with {how}: of the methods only scalora and its controls write what they have "
@@ -97,6 +102,26 @@ def measures_updates(settings: Settings, arguments: TrainingArguments) -> bool:
         )
         return False
     return bool(settings.track_updates)
+
+
+@contextmanager
+def models_are_loaded_whole(arguments: TrainingArguments) -> Iterator[None]:
+    """Context manager in which Transformers loads a whole model in this process, also in a run with ZeRO-3.
+
+    Its settings, as long as they are there, have `from_pretrained` split the weights, which takes all processes.
+
+    Args:
+        arguments: the trainer's arguments.
+    """
+    config = getattr(arguments, "hf_deepspeed_config", None)
+    if config is None:
+        yield
+        return
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(config)
 
 
 def _fsdp(arguments: TrainingArguments) -> str | None:

@@ -50,7 +50,7 @@ from scalora.runs.run_folder import (
     write_json,
 )
 from scalora.runs.settings import Settings
-from scalora.runs.sharding import check_processes, measures_updates, splits_weights
+from scalora.runs.sharding import check_processes, measures_updates, models_are_loaded_whole, splits_weights
 from scalora.runs.special_tokens import require_vocabulary
 from scalora.runs.stopping import stops_noted
 from scalora.runs.update_spectra import UPDATES_FILE, UpdateSpectra
@@ -109,7 +109,8 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
                 claim.undo()
             raise
         if (engine := _engine_of_shards(trainer)) is not None:
-            write_results_of_shards(run, trainer.model, engine, folder, partial(_base, run))
+            with models_are_loaded_whole(run.arguments):
+                write_results_of_shards(run, trainer.model, engine, folder, partial(_base, run))
         elif is_first():
             write_results(run, trainer.model, folder)
         if is_first():
