@@ -1,14 +1,18 @@
 """What the command knows of a run whose weights are split, without starting processes."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers.integrations import deepspeed
 
 from scalora.runs.errors import InputError
 from scalora.runs.prepare import method_of, training_arguments
 from scalora.runs.settings import checked_settings
 from scalora.runs.sharding import check_sharding, models_are_loaded_whole, splits_weights
+from scalora.saving.checkpoints import set_broken_checkpoints_aside
+from scalora.saving.state_file import STATE_FILE, write_state
 
 
 def sharded(tmp_path, **content):
@@ -71,3 +75,20 @@ def test_a_result_is_made_of_a_base_that_is_loaded_whole(tmp_path):
         assert deepspeed.is_deepspeed_zero3_enabled()
     finally:
         deepspeed.unset_hf_deepspeed_config()
+
+
+@pytest.mark.parametrize("with_scalora", [False, True])
+def test_a_checkpoint_of_shards_without_its_state_is_broken_in_a_run_of_scalora_alone(with_scalora, tmp_path):
+    for number in (2, 4):
+        checkpoint = tmp_path / f"checkpoint-{number}"
+        (checkpoint / "pytorch_model_fsdp_0").mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": number}))
+        torch.save({}, checkpoint / "scheduler.pt")
+    if with_scalora:
+        write_state(tmp_path / "checkpoint-2" / STATE_FILE, {"step": 2})
+        with pytest.warns(UserWarning, match=f"set aside as 'incomplete-checkpoint-4': it has no {STATE_FILE}"):
+            set_broken_checkpoints_aside(tmp_path)
+    else:
+        set_broken_checkpoints_aside(tmp_path)
+    last = "incomplete-checkpoint-4" if with_scalora else "checkpoint-4"
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", last}
