@@ -31,7 +31,8 @@ folder.mkdir(parents=True)
 (folder / "config.yaml").write_text(yaml.safe_dump(config))
 training, rank = config["training"], config["lora"].get("r")
 (folder / "started.json").write_text(json.dumps({{
-    "arguments": sys.argv[1:-1], "threads": os.environ["OMP_NUM_THREADS"], "pid": os.getpid()}}))
+    "arguments": sys.argv[1:-1], "threads": os.environ["OMP_NUM_THREADS"], "pid": os.getpid(),
+    "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "began": time.monotonic()}}))
 print("training", flush=True)
 if rank == 12:
     (folder / "metrics.jsonl").write_text(json.dumps({{"step": 1, "loss": None}}))
@@ -44,6 +45,7 @@ if rank == 14:
 if rank == 16:
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(0.2)
+(folder / "ended.json").write_text(json.dumps(time.monotonic()))
 loss = float("nan") if rank == 15 else abs(training["learning_rate"] - 2e-3) * 100 + training["seed"] / 100
 loss += (4 - training["max_steps"]) / 10 - 0.25 * (rank == 17)
 lines = [{{"step": 1, "seconds": 1.0, "loss": loss}}, {{"step": 2, "seconds": 2.0, "eval_loss": loss}}]
@@ -155,6 +157,9 @@ BAD_STUDIES = {
     "--step_shares=[0.5, 0.55]": "step_shares: 0.5 of 4 steps is 2,",
     "--threads=9999": "--threads 9999: must be from 1 to the",
     "--cores=0": "'--cores'",
+    "--jobs=9999": "--jobs 9999: must be from 1 to the",
+    "--gpus=0,,1": "--gpus '0,,1': write the numbers of GPUs with commas between them",
+    "--gpus=": "--gpus '': write the numbers of GPUs",
 }
 
 
@@ -229,6 +234,68 @@ def test_as_many_runs_at_a_time_as_cores_hold(write_study, trainer, monkeypatch)
         assert result.exit_code == 0, result.output
         assert max(at_once) == expected
         assert seen == [str(threads)] * 4
+
+
+def test_jobs_divide_the_cores(write_study, trainer):
+    study = write_study(learning_rates=[1e-3])
+    assert scalora("compare", study, "--cores", 5, "--jobs", 2).exit_code == 0
+    assert {started["threads"] for started in started_cells()} == {"2"}
+    contradiction = scalora("compare", study, "--jobs", 2, "--threads", 2)
+    assert contradiction.exit_code == 2
+    assert "--jobs 2 with --threads 2: each says how the cores are divided; give one" in errors(contradiction)[0]
+
+
+GPUS = {
+    "named": (["--gpus", "0,3"], None, [["0"], ["3"]]),
+    "several runs on one": (["--gpus=5, 5"], None, [["5"], ["5"]]),
+    "those that are seen": ([], "1,GPU-3ab", [["1"], ["GPU-3ab"]]),
+    "none are seen": ([], "", [[""]]),
+    "runs that use the CPU": (["--run.training.use_cpu", "true"], "1,2", [["1,2"]]),
+}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_each_gpu_executes_one_run_at_a_time(name, write_study, trainer, monkeypatch):
+    words, visible, expected = GPUS[name]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    result = scalora("compare", write_study(), "--cores", 1, *words)
+    assert result.exit_code == 0, result.output
+    cells = started_cells()
+    assert len(cells) == 8
+    assert {started["gpu"] for started in cells} == {gpu for (gpu,) in expected}
+    for gpu in {started["gpu"] for started in cells}:
+        at_once = most_at_once([started for started in cells if started["gpu"] == gpu])
+        assert at_once <= expected.count([gpu])
+    assert most_at_once(cells) == len(expected)
+
+
+def test_a_cell_that_fails_leaves_its_gpu_to_the_next(write_study, trainer):
+    methods = {"lora": {}, "broken": {"method": "lora", "lora": {"r": 13}}}
+    result = scalora("compare", write_study(methods=methods), "--gpus", "0,1")
+    assert result.exit_code == 1
+    assert finished() == {cell("lora", r, s) for r in (1e-3, 2e-3) for s in (1, 2)}
+    assert result.output.count("broken") >= 4
+    assert "no such layer" in result.output
+
+
+def test_gpus_are_not_for_runs_on_the_cpu(write_study, trainer):
+    result = scalora("compare", write_study(), "--gpus", "0", "--run.training.use_cpu", "true")
+    assert result.exit_code == 2
+    assert "--gpus 0 with run.training.use_cpu=true: leave one of them out" in errors(result)[0]
+
+
+def started_cells():
+    """What each run of the study noted when it began, and when it ended."""
+    return [
+        json.loads(path.read_text()) | {"ended": json.loads((path.parent / "ended.json").read_text())}
+        for path in Path("study", "cells").glob("*/*/started.json")
+    ]
+
+
+def most_at_once(cells):
+    return max(sum(other["began"] <= one["began"] < other["ended"] for other in cells) for one in cells)
 
 
 def test_a_finished_study_is_not_run_again_and_a_longer_one_only_where_it_is_longer(write_study, trainer):

@@ -89,8 +89,8 @@ OTHER = {
     "--learning_rate=5e-2": "training.learning_rate=0.05, but the run to resume has 0.01",
     "--seed=7": "training.seed=7, but the run to resume has 42",
     "--data_seed=7": "training.data_seed=7",
-    "--per_device_train_batch_size=2": "training.per_device_train_batch_size=2, but the run to resume has 4",
-    "--gradient_accumulation_steps=2": "training.gradient_accumulation_steps=2, but the run to resume has 1",
+    "--per_device_train_batch_size=2": "a step would have 2 examples, but had 4 in the run to resume: use as",
+    "--gradient_accumulation_steps=2": "a step would have 8 examples, but had 4 in the run to resume: use as",
     "--lr_scheduler_type=constant": "training.lr_scheduler_type='constant', but the run to resume has 'linear'",
     "--warmup_steps=2": "training.warmup_steps=2",
     "--optim=sgd": "training.optim='sgd'",
@@ -211,6 +211,14 @@ def test_other_data_under_the_same_name_are_refused(stopped, tmp_path):
         scalora("train", stopped, "--resume")
     )
     assert contents(tmp_path) == before
+
+
+def test_a_step_may_be_put_together_from_other_batches(trained, stopped, tmp_path):
+    words = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2)
+    result = scalora("train", stopped, "--resume", *words)
+    assert result.exit_code == 0, result.output
+    one, other = (load_file(folder / "run" / "model" / "model.safetensors") for folder in (trained, tmp_path))
+    assert all((one[name] - other[name]).norm() <= 1e-5 * one[name].norm() for name in one)
 
 
 def test_another_number_of_examples_in_a_step_is_refused(stopped, tmp_path):

@@ -231,9 +231,9 @@ def test_the_page_of_the_docs_is_what_the_declarations_give():
     assert page == script["page"](), "run `python docs/config_page.py`"
 
 
-def test_train_refuses_to_shard_before_it_trains(tmp_path):
-    settings = loaded(tmp_path, "task: sft\ntraining: {fsdp: full_shard, fsdp_config: {fsdp_version: 2}}")
-    with pytest.raises(
-        InputError, match=r"training\.fsdp=.full_shard.: .*use ScaLoraCallback in a Trainer of your own"
-    ):
-        training_arguments(settings, prepare.method_of(settings), evaluates=False)
+@pytest.mark.parametrize("fsdp", ["true", "full_shard"])
+def test_the_settings_of_shards_are_the_trainers_own_and_stay_as_they_are_written(fsdp, tmp_path):
+    settings = loaded(tmp_path, f"task: sft\ntraining: {{fsdp: {fsdp}, fsdp_config: {{fsdp_version: 2}}}}")
+    arguments = training_arguments(settings, prepare.method_of(settings), evaluates=False)
+    assert (arguments.fsdp, arguments.fsdp_plugin_args["fsdp_version"]) == (True, 2)
+    assert settings.training["fsdp_config"] == {"fsdp_version": 2}

@@ -329,7 +329,7 @@ class ScaLora:
                 if isinstance(pair.remainder, DenseRemainder):
                     pair.remainder.changed = True
 
-    def save(self, folder: str | Path, *, sharded: bool = False) -> None:
+    def save(self, folder: str | Path, *, sharded: bool = False, resumable: bool = True) -> None:
         """Write `state_dict` to ``scalora_state.safetensors`` in a folder, atomically.
 
         Of several processes, the first one writes it. The others write the states of their random number generators
@@ -343,18 +343,23 @@ class ScaLora:
                 ``scalora_state`` in the folder, which all processes must see. The first process then needs no memory
                 for the whole state. Whatever reads the file reads the shards too. False: one file, because that is
                 easier to handle.
+            resumable: whether with the optimizer's state and the states of random number generators. Without them it
+                is the state of the model, as `save_pretrained` writes it.
 
         Raises:
             OSError: the state can't be written; an earlier one is unchanged.
         """
         rank = process_rank()
         state = self.state_dict() if rank == 0 or self.is_sharded else {}
+        if not resumable:
+            state = {key: value for key, value in state.items() if key not in ("optimizer", "random")}
         if sharded and self.is_sharded:
             write_sharded(Path(folder), state, self.step)
             return
         if self.is_sharded:
             state = wholes_for(state, keep=rank == 0)
-        write_whole(Path(folder), state, self.step)
+        if rank == 0 or resumable:
+            write_whole(Path(folder), state, self.step)
 
     def load(self, folder: str | Path) -> None:
         """Restore a state that `save` wrote, or `save_pretrained` of a model with ScaLoRA attached.

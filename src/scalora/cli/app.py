@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from scalora._version import __version__
 from scalora.bench.settings import ACHIEVED, H100_TFLOPS, BenchSettings, EstimateSettings, Parallel, Quantization
 from scalora.config import Dtype, Merge
-from scalora.parallel.job import is_first, let_the_first_speak
+from scalora.parallel.job import is_first, leave, let_the_first_speak, let_the_lost_be_named
 from scalora.runs.errors import DivergedError
 from scalora.runs.messages import only_relevant_messages
 
@@ -144,11 +145,20 @@ def train(
 
             show_plan(make_plan(settings, overwrite=overwrite, resume=resume))
             return
+        from scalora.runs.stopping import TerminatedError
         from scalora.runs.train import train as run_training
 
-        folder = run_training(settings, overwrite=overwrite, resume=resume)
+        try:
+            folder = run_training(settings, overwrite=overwrite, resume=resume)
+        except TerminatedError as stopped:
+            if is_first():
+                typer.echo(f"error: {stopped}: --resume goes on from the last checkpoint", err=True)
+            # As the signal would have ended it: no other exit status says that to who has sent it.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
         if is_first():
             show_summary(folder, settings)
+        leave()
 
     _in_one_line(run, debug)
 
@@ -212,9 +222,11 @@ def evaluate(
         if output is not None:
             check_output(output, "--output", {"weights", "examples"})
         scores = score(model, settings)
-        show_scores(scores)
-        if output is not None:
-            write_json(output, scores)
+        if is_first():
+            show_scores(scores)
+            if output is not None:
+                write_json(output, scores)
+        leave()
 
     _in_one_line(run, debug)
 
@@ -224,7 +236,19 @@ def compare(
     context: typer.Context,
     study: Annotated[Path, typer.Argument(help="Study file (YAML). --key value overrides its keys.")],
     cores: Annotated[int | None, typer.Option(min=1, help="CPU cores to use (default: all).")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads per run; cores/threads runs execute in parallel.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads per run; cores/threads runs execute in parallel without GPUs (default: 1)."),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs in parallel, which divide the cores; instead of --threads.")
+    ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            help="GPUs to use, such as 0,1,2,3. Each executes one run at a time; name it twice for two (default: all)."
+        ),
+    ] = None,
     table_only: Annotated[
         bool, typer.Option("--table-only", help="Train nothing; write the tables of the runs that are finished.")
     ] = False,
@@ -244,7 +268,8 @@ def compare(
         from scalora.cli.console import show_comparison
         from scalora.studies.compare import compare as run_study
 
-        comparison = run_study(wanted, cores=cores, threads=threads)
+        names = None if gpus is None else [name.strip() for name in gpus.split(",")]
+        comparison = run_study(wanted, cores=cores, threads=threads, jobs=jobs, gpus=names)
         show_comparison(comparison)
         if not comparison.complete:
             sys.exit(1)
@@ -620,4 +645,5 @@ def _in_one_line(command: Callable[[], Any], debug: bool) -> None:
         message = " ".join(str(error).split()) or "no message"
         named = bad_input or isinstance(error, DivergedError)
         typer.echo(f"error: {message if named else f'{type(error).__name__}: {message}'}", err=True)
+        let_the_lost_be_named(error)
         sys.exit(2 if bad_input else 1)

@@ -74,7 +74,11 @@ class ScaLoraCallback(Callback):  # type: ignore[misc]
             UnsupportedOptimizerError: the optimizer's state can't be transported; the message says why.
             ValueError: no optimizer holds the adapter.
         """
-        factors = {id(p) for pair in find_lora_pairs(pl_module, sharded=True) for p in (pair.lora_A, pair.lora_B)}
+        factors = {
+            id(p)
+            for pair in find_lora_pairs(pl_module, sharded=True, all_shapes=True)
+            for p in (pair.lora_A, pair.lora_B)
+        }
         for optimizer in trainer.optimizers:
             if any(id(p) in factors for group in optimizer.param_groups for p in group["params"]):
                 self.engine = ScaLora(pl_module, optimizer, self.config)

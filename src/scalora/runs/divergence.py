@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from scalora.parallel.job import first_of_any
 from scalora.parallel.processes import smallest
+from scalora.parallel.shards import local
 from scalora.runs.errors import DivergedError
 from scalora.saving.checkpoints import last_finite_checkpoint
 
@@ -104,7 +106,7 @@ class DivergenceWatch(TrainerCallback):  # type: ignore[misc]
             DivergedError: it has NaN or infinite entries.
         """
         self._look(None, self._trainer.state)
-        if self._found is None and (name := first_not_finite(self._trainer.model)) is not None:
+        if self._found is None and (name := first_of_any(first_not_finite(self._trainer.model))) is not None:
             self._found = self._trainer.state.global_step, f"{name!r} has NaN or infinite entries"
         if self._found is not None:
             self._stop(self._trainer.state)
@@ -115,7 +117,7 @@ class DivergenceWatch(TrainerCallback):  # type: ignore[misc]
         first = float(smallest(self._first_bad))
         if first < _NEVER:
             self._found = int(first), "loss is not finite"
-        elif model is not None and (name := _first_bad(_trained(model))) is not None:
+        elif model is not None and (name := first_of_any(_first_bad(_trained(model)))) is not None:
             self._found = state.global_step, f"{name!r} has NaN or infinite entries"
 
     def _stop(self, state: TrainerState) -> None:
@@ -134,7 +136,7 @@ class DivergenceWatch(TrainerCallback):  # type: ignore[misc]
 def first_not_finite(model: nn.Module) -> str | None:
     """The name of a parameter with NaN or infinite entries, or of a buffer with NaN entries; None if there is none.
 
-    A mask in a buffer may well be infinite.
+    Of what is split over processes, this process looks at its part. A mask in a buffer may well be infinite.
 
     Args:
         model: the model.
@@ -150,7 +152,7 @@ def _trained(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 def _first_bad(tensors: Iterable[tuple[str, Tensor]], bad: Any = None) -> str | None:
     bad = bad or (lambda tensor: ~tensor.isfinite())
     # One byte: there are no such operations on float8, which only stores what is quantised.
-    numbers = [(n, t) for n, t in tensors if t.is_floating_point() and t.element_size() > 1 and not t.is_meta]
+    numbers = [(n, local(t)) for n, t in tensors if t.is_floating_point() and t.element_size() > 1 and not t.is_meta]
     flags = [bad(tensor).any() for _, tensor in numbers]
     if not flags or not bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any()):
         return None

@@ -33,13 +33,14 @@ from scalora.runs.prepare import PreparedRun, prepare, trainer_maker, training_a
 from scalora.runs.results import result_names
 from scalora.runs.settings import Settings
 from scalora.runs.shown_example import ShownExample, shown_example
+from scalora.runs.training_defaults import IN_ONE_PROCESS
 
 _HEAD = 1000  # examples that are tokenised: enough to see their lengths, within seconds
 
 _SHOWN = 2
 
 # The Trainer makes its output folder, and a repository on the hub if it shall push to one, when it is made.
-_WRITES_NOTHING = {"report_to": "none", "push_to_hub": False}
+_WRITES_NOTHING = IN_ONE_PROCESS | {"report_to": "none", "push_to_hub": False}
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -17,6 +19,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from scalora.parallel.job import from_all, join
 from scalora.runs.data import is_conversational, load_examples, sft_examples, tokenized_for_classification
 from scalora.runs.errors import InputError
 from scalora.runs.exact_match import exact_match_score
@@ -71,6 +74,9 @@ _HEAD_LOSS_ARGUMENTS = {"label_smoothing_factor", "use_cpu"}  # the same for cla
 def evaluate(model: str, settings: Settings) -> dict[str, Any]:
     """Score a model on the evaluation data of a config.
 
+    In a job of several processes, as torchrun starts them, each loads the model and takes a part of the examples, and
+    all return the scores.
+
     Args:
         model: run folder, model folder, GGUF file or hub id.
         settings: the config, of which ``data``, ``task``, ``evaluate`` and ``training`` matter.
@@ -82,6 +88,8 @@ def evaluate(model: str, settings: Settings) -> dict[str, Any]:
     Raises:
         InputError: the model, the data or a column is missing.
     """
+    use_cpu = bool(settings.training.get("use_cpu", False))
+    join(use_cpu=use_cpu)
     source = resolve_source(model)
     name = settings.data.eval
     if name is None:
@@ -93,6 +101,8 @@ def evaluate(model: str, settings: Settings) -> dict[str, Any]:
     scores: dict[str, Any] = {"weights": fingerprint(source), "examples": len(examples)}
     if settings.task == "sft":
         causal = load_causal_model(source, settings)
+        if getattr(causal, "hf_quantizer", None) is None:  # one that is quantised has been placed
+            causal.to(PartialState(cpu=use_cpu).device)
         for metric in settings.evaluate.metrics:
             scores |= _SFT_METRICS[metric](causal, tokenizer, examples, name, settings)
         return scores
@@ -146,6 +156,8 @@ def loss_score(
             loss = float(trainer.evaluate()["eval_loss"])
         finally:
             counting.remove()
+    totals, counts = zip(*from_all((total, tokens)), strict=True)
+    total, tokens = math.fsum(totals), sum(counts)
     # Early versions of TRL take the loss from the model, and give no likelihoods.
     mean = torch.tensor(total / tokens if tokens else loss, dtype=torch.float64)
     return {"loss": loss, "perplexity": mean.exp().item(), **cut}

@@ -17,7 +17,7 @@ from scalora.runs.errors import InputError
 from scalora.runs.model_limits import positions, require_known_tokens
 from scalora.runs.prompts import Prompt, equal_length_batches, prompt_tokens, template_options, use_training_tokens
 from scalora.runs.settings import EvaluateSettings, Settings
-from scalora.runs.track import track
+from scalora.runs.track import of_all, share, track
 from scalora.saving.errors import short_repr
 
 _SHOWN = 60  # characters of an example's value that an error shows
@@ -217,9 +217,9 @@ def _generated(
     ends = _end_tokens(model, tokenizer)
     stops = [own.stop_strings] if isinstance(own.stop_strings, str) else own.stop_strings or []
     greedy = {key: value for key, value in _GREEDY.items() if hasattr(own, key)}  # versions have different ones
-    answers, unfinished = [""] * len(prompts), 0
+    answered: list[tuple[int, str, bool]] = []  # place, text, whether it has come to an end
     batches = equal_length_batches([len(prompt) for prompt in prompts], settings.batch_size)
-    for batch in track(batches, "generating"):
+    for batch in track(share(batches), "generating"):  # whole ones, so that an answer is that of one process
         given = torch.tensor([prompts[place] for place in batch], device=model.device)
         output = model.generate(
             input_ids=given,
@@ -237,9 +237,9 @@ def _generated(
             for stop in stops:
                 text, found, _ = text.partition(stop)
                 stopped |= bool(found)
-            answers[place] = text
-            unfinished += not stopped
-    return answers, unfinished
+            answered.append((place, text, stopped))
+    answered = sorted(of_all(answered))
+    return [text for _, text, _ in answered], sum(not stopped for _, _, stopped in answered)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -16,6 +16,7 @@ from scalora.rivals.method import Method
 from scalora.runs.data import label_names, load_examples
 from scalora.runs.errors import InputError
 from scalora.runs.models import Source, class_names, load_base, load_tokenizer, resolve_source
+from scalora.runs.run_folder import STOPPED_FILE
 from scalora.runs.settings import method_class, run_settings
 from scalora.saving.state_file import holds_state
 
@@ -77,11 +78,19 @@ class FinishedRun:
             return int(json.loads((path / name).read_text(encoding="utf-8"))[key])
         except FileNotFoundError:
             raise InputError(
-                f"run {str(path)!r} is not finished: continue it with `scalora train CONFIG --resume`, or use one of "
-                f"the checkpoints in {str(path / 'trainer')!r}"
+                f"run {str(path)!r} is not finished{self._how_it_stopped()}: continue it with `scalora train CONFIG "
+                f"--resume`, or use one of the checkpoints in {str(path / 'trainer')!r}"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{str(path / name)!r} can't be read: {error}") from None
+
+    def _how_it_stopped(self) -> str:
+        """What the run said of it, in brackets; nothing if it could say nothing."""
+        try:
+            stopped = json.loads((self.folder / STOPPED_FILE).read_text(encoding="utf-8"))
+            return f" (stopped at step {stopped['step']:,}: {stopped['reason']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
 
     @cached_property
     def source(self) -> Source:

@@ -111,6 +111,7 @@ SHARPER_TYPES: Mapping[str, str] = {
     "lora.lora_alpha": "float",  # declared as an integer, but only ever divided
     "lora.rank_pattern": "dict[str, int] | None",
     "lora.alpha_pattern": "dict[str, float] | None",
+    "training.fsdp": "bool | str | None",  # declared as a text, but documented and used as true
 }
 """Types of keys for which the libraries declare another, or less than they need."""
 

@@ -2,8 +2,8 @@
 
 A step's loss is the mean over all that is in the step, and an evaluation's the mean over all that is evaluated: over
 examples for classification and regression, over predicted tokens for language models. Neither is a mean of the means of
-batches, so that accumulation, an incomplete last group or batch, texts of different lengths and the size of an
-evaluation's batches change nothing.
+batches, so that accumulation, an incomplete last group or batch, texts of different lengths, the size of an
+evaluation's batches and the number of processes change nothing.
 
 Checked with transformers 5.23 and TRL 1.16. Transformers divides a loss by the number of accumulated batches only if
 the model's ``forward`` takes no keywords, on the assumption that any other divides by ``num_items_in_batch``. Most
@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -41,6 +42,7 @@ class SequenceTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *args: Any, head_rate: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)
         self._head_rate = head_rate
+        self._evaluates = False
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """As Transformers does, with the head's learning rate.
@@ -57,14 +59,32 @@ class SequenceTrainer(Trainer):  # type: ignore[misc]
             give_rate(optimizer, head_parameters(self.model), rate)
         return optimizer
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers does, with the loss of this process's examples alone.
+
+        Args:
+            *args: arguments of `transformers.Trainer.prediction_step`.
+            **kwargs: the same by name.
+        """
+        self._evaluates = True
+        try:
+            return super().prediction_step(*args, **kwargs)
+        finally:
+            self._evaluates = False
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count examples, of all processes. Transformers would not count a regression's target of -100."""
+        if self._evaluates:
+            return None
         counted = [{"labels": torch.zeros(len(batch["labels"]), dtype=torch.long)} for batch in batch_samples]
         return super()._get_num_items_in_batch(counted, device)
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         logits = (outputs["logits"] if isinstance(outputs, dict) else outputs[0]).float()
         labels = labels.to(logits.device)
+        if self._evaluates:
+            own = max(1, own_rows(self.accelerator, len(labels)))  # one, which does not count, where there are none
+            logits, labels = logits[:own], labels[:own]
         if logits.shape[-1] == 1:
             total = functional.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
         else:
@@ -133,9 +153,11 @@ class CausalTrainer(SFTTrainer):  # type: ignore[misc]
             *args: further arguments of `trl.SFTTrainer.prediction_step`.
             **kwargs: the same by name.
         """
-        counts = predicted_tokens(inputs["labels"]).to(self.args.device)
+        labels = inputs["labels"].clone()
+        labels[own_rows(self.accelerator, len(labels)) :] = _IGNORED
+        inputs = {**inputs, "labels": labels}
+        counts = predicted_tokens(labels).to(self.args.device)
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        # Row by row, so that the rows that fill up the last batch of several processes are left out.
         self._losses.append(self.accelerator.gather_for_metrics(loss.float().expand(len(counts)).contiguous()))
         self._counts.append(self.accelerator.gather_for_metrics(counts))
         return loss, logits, labels
@@ -166,3 +188,19 @@ def predicted_tokens(labels: Tensor) -> Tensor:
     """
     counts: Tensor = (labels[:, 1:] != _IGNORED).sum(dim=1)
     return counts
+
+
+def own_rows(accelerator: Accelerator, rows: int) -> int:
+    """How many rows of a batch that is being evaluated count, which come first in it.
+
+    All but in the last batch of several processes, which Accelerate fills up with examples that others have had.
+
+    Args:
+        accelerator: the trainer's accelerator.
+        rows: rows of this process's batch.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return rows
+    own: int = state.remainder - accelerator.process_index * rows
+    return min(max(own, 0), rows)

@@ -36,6 +36,9 @@ _IRRELEVANT: tuple[tuple[type[Warning], str], ...] = (
 # What these libraries log about retries, and about errors that they also raise, would bury the one line of the error.
 _QUIETER = {"huggingface_hub": ("HF_HUB_VERBOSITY", "error"), "datasets": ("DATASETS_VERBOSITY", "critical")}
 
+# What writes warnings past the handlers of this module, which leave those of all but the first process of a job out.
+_QUIETER_IN_OTHERS = {"transformers": ("TRANSFORMERS_VERBOSITY", "error")}
+
 _until_the_end = ExitStack()
 
 
@@ -48,7 +51,7 @@ def only_relevant_messages() -> Iterator[None]:
     """
     for option, value in _tqdm_options().items():
         os.environ.setdefault(f"TQDM_{option}", value)
-    for library, (variable, level) in _QUIETER.items():
+    for library, (variable, level) in (_QUIETER | ({} if is_first() else _QUIETER_IN_OTHERS)).items():
         # The variable for a library that is imported later, which sets its own level then.
         logging.getLogger(library).setLevel(os.environ.setdefault(variable, level).upper())
     lines = _Lines()

@@ -31,7 +31,7 @@ from scalora.runs.prompts import (
     use_training_tokens,
 )
 from scalora.runs.settings import Settings
-from scalora.runs.track import track
+from scalora.runs.track import of_all, share, track
 from scalora.saving.errors import short_repr
 
 _SHOWN = 60  # characters of an example's value that an error shows
@@ -241,12 +241,13 @@ def _end_of_context(pair: Encoded, longest: int, where: str) -> Encoded:
 def _log_likelihoods(model: PreTrainedModel, pairs: list[Encoded], batch_size: int) -> dict[Encoded, float]:
     model.eval()
     given = [(*before, *after)[:-1] for before, after in pairs]
-    found: dict[Encoded, float] = {}
-    for batch in track(equal_length_batches([len(ids) for ids in given], batch_size), "multiple choice"):
+    found: list[tuple[Encoded, float]] = []
+    batches = equal_length_batches([len(ids) for ids in given], batch_size)
+    for batch in track(share(batches), "multiple choice"):  # whole ones, so that a figure is that of one process
         ids = torch.tensor([given[place] for place in batch], device=model.device)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         for place, row in zip(batch, logits, strict=True):
             after = torch.tensor(pairs[place][1], device=row.device)
             each = row[-len(after) :].float().log_softmax(-1).gather(-1, after[:, None])
-            found[pairs[place]] = float(each.sum())
-    return found
+            found.append((pairs[place], float(each.sum())))
+    return dict(of_all(found))

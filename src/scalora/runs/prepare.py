@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +45,7 @@ from scalora.runs.resume import (
 from scalora.runs.run_folder import SUMMARY_FILE, trainer_folder
 from scalora.runs.scores import classification_scores, regression_scores
 from scalora.runs.settings import Settings, method_class, run_settings, training_class
+from scalora.runs.sharding import check_sharding
 from scalora.runs.training_defaults import TRAINING_DEFAULTS
 from scalora.saving.checkpoints import last_checkpoint
 
@@ -115,6 +117,7 @@ def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False
         check_run_folder(settings, overwrite=overwrite)
     # Here the other processes of a job wait for the first, which has taken the run folder by then.
     arguments = training_arguments(settings, method, evaluates=settings.data.eval is not None)
+    check_sharding(settings, method, arguments)
     checkpoint, changes, finished = None, {}, False
     if resume:
         changes = _changes(settings, method, arguments)
@@ -166,7 +169,7 @@ def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -
         evaluates: whether there are examples for evaluation.
 
     Raises:
-        InputError: the library refuses a value, or ScaLoRA is to train shards (FSDP).
+        InputError: the library refuses a value.
     """
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     defaults = TRAINING_DEFAULTS | {
@@ -185,14 +188,10 @@ def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -
         raise InputError(f"method={settings.method!r}: {error}") from None
     if settings.task == "sft" and settings.data.text != "text":
         defaults["dataset_text_field"] = settings.data.text
-    if (fsdp := settings.training.get("fsdp")) and isinstance(method, ScaLoraMethod):
-        raise InputError(
-            f"training.fsdp={fsdp!r}: scalora train writes what it has trained from one process, which has only its "
-            "shards; leave it out, or use ScaLoraCallback in a Trainer of your own"
-        )
     try:
-        return training_class(settings.task)(**defaults | settings.training)
-    except (TypeError, ValueError) as error:
+        # Copies, because it changes the dict of fsdp_config.
+        return training_class(settings.task)(**defaults | copy.deepcopy(settings.training))
+    except (ImportError, TypeError, ValueError) as error:
         raise InputError(f"training arguments: {error}") from None
 
 

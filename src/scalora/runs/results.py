@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedModel
 
-from scalora.model.adapters import find_lora_pairs
+from scalora.engine import ScaLora
+from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.parallel.job import is_first
 from scalora.rescale.remainder import FactoredRemainder
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.base_names import named_base
 from scalora.runs.models import save_tokenizer
 from scalora.runs.prepare import PreparedRun
-from scalora.runs.special_tokens import save_text_settings
+from scalora.runs.special_tokens import adopt_special_tokens, save_text_settings
 from scalora.saving.base_name import base_name, write_base_name
+from scalora.saving.export import load_model
 from scalora.saving.files import atomic_folder
 from scalora.saving.merged_model import write_model
 from scalora.saving.model_state import state_of
 from scalora.saving.ordinary_adapter import write_adapter
 from scalora.saving.readme import write_readme
-from scalora.saving.state_file import STATE_FILE, write_state
+from scalora.saving.state_file import STATE_FILE, read_state, write_state
 
 
 def result_names(run: PreparedRun, *, factored: bool) -> list[str]:
@@ -56,7 +59,46 @@ def write_results(run: PreparedRun, model: Any, folder: Path) -> None:
         folder: the run folder.
     """
     pairs = find_lora_pairs(model, all_shapes=True) if isinstance(run.method, ScaLoraMethod) else []
-    factored = bool(pairs) and isinstance(pairs[0].remainder, FactoredRemainder)
+    _write(run, model, pairs, folder, result_names(run, factored=_is_factored(pairs)))
+
+
+def write_results_of_shards(
+    run: PreparedRun, model: Any, engine: ScaLora, folder: Path, load_base: Callable[[], PreTrainedModel]
+) -> None:
+    """The same for a model of which each process has shards: all take part in the state, the first writes the rest.
+
+    What is made of the state needs the whole model in the first process's memory, once all shards are on the disk.
+
+    Args:
+        run: the run, of ScaLoRA.
+        model: the trained model, of which this process has shards.
+        engine: what has trained the model.
+        folder: the run folder.
+        load_base: loads the base as training did.
+    """
+    names = result_names(run, factored=_is_factored(engine.pairs))
+    if not names:
+        return
+    target = folder / "delta"
+    if not is_first():
+        engine.save(target, resumable=False)
+        return
+    with atomic_folder(target, replace=True) as temporary:
+        engine.save(temporary, resumable=False)
+        write_readme(temporary, read_state(temporary))
+        save_text_settings(model.get_base_model(), run.tokenizer, temporary)
+    base = load_base()
+    adopt_special_tokens(base, run.tokenizer)
+    whole = load_model(base, target)
+    _write(run, whole, find_lora_pairs(whole, all_shapes=True), folder, [name for name in names if name != "delta"])
+
+
+def _is_factored(pairs: Sequence[LoraPair]) -> bool:
+    return bool(pairs) and isinstance(pairs[0].remainder, FactoredRemainder)
+
+
+def _write(run: PreparedRun, model: Any, pairs: list[LoraPair], folder: Path, names: list[str]) -> None:
+    factored = _is_factored(pairs)
 
     def write_delta(target: Path) -> None:
         state = state_of(model, pairs)
@@ -82,6 +124,6 @@ def write_results(run: PreparedRun, model: Any, folder: Path) -> None:
         "adapter": write_ordinary_adapter,
         "model": write_merged,
     }
-    for name in result_names(run, factored=factored):
+    for name in names:
         with atomic_folder(folder / name, replace=True) as target:  # a resumed run's own, from before
             writers[name](target)

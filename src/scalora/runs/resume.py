@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from scalora.config import ScaLoraConfig
 from scalora.runs.claim import free_name
 from scalora.runs.errors import InputError
-from scalora.runs.run_folder import DIVERGED_FILE, ENVIRONMENT_FILE, SUMMARY_FILE
+from scalora.runs.run_folder import DIVERGED_FILE, ENVIRONMENT_FILE, STOPPED_FILE, SUMMARY_FILE
 from scalora.runs.settings import Settings
 
 # What a run writes at its end, in the order in which it is moved aside: a run without a summary is not finished.
@@ -41,6 +41,7 @@ _FREE_IN_TRAINING = {
     "ddp_timeout",
     "debug",
     "disable_tqdm",
+    "gradient_accumulation_steps",  # of these two and the number of processes, `check_same_data` checks the product
     "gradient_checkpointing",  # recomputes what it would have kept
     "gradient_checkpointing_kwargs",
     "activation_checkpointing",
@@ -50,6 +51,8 @@ _FREE_IN_TRAINING = {
     "dataloader_pin_memory",
     "dataloader_prefetch_factor",
     "dataset_num_proc",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
     "project",
     "push_to_hub",
     "report_to",
@@ -178,7 +181,8 @@ def check_same_data(folder: Path, environment: Mapping[str, Any]) -> None:
     if (seen := before.get(key)) is not None and seen != environment[key]:
         raise InputError(
             f"a step would have {environment[key]} examples, but had {seen} in the run to resume: use as many "
-            "processes and GPUs as it did"
+            "processes and GPUs as it did, or set training.per_device_train_batch_size or "
+            "training.gradient_accumulation_steps so that it has as many"
         )
 
 
@@ -199,6 +203,7 @@ def environment_of(settings: Settings, examples: Mapping[str, Dataset], argument
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "seed": settings.training.get("seed", 42),
         "data_seed": settings.training.get("data_seed"),
+        "processes": arguments.world_size,
         "examples_per_step": per_process * arguments.world_size,
         "data": {split: {"examples": len(rows), "sha256": _digest(rows)} for split, rows in examples.items()},
     }
@@ -207,7 +212,7 @@ def environment_of(settings: Settings, examples: Mapping[str, Dataset], argument
 def resumed_environment(
     folder: Path, environment: Mapping[str, Any], step: int, changes: Mapping[str, Change]
 ) -> dict[str, Any]:
-    """The ``environment.json`` of a run that is resumed: that of its beginning, and how it went on.
+    """The ``environment.json`` of a run that is resumed: that of its beginning, how it stopped, and how it went on.
 
     Args:
         folder: the run folder.
@@ -216,11 +221,13 @@ def resumed_environment(
         changes: from `settings_changes` and `training_changes`.
     """
     before = _recorded(folder) or dict(environment)
+    stopped = _content(folder / STOPPED_FILE)
     going_on = {
         "step": step,
         "command": environment["command"],
         "versions": environment["versions"],
         "changed": {key: list(change) for key, change in changes.items()},
+        **({"stopped": stopped} if stopped else {}),
     }
     return before | {"resumed": [*before.get("resumed", []), going_on]}
 
@@ -262,7 +269,11 @@ def _plain(value: Any) -> Any:
 
 def _recorded(folder: Path) -> dict[str, Any]:
     """What the folder's ``environment.json`` holds; empty if there is none."""
-    path = folder / ENVIRONMENT_FILE
+    return _content(folder / ENVIRONMENT_FILE)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; empty if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -22,6 +22,9 @@ SUMMARY_FILE = "summary.json"
 DIVERGED_FILE = "diverged.json"
 """Written instead of results and summary by a run that went wrong."""
 
+STOPPED_FILE = "stopped.json"
+"""Written by a run that is stopped before its end, as far as it gets to it; gone when the run goes on."""
+
 TRAINER = "trainer"
 
 

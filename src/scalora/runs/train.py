@@ -23,7 +23,8 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from scalora.integrations.transformers import train_no_further
+from scalora.engine import ScaLora
+from scalora.integrations.transformers import ScaLoraCallback, train_no_further
 from scalora.parallel.job import is_first, wait_for_all
 from scalora.rescale import native
 from scalora.rivals.scalora import ScaLoraMethod
@@ -38,17 +39,20 @@ from scalora.runs.models import load_base
 from scalora.runs.optimizer_checks import own_optimizer
 from scalora.runs.prepare import MakeTrainer, PreparedRun, prepare
 from scalora.runs.progress import TrainingProgress
-from scalora.runs.results import write_results
+from scalora.runs.results import write_results, write_results_of_shards
 from scalora.runs.resume import is_longer, resumed_environment, set_results_aside, warn_about_the_schedule
 from scalora.runs.run_folder import (
     DIVERGED_FILE,
+    STOPPED_FILE,
     SUMMARY_FILE,
     MetricsFile,
     json_lines,
     write_json,
 )
 from scalora.runs.settings import Settings
+from scalora.runs.sharding import check_processes, measures_updates, models_are_loaded_whole, splits_weights
 from scalora.runs.special_tokens import require_vocabulary
+from scalora.runs.stopping import stops_noted
 from scalora.runs.update_spectra import UPDATES_FILE, UpdateSpectra
 from scalora.runs.whole_run import WholeRun
 from scalora.saving.attach import attach
@@ -76,22 +80,26 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
         InputError: something in the config, the data or the model can't be used. Raised before training, and before an
             earlier run's folder is moved aside.
         DivergedError: a loss, gradient or weight is NaN or infinite. No result is written then.
+        TerminatedError: the process was asked to end while it trained.
     """
     folder = Path(settings.output_dir)
     with _claim(settings, overwrite=overwrite, resume=resume) as claim:
         run = prepare(settings, overwrite=overwrite, resume=resume)
+        check_processes(run.arguments)
         if run.finished:
             _say_line(f"the run in {str(folder)!r} is finished: nothing is trained or written; more steps would go on")
             return folder
         model = _load(run)
-        spectra = UpdateSpectra(model, run.peft_config, settings.track_updates) if settings.track_updates else None
+        measures = measures_updates(settings, run.arguments)
+        spectra = UpdateSpectra(model, run.peft_config, settings.track_updates) if measures else None
         trainer = _adapt(run, model)
         wait_for_all()  # until all have found that they can train
         if claim is not None and not resume:
             claim.begin(run.settings, run.environment)
         trainer.add_callback(_Resumption(run, claim))
         try:
-            summary = _run(run, trainer, spectra, folder)
+            with stops_noted(folder, lambda: trainer.state.global_step):
+                summary = _run(run, trainer, spectra, folder)
         except DivergedError as error:
             if claim is not None:
                 write_json(folder / DIVERGED_FILE, {"step": error.step, "error": str(error)})
@@ -100,8 +108,12 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
             if claim is not None and not resume and not trainer.state.global_step:
                 claim.undo()
             raise
-        if is_first():
+        if (engine := _engine_of_shards(trainer)) is not None:
+            with models_are_loaded_whole(run.arguments):
+                write_results_of_shards(run, trainer.model, engine, folder, partial(_base, run))
+        elif is_first():
             write_results(run, trainer.model, folder)
+        if is_first():
             write_json(folder / SUMMARY_FILE, summary)
         wait_for_all()  # none ends while the first still writes, which would end the job
     return folder
@@ -145,6 +157,7 @@ class _Resumption(TrainerCallback):  # type: ignore[misc]
         set_broken_checkpoints_aside(Path(args.output_dir))
         environment = resumed_environment(folder, self._run.environment, state.global_step, changes)
         self._claim.go_on(self._run.settings, environment)
+        (folder / STOPPED_FILE).unlink(missing_ok=True)  # the environment has it now
 
 
 def _load(run: PreparedRun) -> PreTrainedModel:
@@ -152,6 +165,10 @@ def _load(run: PreparedRun) -> PreTrainedModel:
     if isinstance(run.method, ScaLoraMethod) and run.method.config.native and run.arguments.device.type == "cpu":
         native.build()  # before the model is loaded, because it may fail
     _say(f"loading {run.settings.model}")
+    return _base(run)
+
+
+def _base(run: PreparedRun) -> PreTrainedModel:
     # The Trainer seeds itself only once it has the model, whose new head and adapter are random too.
     set_seed(run.arguments.seed)
     model = load_base(run.source, run.settings, run.tokenizer, run.labels)
@@ -171,19 +188,25 @@ def _adapt(run: PreparedRun, base: nn.Module) -> Trainer:
             base, run.peft_config, partial(_backward, run.make_trainer), run.arguments.learning_rate
         )
         check_adapted(run, model)
-        trainer = run.make_trainer(
-            model,
-            callbacks=run.method.callbacks(),
-            optimizers=(own_optimizer(run.settings, run.method, model, run.arguments), None),
-        )
+        trainer = run.make_trainer(model, callbacks=run.method.callbacks())
+        # Not given to the constructor, which refuses one with FSDP.
+        trainer.optimizer = own_optimizer(run.settings, run.method, model, run.arguments)
     for split in run.examples:
         name = str(getattr(run.settings.data, split))
         require_readable(getattr(trainer, f"{split}_dataset"), name, run.tokenizer, trainer.model)
     warn_about_lengths(run, trainer)
     if isinstance(run.method, ScaLoraMethod):
         require_vocabulary(trainer.model, rows, run.settings.training.get("chat_template_path"))
+    # Remainders are made of shards, which the weights become when training begins.
+    if isinstance(run.method, ScaLoraMethod) and not splits_weights(run.arguments):
         attach(trainer.model, run.method.config.merge, run.method.config.remainder_rank)
     return trainer
+
+
+def _engine_of_shards(trainer: Trainer) -> ScaLora | None:
+    """What has trained a model of which each process has shards; None if the model is whole."""
+    engines = (c.engine for c in trainer.callback_handler.callbacks if isinstance(c, ScaLoraCallback))
+    return next((engine for engine in engines if engine is not None and engine.is_sharded), None)
 
 
 def _backward(make_trainer: MakeTrainer, model: nn.Module) -> None:
@@ -212,7 +235,8 @@ def _run(run: PreparedRun, trainer: Trainer, spectra: UpdateSpectra | None, fold
         trainer.add_callback(watch)
         output = trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
         watch.check_result()
-        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        # DeepSpeed's shards say their whole size in an attribute of their own.
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
         costs = whole.summary(output.metrics, trained)
         scores = _final_scores(trainer) if "eval" in run.examples else {}
     return costs | _losses(trainer.state.log_history) | _ranks(folder, trainer.model) | scores

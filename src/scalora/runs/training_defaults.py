@@ -12,7 +12,10 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 }
 """Training arguments whose default is the same for every run."""
 
-NOT_TRAINING: dict[str, Any] = {
+IN_ONE_PROCESS: dict[str, Any] = {"fsdp": None, "fsdp_config": None, "deepspeed": None}
+"""Training arguments for a Trainer whose model is whole, whatever a run's config says."""
+
+NOT_TRAINING: dict[str, Any] = IN_ONE_PROCESS | {
     "report_to": "none",
     "eval_strategy": "no",
     "save_strategy": "no",

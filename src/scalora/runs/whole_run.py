@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from scalora.parallel.job import from_all
 from scalora.parallel.processes import mean
 from scalora.runs.divergence import DivergenceWatch
 from scalora.runs.measure import StepClock
@@ -157,7 +158,7 @@ class WholeRun(TrainerCallback):  # type: ignore[misc]
             per_step=medians / steps if steps else 0.0,
             measuring_seconds=self._measuring_seconds(),
             loss=earlier.loss + loss_here,
-            peak_memory_bytes=max(earlier.peak_memory_bytes, peak_memory_bytes(cuda=self._cuda)),
+            peak_memory_bytes=max(earlier.peak_memory_bytes, *from_all(peak_memory_bytes(cuda=self._cuda))),
         )
 
     def _measuring_seconds(self) -> float:

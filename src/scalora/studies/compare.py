@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -29,6 +29,7 @@ from scalora.runs.settings import run_settings
 from scalora.runs.yaml_file import yaml_dump
 from scalora.saving.files import atomic_write
 from scalora.studies.cells import DIVERGED, last_words, read_cells, summary_of
+from scalora.studies.slots import VISIBLE_GPUS, Slots, slots_of
 from scalora.studies.study import STUDY_FILE, Cell, Study
 from scalora.studies.table import StudyResult
 from scalora.studies.table_markdown import ENVIRONMENT_FILE, write_tables
@@ -61,7 +62,14 @@ class Comparison(NamedTuple):
         return self.result is not None and not self.failed
 
 
-def compare(study: Study, *, cores: int | None = None, threads: int = 1) -> Comparison:
+def compare(
+    study: Study,
+    *,
+    cores: int | None = None,
+    threads: int | None = None,
+    jobs: int | None = None,
+    gpus: Sequence[str] | None = None,
+) -> Comparison:
     """Run every cell that is not finished, then write the tables. Progress is shown on standard error.
 
     Ctrl-C and SIGTERM stop the running cells and return; a later call skips the finished cells.
@@ -69,28 +77,30 @@ def compare(study: Study, *, cores: int | None = None, threads: int = 1) -> Comp
     Args:
         study: the study, from `scalora.studies.study.load_study_file`.
         cores: CPU cores to use. None: all that this process may use.
-        threads: CPU threads of each run; ``cores // threads`` runs execute in parallel. One by default: small models
-            gain little from more, and with one thread the order of summation, and so the result, does not depend on
-            the number of cores.
+        threads: CPU threads of each run; without GPUs, ``cores // threads`` runs execute in parallel. None: one, unless
+            `jobs` says how many there are for a run: small models gain little from more, and with one thread the order
+            of summation, and so the result, does not depend on the number of cores.
+        jobs: runs to execute in parallel, among which the cores are divided; not with `threads` or GPUs.
+        gpus: the GPUs to use, by number or name as in ``CUDA_VISIBLE_DEVICES``. Each executes one run at a time, or as
+            many as it is named times. None: all that this process sees, unless the study's runs use the CPU.
 
     Returns:
         How many cells are finished, which failed, and the results.
 
     Raises:
-        InputError: `threads` is out of range, the study folder can't be used, a finished cell was run with another
-            config, or evaluation does not report the study's metric (found when the first cell finishes).
+        InputError: `threads`, `jobs` or `gpus` are out of range, the study folder can't be used, a finished cell was
+            run with another config, or evaluation does not report the study's metric (found when the first cell
+            finishes).
     """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = available if cores is None else cores
-    if not 1 <= threads <= cores:
-        raise InputError(f"--threads {threads}: must be from 1 to the {cores} cores")
+    slots = slots_of(study, available if cores is None else cores, threads=threads, jobs=jobs, gpus=gpus)
     _check_folder(study)
     study.folder.mkdir(parents=True, exist_ok=True)
     result = None
     with _locked(study.folder) as lock, _stop_signals() as stop:
         _check_finished_cells(study)
-        _record(study, threads)
-        runner = _Runner(study, cores // threads, threads, lock, stop)
+        _record(study, slots.threads)
+        runner = _Runner(study, slots, lock, stop)
         try:
             with runner.progress:
                 runner.run(study.tuning_cells())
@@ -111,12 +121,14 @@ class _Stopped(Exception):
 class _Runner:
     """Runs cells in parallel processes and shows their progress."""
 
-    def __init__(self, study: Study, parallel: int, threads: int, lock: int, stop: Event) -> None:
+    def __init__(self, study: Study, slots: Slots, lock: int, stop: Event) -> None:
         self._study = study
-        self._parallel = parallel
+        self._parallel = slots.runs
+        self._free = list(slots.gpus)
+        self._gpus: dict[Path, str] = {}  # of the cells that are running
         self._lock = lock
         self._stop = stop
-        self._environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(threads))
+        self._environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(slots.threads))
         # The tokenizer's own threads would come on top of a run's threads.
         self._environment["TOKENIZERS_PARALLELISM"] = "false"
         self._started: dict[Path, float] = {}
@@ -169,18 +181,24 @@ class _Runner:
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
         config = _config_file(cell)
         config.write_text(yaml_dump(cell.settings.model_dump()), encoding="utf-8")
+        environment = self._environment
+        if self._free:
+            gpu = self._gpus[cell.folder] = self._free.pop(0)
+            environment = environment | {VISIBLE_GPUS: gpu}
         with _log_file(cell).open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "scalora", "train", str(config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment,
+                env=environment,
                 # A run that outlives its killed parent keeps the study locked, so that no other is started beside it.
                 pass_fds=(self._lock,),
             )
 
     def _end(self, cell: Cell, how: str) -> None:
+        if (gpu := self._gpus.pop(cell.folder, None)) is not None:
+            self._free.append(gpu)
         cell.folder.mkdir(exist_ok=True)
         if _log_file(cell).exists():
             _log_file(cell).replace(cell.folder / "log.txt")

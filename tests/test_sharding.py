@@ -1,0 +1,94 @@
+"""What the command knows of a run whose weights are split, without starting processes."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.integrations import deepspeed
+
+from scalora.runs.errors import InputError
+from scalora.runs.prepare import method_of, training_arguments
+from scalora.runs.settings import checked_settings
+from scalora.runs.sharding import check_sharding, models_are_loaded_whole, splits_weights
+from scalora.saving.checkpoints import set_broken_checkpoints_aside
+from scalora.saving.state_file import STATE_FILE, write_state
+
+
+def sharded(tmp_path, **content):
+    settings = checked_settings({"model": "base", "output_dir": str(tmp_path / "run"), **content})
+    method = method_of(settings)
+    return settings, method, training_arguments(settings, method, evaluates=False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "splits"),
+    [
+        ({}, False),
+        ({"ACCELERATE_USE_FSDP": "false"}, False),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, True),
+    ],
+)
+def test_the_launcher_may_ask_for_it(variables, splits, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    settings, method, arguments = sharded(tmp_path)
+    assert splits_weights(arguments) == splits
+    check_sharding(settings, method, arguments)
+
+
+def test_the_launchers_fsdp_1_is_refused_by_its_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.delenv("FSDP_VERSION", raising=False)
+    with pytest.raises(
+        InputError, match=r"ACCELERATE_USE_FSDP=true of `accelerate launch` with FSDP_VERSION=1: .* to 2"
+    ):
+        check_sharding(*sharded(tmp_path))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_of_deepspeeds_stages_the_third_splits_weights(stage, tmp_path):
+    settings, method, arguments = sharded(tmp_path, method="lora")
+    arguments.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
+    assert splits_weights(arguments) == (stage == 3)
+    if stage == 3:
+        with pytest.raises(InputError, match=r"method='lora' with DeepSpeed ZeRO-3 of .*: of the methods only scalora"):
+            check_sharding(settings, method, arguments)
+    else:
+        check_sharding(settings, method, arguments)
+
+
+def test_a_result_is_made_of_a_base_that_is_loaded_whole(tmp_path):
+    *_, arguments = sharded(tmp_path)
+
+    class Config:
+        def is_zero3(self):
+            return True
+
+    config = Config()
+    deepspeed.set_hf_deepspeed_config(config)
+    arguments.hf_deepspeed_config = config
+    try:
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        with models_are_loaded_whole(arguments):
+            assert not deepspeed.is_deepspeed_zero3_enabled()
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+
+
+@pytest.mark.parametrize("with_scalora", [False, True])
+def test_a_checkpoint_of_shards_without_its_state_is_broken_in_a_run_of_scalora_alone(with_scalora, tmp_path):
+    for number in (2, 4):
+        checkpoint = tmp_path / f"checkpoint-{number}"
+        (checkpoint / "pytorch_model_fsdp_0").mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": number}))
+        torch.save({}, checkpoint / "scheduler.pt")
+    if with_scalora:
+        write_state(tmp_path / "checkpoint-2" / STATE_FILE, {"step": 2})
+        with pytest.warns(UserWarning, match=f"set aside as 'incomplete-checkpoint-4': it has no {STATE_FILE}"):
+            set_broken_checkpoints_aside(tmp_path)
+    else:
+        set_broken_checkpoints_aside(tmp_path)
+    last = "incomplete-checkpoint-4" if with_scalora else "checkpoint-4"
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", last}
