@@ -7,7 +7,7 @@ and, if PEFT keeps its factors or its weight elsewhere, to `_checked_pair`.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -23,8 +23,10 @@ from scalora.model.layers import (
     factor_keys,
     factors_of,
     is_distributed,
+    is_partitioned,
     plain_name,
     stored_transposed,
+    whole_shape,
 )
 from scalora.model.mixed_class import plain_class
 from scalora.model.remainder_forward import WithRemainder
@@ -54,6 +56,7 @@ class LoraPair:
         transposed: whether the base weight is stored transposed (Conv1D, embeddings).
         layer: the PEFT layer. Its scaling is read at each step, because PEFT lets users change it.
         adapter: the adapter's name.
+        masters: whether the optimizer keeps float32 copies of factors in half precision (DeepSpeed), which are trained.
     """
 
     name: str
@@ -65,21 +68,27 @@ class LoraPair:
     transposed: bool
     layer: LoraLayer
     adapter: str
+    masters: bool = False
 
     @property
     def m(self) -> int:
         """Rows of W: out_features."""
-        return self.lora_B.shape[0]
+        return whole_shape(self.lora_B)[0]
 
     @property
     def n(self) -> int:
         """Columns of W: in_features."""
-        return self.lora_A.shape[1]
+        return whole_shape(self.lora_A)[1]
 
     @property
     def r(self) -> int:
         """The adapter's rank."""
-        return self.lora_A.shape[0]
+        return whole_shape(self.lora_A)[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the factors are trained in: their own dtype, or that of their copies in float32."""
+        return torch.promote_types(self.lora_A.dtype, torch.float32)
 
     @property
     def scaling(self) -> float:
@@ -111,8 +120,9 @@ class LoraPair:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether any of the layer's tensors is a DTensor, so that this process has a part of it only."""
-        return any(map(is_distributed, (self.weight, self.lora_A, self.lora_B)))
+        """Whether this process has only a part of any of the layer's tensors (FSDP2, ZeRO-3)."""
+        tensors = (self.weight, self.lora_A, self.lora_B)
+        return any(is_distributed(tensor) or is_partitioned(tensor) for tensor in tensors)
 
     @property
     def has_gradients(self) -> bool:
@@ -130,7 +140,8 @@ class LoraPair:
                 self.name, "its adapter is merged during an optimizer step", "call unmerge_adapter() before the step"
             )
         for key, parameter in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
-            _check_dtype(self.name, key, parameter)
+            if not self.masters:
+                _check_dtype(self.name, key, parameter)
 
     def oriented(self, matrix: Tensor) -> Tensor:
         """Convert a matrix from the base weight's storage order to the paper's (m, n), or back.
@@ -141,12 +152,15 @@ class LoraPair:
         return matrix.mT if self.transposed else matrix
 
 
-def find_lora_pairs(model: nn.Module, *, sharded: bool = False) -> list[LoraPair]:
+def find_lora_pairs(model: nn.Module, *, sharded: bool = False, masters: bool = False) -> list[LoraPair]:
     """Find all LoRA pairs of a model and check that each is supported.
 
     Args:
         model: a `PeftModel`, or any module into which PEFT has injected LoRA layers.
-        sharded: whether the caller can do with the shards of FSDP2. Few can, so by default these are refused.
+        sharded: whether the caller can do with parts of tensors, as of FSDP2 and ZeRO-3. Few can, so by default these
+            are refused.
+        masters: whether the optimizer keeps float32 copies of factors in half precision. Few do, so by default these
+            are refused.
 
     Raises:
         UnsupportedLayerError: there is no LoRA layer, or an unsupported one: DoRA and other variants, convolutions,
@@ -157,7 +171,7 @@ def find_lora_pairs(model: nn.Module, *, sharded: bool = False) -> list[LoraPair
     pairs = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            pairs.append(_checked_pair(name, module, owners, sharded=sharded))
+            pairs.append(_checked_pair(name, module, owners, sharded=sharded, masters=masters))
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             refuse(name, f"{type(module).__name__} is not a LoRA layer", "adapt the model with peft.LoraConfig")
     if not pairs:
@@ -210,10 +224,12 @@ def _memory_of(parameter: Tensor) -> int:
     return parameter.data_ptr() if has_memory else -id(parameter)
 
 
-def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]], *, sharded: bool) -> LoraPair:
+def _checked_pair(
+    name: str, layer: LoraLayer, owners: dict[int, list[str]], *, sharded: bool, masters: bool
+) -> LoraPair:
     adapter = _only_adapter(name, layer)
     _check_plain_lora(name, layer, adapter)
-    pair = _pair(name, layer, adapter, owners)
+    pair = replace(_pair(name, layer, adapter, owners), masters=masters)
     # Controls have attached layers compute the gradients of their weights (`scalora.rivals.controls.OracleRestarts`).
     if pair.weight.requires_grad and not isinstance(layer, RemainderLayer):
         refuse(
@@ -225,13 +241,14 @@ def _checked_pair(name: str, layer: LoraLayer, owners: dict[int, list[str]], *, 
         # A model that is there as a whole for its shapes has all of them there.
         if parameter.is_meta and not (pair.weight.is_meta and pair.lora_A.is_meta and pair.lora_B.is_meta):
             refuse(name, f"its {key} is on the meta device, without values", "load the model without offloading")
-        if is_distributed(parameter):
+        if is_distributed(parameter) or is_partitioned(parameter):
             if not sharded:
-                refuse(name, f"its {key} is sharded", "call this before fully_shard(), or use DistributedDataParallel")
-        elif "_fsdp_wrapped_module" in name or parameter.numel() == 0:  # FSDP1, ZeRO-3
+                what = "deepspeed.initialize()" if is_partitioned(parameter) else "fully_shard()"
+                refuse(name, f"its {key} is sharded", f"call this before {what}, or use DistributedDataParallel")
+        elif "_fsdp_wrapped_module" in name or parameter.numel() == 0:  # FSDP1
             refuse(name, f"its {key} is sharded", "use fully_shard() (FSDP2) or DistributedDataParallel")
     for key, factor in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
-        _check_factor(name, key, factor, owners)
+        _check_factor(name, key, factor, owners, masters=masters)
     return pair
 
 
@@ -291,10 +308,11 @@ def _base_weight(name: str, layer: LoraLayer) -> tuple[Tensor, bool]:
     return weight, packed or not plain or weight.dtype not in MERGEABLE
 
 
-def _check_factor(name: str, key: str, parameter: nn.Parameter, owners: dict[int, list[str]]) -> None:
+def _check_factor(name: str, key: str, parameter: nn.Parameter, owners: dict[int, list[str]], *, masters: bool) -> None:
     if not parameter.requires_grad:
         refuse(name, f"{key} is frozen", "ScaLoRA trains both factors: set requires_grad=True")
-    _check_dtype(name, key, parameter)
+    if not masters:
+        _check_dtype(name, key, parameter)
     if len(names := owners[_memory_of(parameter)]) > 1:
         refuse(name, f"{key} is tied ({' = '.join(names)})", "use one adapter for each layer")
 
@@ -330,7 +348,7 @@ def by_rank(pairs: list[LoraPair]) -> list[list[LoraPair]]:
     """
     groups: dict[tuple[int, torch.dtype, torch.device], list[LoraPair]] = defaultdict(list)
     for pair in pairs:
-        groups[pair.r, pair.lora_A.dtype, pair.lora_A.device].append(pair)
+        groups[pair.r, pair.dtype, pair.lora_A.device].append(pair)
     return list(groups.values())
 
 
@@ -342,5 +360,5 @@ def by_shape(pairs: list[LoraPair]) -> list[list[LoraPair]]:
     """
     groups: dict[tuple[int, int, int, torch.dtype, torch.device], list[LoraPair]] = defaultdict(list)
     for pair in pairs:
-        groups[pair.m, pair.r, pair.n, pair.lora_B.dtype, pair.lora_B.device].append(pair)
+        groups[pair.m, pair.r, pair.n, pair.dtype, pair.lora_B.device].append(pair)
     return list(groups.values())

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from scalora.model.base_weights import BaseWeights, is_float
 from scalora.model.factor_guard import FactorGuard
-from scalora.model.layers import configured_scaling, factor_keys, factors_of, is_distributed, stored_transposed
+from scalora.model.layers import (
+    configured_scaling,
+    factor_keys,
+    factors_of,
+    is_distributed,
+    is_partitioned,
+    stored_transposed,
+)
 from scalora.model.mixed_class import MixedIn, mix_in, plain_class
 from scalora.model.remainder_forward import WithRemainder, remainder_of_embedding
 from scalora.model.shared_pass import autocasts, can_share
@@ -377,11 +384,14 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
             kwargs: as in `torch.nn.Module`.
         """
         tensors = super().state_dict(*args, **kwargs)
-        # Shards are for checkpoints of their own kind, which need the remainder and the factors as they are.
+        # Shards, and a Trainer with DeepSpeed, are for checkpoints of their own kind, which need the remainder and the
+        # factors as they are.
         if (
             isinstance(self.remainder, FactoredRemainder)
             and self.remainder.changed
             and not is_distributed(self.trained_factors[0])
+            and not is_partitioned(self.trained_factors[0])
+            and not self.attachment.saved_by_callback
         ):
             prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
             key_A, key_B = (prefix + key for key in factor_keys(self, self.trained_adapter))
@@ -428,8 +438,7 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
     def _check_complete(self, state_dict: dict[str, Any], prefix: str) -> None:
         """The base weight, its rounding errors and the factors belong together."""
         together = [*factor_keys(self, self.trained_adapter), "base_layer.weight"]
-        low = self.remainder.rounded_off
-        if isinstance(low, Tensor) and not is_distributed(low):
+        if self.remainder.rounded_off is not None and "rounded_off" in self.remainder.state_dict():
             together.append(f"{REMAINDER}.rounded_off")
         present = [prefix + key in state_dict for key in together]
         if any(present) and not all(present):
