@@ -9,6 +9,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
@@ -24,6 +25,7 @@ from scalora.parallel.data_parallel import keep_out_of_broadcasts
 from scalora.saving.attach import fingerprint_of
 from scalora.saving.checkpoints import set_broken_checkpoints_aside, why_not_resumable
 from scalora.saving.errors import StateError
+from scalora.saving.peft_model import write_placeholders
 from scalora.saving.state import check_base, check_content
 from scalora.saving.state_file import STATE_FILE, read_state
 
@@ -156,6 +158,8 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             self._prepare_shards(args, model)
         if self._checkpoint is not None:
             self.engine.load(self._checkpoint)
+            if not self.engine.is_sharded and not (self._checkpoint / "optimizer.pt").exists():
+                _load_scheduler(kwargs["lr_scheduler"], self._checkpoint)
         elif state.global_step:
             raise StateError(
                 f"training resumes at step {state.global_step}, but no ScaLoRA state was loaded: the checkpoint was "
@@ -165,11 +169,12 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         warn_if_plain_lora(self.config, state.max_steps)
 
     def _prepare_shards(self, args: TrainingArguments, model: nn.Module) -> None:
-        """With FSDP2, the Trainer's own checkpoints have the adapter alone, and it resumes without `load_adapter`."""
+        """With shards, the Trainer's own checkpoints have the adapter alone, and it resumes without `load_adapter`."""
         if args.load_best_model_at_end:
             raise StateError(
                 "load_best_model_at_end=True would load the best adapter onto the last base weights, because the "
-                "Trainer loads the adapter alone with FSDP2: set it to False, and load the best checkpoint afterwards"
+                "Trainer loads the adapter alone with FSDP2 and DeepSpeed: set it to False, and load the best "
+                "checkpoint afterwards"
             )
         if (attachment := attachment_of(model)) is not None:
             attachment.saved_by_callback = True
@@ -177,7 +182,9 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             self._checkpoint = self._resumed_from
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """With FSDP2, write the whole state into the checkpoint, which takes all processes.
+        """With FSDP2 and DeepSpeed, write the whole state into the checkpoint, which takes all processes.
+
+        Also the files that a Trainer in one process, or with DistributedDataParallel, wants before it goes on from it.
 
         Args:
             args: the Trainer's arguments.
@@ -186,7 +193,10 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             kwargs: other arguments of the event; not used.
         """
         if self.engine is not None and self.engine.is_sharded:
-            self.engine.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if state.is_world_process_zero:
+                write_placeholders(self.engine.pairs[0], folder)
+            self.engine.save(folder)
 
     def on_log(
         self,
@@ -227,6 +237,17 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             self.engine.detach()
             if (attachment := attachment_of(kwargs["model"])) is not None:
                 attachment.saved_by_callback = False
+
+
+def _load_scheduler(scheduler: Any, checkpoint: Path) -> None:
+    """Restore a scheduler from a checkpoint of shards, of which a Trainer without shards takes the weights alone."""
+    path = checkpoint / "scheduler.pt"
+    if not path.is_file():
+        raise StateError(
+            f"can't resume from {str(checkpoint)!r} without DeepSpeed, whose own scheduler it was written with: leave "
+            "'scheduler' out of DeepSpeed's config, or resume with DeepSpeed"
+        )
+    scheduler.load_state_dict(torch.load(path, weights_only=True))
 
 
 def warn_if_plain_lora(config: ScaLoraConfig, steps: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scalora.maths.scaling import Grams
 from scalora.model.adapters import LoraPair, by_rank, by_shape
-from scalora.parallel.flat import Run, gathered, rectangles
+from scalora.parallel.flat import Rectangle, Run, gathered, rectangles
 from scalora.parallel.layout import Layout, Shapes, Share, over_columns, over_rows
 from scalora.parallel.shards import copy_all
 from scalora.parallel.zero import Zero, run_of_weight
@@ -31,10 +31,17 @@ from scalora.rescale.remainder import DenseRemainder
 # device for the time of a rescale.
 _BUCKET = 1 << 28
 
+# Products with fewer rows are computed in another way, and rounded differently (torch 2.13 on CPUs). Weights in half
+# precision shall have the same bits as in one process.
+_LEAST_ROWS = 8
+
 _FACTORS = ("lora_A", "lora_B")
 
 # What is gathered of a factor: its layer, which factor it is, and "values", "gradient" or a key of its state.
 _Key = tuple[int, str, str]
+
+# Where to copy to, and what.
+_Copy = tuple[Tensor, Tensor]
 
 
 class Runs:
@@ -105,8 +112,9 @@ class Runs:
             for factor in _FACTORS
         )
         inputs = (whole_B, grads_B, whole_A, grads_A)
-        factors = Factors(whole_A, whole_B, _parts_of_weights(pairs))
-        finish = partial(self._finish, pairs, found)
+        parts, copies = _parts_of_weights(pairs)
+        factors = Factors(whole_A, whole_B, parts)
+        finish = partial(self._finish, pairs, found, copies)
         state = _State()
         if self._by_matrices:
             for pair in pairs:
@@ -119,9 +127,9 @@ class Runs:
         spread_A, spread_B = partial(_over_runs, runs_A, True), partial(_over_runs, runs_B, False)
         return Share(inputs, factors, state, params_A, params_B, spread_A, spread_B, finish)
 
-    def _finish(self, pairs: list[LoraPair], found: Mapping[_Key, Tensor]) -> None:
+    def _finish(self, pairs: list[LoraPair], found: Mapping[_Key, Tensor], copies: list[_Copy]) -> None:
         """Copy the entries that are here of what has been changed as a whole, back to where they came from."""
-        changed: list[tuple[Tensor, Tensor]] = []
+        changed: list[_Copy] = []
         for pair in pairs:
             if isinstance(pair.remainder, DenseRemainder):
                 pair.remainder.changed = True
@@ -130,7 +138,8 @@ class Runs:
                 parts = {"values": run.values} | (dict(self._parts(run)) if self._by_matrices else {})
                 for key, part in parts.items():
                     changed.append((part, found[id(pair), factor, key].reshape(-1)[run.entries]))
-        copy_all([part for part, _ in changed], [entries for _, entries in changed])
+        for of_a_kind in (changed, copies):
+            copy_all([part for part, _ in of_a_kind], [entries for _, entries in of_a_kind])
 
 
 class _State:
@@ -204,26 +213,52 @@ def _in_buckets(pairs: list[LoraPair], zero: Zero) -> list[Shapes]:
     return shapes
 
 
-def _parts_of_weights(pairs: list[LoraPair]) -> list[Part]:
-    """What is here of the base weights of layers of one shape."""
+def _parts_of_weights(pairs: list[LoraPair]) -> tuple[list[Part], list[_Copy]]:
+    """What is here of the base weights of layers of one shape, and what of it has to be copied back after a merge."""
     remainders = [pair.remainder for pair in pairs]
-    runs = [run_of_weight(pair.weight) for pair in pairs]
-    divided = [run for run in runs if run is not None]
+    runs = [run for pair in pairs if (run := run_of_weight(pair.weight)) is not None]
     dense = [remainder for remainder in remainders if isinstance(remainder, DenseRemainder)]
-    if not divided or not dense:
-        return [Part([pair.weight for pair in pairs], remainders)]
-    parts = []
-    for rows, columns, entries in rectangles(divided[0].entries, divided[0].shape[1]):
-        size = rows.stop - rows.start, columns.stop - columns.start
-        of_part = []
-        for remainder, run in zip(dense, divided, strict=True):
-            low = remainder.rounded_off
-            rounded_off = None if low is None else run.within(low)[entries].view(size)
-            of_part.append(remainder.of_part(rounded_off, rows.start, columns.start))
-        weights = [run.values[entries].view(size) for run in divided]
-        of_W = (columns, rows) if pairs[0].transposed else (rows, columns)
-        parts.append(Part(weights, of_part, *of_W, weights[0].device))
-    return parts
+    if not runs or not dense:
+        return [Part([pair.weight for pair in pairs], remainders)], []
+    parts: list[Part] = []
+    copies: list[_Copy] = []
+    for rectangle in rectangles(runs[0].entries, runs[0].shape[1]):
+        weights, of_part = [], []
+        for remainder, run in zip(dense, runs, strict=True):
+            weight, first_row, copied = _block(run, run.flat, rectangle)
+            low = None
+            copies += copied
+            if remainder.rounded_off is not None:
+                low, _, copied = _block(run, remainder.rounded_off, rectangle)
+                copies += copied
+            weights.append(weight)
+            of_part.append(remainder.of_part(low, first_row))
+        rows = slice(first_row, first_row + len(weights[0]))
+        of_W = {"columns" if pairs[0].transposed else "rows": rows}
+        parts.append(Part(weights, of_part, **of_W, device=weights[0].device))
+    return parts, copies
+
+
+def _block(run: Run, flat: Tensor, rectangle: Rectangle) -> tuple[Tensor, int, list[_Copy]]:
+    """Whole rows of a weight that have a rectangle of it in them.
+
+    Args:
+        run: the run that the rectangle is in.
+        flat: the weight's entries, or their rounding errors.
+        rectangle: the rectangle.
+
+    Returns:
+        The rows, the number of the first, and what is to be copied back if they are copies.
+    """
+    rows, columns, entries = rectangle
+    here = run.within(flat.detach())[entries].view(rows.stop - rows.start, columns.stop - columns.start)
+    if here.shape[1] == run.shape[1] and len(here) >= _LEAST_ROWS:
+        return here, rows.start, []
+    first = max(0, min(rows.start, run.shape[0] - _LEAST_ROWS))
+    block = here.new_zeros(min(_LEAST_ROWS, run.shape[0]), run.shape[1])
+    within = block[rows.start - first : rows.stop - first, columns]
+    within.copy_(here)
+    return block, first, [(here, within)]
 
 
 def _over_runs(runs: list[Run], by_rows: bool, kernels: Kernels, factors: Float[Tensor, "layers r"]) -> list[Tensor]:

@@ -8,6 +8,7 @@ parameters are divided too, the frozen ones included. Checked with DeepSpeed 0.1
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -221,8 +222,10 @@ class Zero:
         for number, (group, run) in enumerate(self._in_order()):
             entries = self.optimizer.state.get(group.flat, {})
             if entries:
+                # A count of steps of its own for each parameter, because optimizers count in place.
                 state[number] = {
-                    key: run.of(value) if _is_divided(value, group.flat) else value for key, value in entries.items()
+                    key: run.of(value) if _is_divided(value, group.flat) else copy.deepcopy(value)
+                    for key, value in entries.items()
                 }
         return {"state": state, "param_groups": groups}
 

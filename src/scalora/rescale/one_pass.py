@@ -155,8 +155,6 @@ def _fit(remainders: Sequence[DenseRemainder], weights: Sequence[Tensor], factor
         low = remainder.rounded_off
         if type(remainder) is not kind or remainder.transposed != transposed or weight.dtype != first.dtype:
             return False
-        if remainder.first_column:  # an end of a row, which is not worth a kernel
-            return False
         if not _is_plain(weight, first) or (low is not None and not _is_plain(low, first)):
             return False
     return True

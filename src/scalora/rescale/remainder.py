@@ -44,7 +44,6 @@ class DenseRemainder(nn.Module):
         transposed: whether the base weight is stored transposed.
         changed: whether anything has been added, so that the base weight is no longer the original one.
         first_row: number of the first row of the stored weight that is here, if it is one process's part.
-        first_column: number of the first column of it that is here.
         rounded_off: the rounding error of each entry, int16 (int8 in an `EightBitRemainder`), of the weight's shape;
             None for a float32 or float64 weight.
     """
@@ -57,7 +56,7 @@ class DenseRemainder(nn.Module):
         super().__init__()
         self.transposed = transposed
         self.changed = False
-        self.first_row = self.first_column = 0
+        self.first_row = 0
         self.register_buffer("rounded_off", self._no_errors_yet(weight))
 
     @torch.no_grad()
@@ -82,19 +81,16 @@ class DenseRemainder(nn.Module):
             part = slice(start, start + rows)
             self._add_to_rows(weight, part, left[part], right)
 
-    def of_part(
-        self, rounded_off: Int[Tensor, "rows columns"] | None, first_row: int, first_column: int = 0
-    ) -> DenseRemainder:
-        """The remainder of some rows of the weight, or of some entries of a row, which shares their memory.
+    def of_part(self, rounded_off: Int[Tensor, "rows columns"] | None, first_row: int) -> DenseRemainder:
+        """The remainder of some rows of the weight, which shares their memory.
 
         Args:
-            rounded_off: their rounding errors.
-            first_row: number of the first row.
-            first_column: number of the first column.
+            rounded_off: these rows' rounding errors.
+            first_row: number of the first of them.
         """
         part = copy.copy(self)
         part._buffers = self._buffers | {"rounded_off": rounded_off}
-        part.first_row, part.first_column = first_row, first_column
+        part.first_row = first_row
         return part
 
     def match(self, weight: Tensor) -> None:

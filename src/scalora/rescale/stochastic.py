@@ -47,26 +47,22 @@ class StochasticRemainder(DenseRemainder):
     def _add_to_rows(self, weight: Tensor, part: slice, left: Tensor, right: Tensor) -> None:
         block = weight[part]
         exact = block.float().addmm_(left, right)
-        first_row = self.first_row + part.start
-        block.copy_(rounded_by(exact, block, draws(self.name_hash, self.step, first_row, block, self.first_column)))
+        block.copy_(rounded_by(exact, block, draws(self.name_hash, self.step, self.first_row + part.start, block)))
 
 
-def draws(
-    name_hash: int, step: int, first_row: int, like: Tensor, first_column: int = 0
-) -> Int[Tensor, "rows columns"]:
-    """16 random bits for each entry of a part of a weight, as int32.
+def draws(name_hash: int, step: int, first_row: int, like: Tensor) -> Int[Tensor, "rows columns"]:
+    """16 random bits for each entry of some rows of a weight, as int32.
 
     Args:
         name_hash: the hash of the layer's name.
         step: number of the optimizer step.
-        first_row: the row of the weight where the part begins.
-        like: the part.
-        first_column: the column of the weight where the part begins.
+        first_row: where the rows begin in the weight.
+        like: the rows.
     """
     rows, columns = (torch.arange(size, dtype=torch.int32, device=like.device) for size in like.shape)
     key = _mixed_number(name_hash ^ _mixed_number(step & _MASK)) + first_row * _GOLDEN
     of_rows = _mixed(rows.mul_(_signed(_GOLDEN)).add_(_signed(key)))
-    return _mixed(of_rows[:, None] ^ columns.add_(first_column)).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    return _mixed(of_rows[:, None] ^ columns).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
 def rounded_by(

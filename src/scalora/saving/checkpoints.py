@@ -19,8 +19,9 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 _TO_RESUME = ("optimizer.pt", "scheduler.pt")
 
-# What a Trainer with FSDP writes in place of the model's and the optimizer's files, before its state.
-_OF_FSDP = "pytorch_model_fsdp*"
+# What a Trainer with FSDP, and one with DeepSpeed, writes in place of the model's and the optimizer's files, before its
+# state. DeepSpeed's has the scheduler in it, if that is DeepSpeed's own.
+_OF_SHARDS = {"pytorch_model_fsdp*": ("optimizer.pt",), "global_step*": _TO_RESUME}
 
 # The Trainer writes this file last, so if it is complete, the others have been written too.
 _WRITTEN_LAST = "trainer_state.json"
@@ -133,8 +134,8 @@ def _flaw(folder: Path) -> str | None:
             check_state(folder)
         except StateError as error:
             return str(error)
-    sharded = any(folder.glob(_OF_FSDP))
-    if sharded and not os.path.lexists(folder / STATE_FILE):  # which is written after the Trainer's state then
+    elsewhere = {name for pattern, names in _OF_SHARDS.items() if any(folder.glob(pattern)) for name in names}
+    if elsewhere and not os.path.lexists(folder / STATE_FILE):  # which is written after the Trainer's state then
         return f"it has no {STATE_FILE}: it was cut off while it was written, or written without ScaLoRA"
     for path in folder.glob("*.safetensors"):
         if not path.is_file():
@@ -145,7 +146,7 @@ def _flaw(folder: Path) -> str | None:
         except (SafetensorError, OSError) as error:
             return f"its {path.name} is not a complete safetensors file: {error}"
     for name in () if _is_model_only(folder) else _TO_RESUME:
-        if not (folder / name).is_file() and not (sharded and name == "optimizer.pt"):
+        if not (folder / name).is_file() and name not in elsewhere:
             return f"it has no {name}"
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
         if not _can_be_loaded(path):
