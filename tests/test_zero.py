@@ -140,12 +140,11 @@ def test_all_processes_have_the_same_bits(name, of_case):
 
 @slow
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize(("dtype", "merge"), HALVES)
-def test_rescales_on_given_gradients_are_equal_to_the_bit(dtype, merge, stage, of_four):
+@pytest.mark.parametrize(("stage", "dtype", "merge"), HALVES)
+def test_rescales_on_given_gradients_are_equal_to_the_bit(stage, dtype, merge, of_four):
     wanted = rescaled(1, dtype, merge)
     for result in of_four:
-        found = result[str(dtype), merge, stage]
+        found = result[stage, str(dtype), merge]
         assert found.keys() == wanted.keys()
         assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
 

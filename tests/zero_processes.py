@@ -1,5 +1,6 @@
 """What the processes of `test_zero` do. DeepSpeed is imported where it is used, in them alone."""
 
+import gc
 import os
 import warnings
 from pathlib import Path
@@ -205,8 +206,13 @@ def resumed(rank, processes, folder, **settings):
 # ---- Rescales on given gradients
 
 HALVES = [
-    (torch.float32, "dense"),
-    *((dtype, merge) for dtype in (torch.bfloat16, torch.float16) for merge in ("dense", "dense_8bit", "stochastic")),
+    (2, torch.bfloat16, "dense"),
+    (3, torch.float32, "dense"),
+    (3, torch.bfloat16, "dense"),
+    (3, torch.bfloat16, "dense_8bit"),
+    (3, torch.bfloat16, "stochastic"),
+    (3, torch.float16, "dense"),
+    (3, torch.float16, "stochastic"),
 ]
 
 
@@ -232,12 +238,12 @@ def rescaled(processes, dtype, merge, stage=None):
         model, outer = deep(model, optimizer, processes, stage=stage)
     engine = ScaLora(model, outer, ScaLoraConfig(warmup_steps=0, merge=merge))
     generator = torch.Generator().manual_seed(1)
-    for _ in range(10):
+    for _ in range(5):
         give_gradients(engine, outer, generator)
         outer.step() if stage is None else outer._optimizer_step(0)
     state = engine.state_dict()["tensors"]
     bits = {key: value.int() if key.startswith("rounded_off.") else value for key, value in state.items()}
-    assert engine.metrics()["scalora/rescales"] == 10
+    assert engine.metrics()["scalora/rescales"] == 5
     assert ("rounded_off.base_model.model.extra" in bits) == (dtype != torch.float32 and merge != "stochastic")
     pairs = engine.pairs
     if stage == 3 and merge != "stochastic" and dtype != torch.float32:
@@ -361,79 +367,97 @@ def message(call):
     return f"{type(error.value).__name__}: {error.value}"
 
 
-class Experts:
-    """Stands for a group of other processes."""
+ABSENT = object()
 
 
 def refusals(processes):
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as base
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    def with_zero(stage, change=None, optimizer=torch.optim.AdamW, groups=None, **zero):
+    def initialized(stage, optimizer=torch.optim.AdamW, groups=trainable, **zero):
         model = adapted(ranks={"r": 2})
-        parameters = trainable(model) if groups is None else groups(model)
-        wrapper, outer = deep(model, optimizer(parameters, lr=1e-3), processes, stage=stage, **zero)
-        if change is not None:
-            change(outer)
-        return message(lambda: ScaLora(wrapper, outer))
+        return deep(model, optimizer(groups(model), lr=1e-3), processes, stage=stage, **zero)
 
-    def setting(name, value):
-        return lambda outer: setattr(outer, name, value)
+    def attached(*arguments, **settings):
+        return message(lambda: ScaLora(*initialized(*arguments, **settings)))
+
+    found = {
+        2: initialized(2),
+        3: initialized(3, offload_optimizer=CPU),
+    }
+
+    def with_setting(stage, name, value, of=lambda outer: outer):
+        """A message where one attribute is another one, or absent."""
+        wrapper, outer = found[stage]
+        holder = of(outer)
+        before = getattr(holder, name, None)
+        delattr(holder, name) if value is ABSENT else setattr(holder, name, value)
+        try:
+            return message(lambda: ScaLora(wrapper, outer))
+        finally:
+            setattr(holder, name, before)
 
     def lora_plus(model):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return [{"params": [p for name, p in named if ("lora_B" in name) == is_B]} for is_B in (False, True)]
 
-    def of_class(name, base):
-        return lambda outer: setattr(outer, "__class__", type(name, (base,), {}))
+    def of_class(name):
+        return with_setting(2, "__class__", type(name, (DeepSpeedZeroOptimizer,), {}))
 
-    three = adapted()
-    deep(three, torch.optim.AdamW(trainable(three)), processes, stage=3)
-    blocks = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "bitsandbytes.optim.adamw"})
-    muon = type("MuonWithAuxAdam", (torch.optim.AdamW,), {})
-    pipe = type("PipelineModule", (nn.Module,), {"__module__": "deepspeed.runtime.pipe.module"})
-    quantised = lambda outer: [setattr(p.ds_tensor, "ds_quant_scale", 1) for p in outer.module.parameters()]  # noqa: E731
+    def quantised():
+        weight = next(
+            p for name, p in found[3][0].module.named_parameters() if name.endswith("conv1d.base_layer.weight")
+        )
+        weight.ds_tensor.ds_quant_scale = torch.ones(1)
+        told = message(lambda: ScaLora(*found[3]))
+        del weight.ds_tensor.ds_quant_scale
+        return told
 
     def piped():
-        model = adapted()
-        wrapper = pipe()
+        model, wrapper = (
+            adapted(),
+            type("PipelineModule", (nn.Module,), {"__module__": "deepspeed.runtime.pipe.module"})(),
+        )
         wrapper.inner = model
-        ScaLora(wrapper, torch.optim.AdamW(trainable(model)))
+        return message(lambda: ScaLora(wrapper, torch.optim.AdamW(trainable(model))))
 
     def in_pairs():
         model = adapted(ranks={"r": 2})
         wrapper, outer = deep(model, PairAdamW(model, lr=1e-3), processes, stage=2)
-        ScaLora(wrapper, outer, ScaLoraConfig(mode="matrix", merge="factored"))
+        return message(lambda: ScaLora(wrapper, outer, ScaLoraConfig(mode="matrix", merge="factored")))
 
+    blocks = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "bitsandbytes.optim.adamw"})
+    muon = type("MuonWithAuxAdam", (torch.optim.AdamW,), {})
+    module = found[3][0].module
     return {
-        "groups": with_zero(2, groups=lora_plus),
-        "sub-groups": with_zero(3, sub_group_size=30),
-        "hpz": with_zero(3, setting("zero_hpz_partition_size", 2)),
-        "qwz": with_zero(3, lambda outer: setattr(outer.parameter_offload, "zero_quantized_weights", True)),
-        "quantised weights": with_zero(3, quantised),
-        "quantised setting": with_zero(3, setting("zero_quantized_nontrainable_weights", True)),
-        "nvme optimizer": with_zero(3, setting("swap_optimizer", True)),
-        "nvme parameters": with_zero(3, setting("params_in_nvme_and_cpu", True)),
-        "ratio": with_zero(3, setting("partial_offload", 0.5), offload_optimizer=CPU),
-        "experts": with_zero(2, setting("has_moe_layers", True)),
-        "experts of stage 3": with_zero(3, setting("sub_group_process_groups", [dist.new_group([0])])),
-        "mpu": with_zero(2, setting("model_parallel_world_size", 2)),
-        "mpu of stage 3": with_zero(3, setting("model_parallel_group", Experts())),
-        "zenflow": with_zero(2, setting("zenflow", True)),
-        "zenflow's class": with_zero(2, of_class("ZenFlowZeroOptimizerSequential", base)),
-        "muon": with_zero(2, optimizer=muon),
-        "muon of stage 3": with_zero(3, setting("use_muon", True)),
-        "bf16": with_zero(1, of_class("BF16_Optimizer", base)),
-        "fp16": with_zero(1, of_class("FP16_Optimizer", base)),
-        "half masters": with_zero(2, setting("master_weights_and_grads_dtype", torch.bfloat16)),
-        "autocast": with_zero(2, setting("torch_autocast_gradscaler", torch.amp.GradScaler("cpu"))),
-        "another version": with_zero(2, lambda outer: delattr(outer, "round_robin_bit16_offsets")),
-        "another version of stage 3": with_zero(3, lambda outer: delattr(outer, "grad_position")),
-        "pairs": message(in_pairs),
-        "blocks": with_zero(2, optimizer=blocks),
-        "pipeline": message(piped),
-        "another optimizer": message(lambda: ScaLora(three, torch.optim.AdamW(trainable(three)))),
-        "coupled decay": with_zero(2, lambda outer: setattr(outer.optimizer, "adam_w_mode", False)),
-    }  # fmt: skip
+        "groups": attached(2, groups=lora_plus),
+        "sub-groups": attached(3, sub_group_size=30),
+        "muon": attached(2, optimizer=muon),
+        "blocks": attached(2, optimizer=blocks),
+        "pairs": in_pairs(),
+        "pipeline": piped(),
+        "another optimizer": message(lambda: ScaLora(module, torch.optim.AdamW(trainable(module)))),
+        "hpz": with_setting(3, "zero_hpz_partition_size", 2),
+        "qwz": with_setting(3, "zero_quantized_weights", True, of=lambda outer: outer.parameter_offload),
+        "quantised weights": quantised(),
+        "quantised setting": with_setting(3, "zero_quantized_nontrainable_weights", True),
+        "nvme optimizer": with_setting(3, "swap_optimizer", True),
+        "nvme parameters": with_setting(3, "params_in_nvme_and_cpu", True),
+        "ratio": with_setting(3, "partial_offload", 0.5),
+        "experts": with_setting(2, "has_moe_layers", True),
+        "experts of stage 3": with_setting(3, "sub_group_process_groups", [dist.new_group([0])]),
+        "mpu": with_setting(2, "model_parallel_world_size", 2),
+        "mpu of stage 3": with_setting(3, "model_parallel_group", dist.group.WORLD),
+        "zenflow": with_setting(2, "zenflow", True),
+        "zenflow's class": of_class("ZenFlowZeroOptimizerSequential"),
+        "muon of stage 3": with_setting(3, "use_muon", True),
+        "bf16": of_class("BF16_Optimizer"),
+        "fp16": of_class("FP16_Optimizer"),
+        "half masters": with_setting(2, "master_weights_and_grads_dtype", torch.bfloat16),
+        "autocast": with_setting(2, "torch_autocast_gradscaler", torch.amp.GradScaler("cpu")),
+        "another version": with_setting(2, "round_robin_bit16_offsets", ABSENT),
+        "another version of stage 3": with_setting(3, "grad_position", ABSENT),
+        "coupled decay": with_setting(2, "adam_w_mode", False, of=lambda outer: outer.optimizer),
+    }
 
 
 def overflowing(processes):
@@ -461,6 +485,7 @@ def process(rank, processes, folder, port):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage in every start with ZeRO-3
     deepspeed.init_distributed("gloo", verbose=False)
     folder = Path(folder)
     results = {}
@@ -471,9 +496,9 @@ def process(rank, processes, folder, port):
                 check_divided(run)
             results[name] = run.result()
     if processes == 4:
+        for stage, dtype, merge in HALVES:
+            results[stage, str(dtype), merge] = rescaled(processes, dtype, merge, stage)
         for stage in (2, 3):
-            for dtype, merge in HALVES:
-                results[str(dtype), merge, stage] = rescaled(processes, dtype, merge, stage)
             results["collectives", stage] = collectives_of_a_rescale(processes, stage)
         saving = Run(rank, processes, **CASES["ZeRO-3, every step"]).steps(0, STEPS // 2)
         saving.engine.save(folder / "saved")

@@ -247,7 +247,14 @@ def _load_scheduler(scheduler: Any, checkpoint: Path) -> None:
             f"can't resume from {str(checkpoint)!r} without DeepSpeed, whose own scheduler it was written with: leave "
             "'scheduler' out of DeepSpeed's config, or resume with DeepSpeed"
         )
-    scheduler.load_state_dict(torch.load(path, weights_only=True))
+    saved, own = torch.load(path, weights_only=True), scheduler.state_dict()
+    trained = [any(p.requires_grad for p in group["params"]) for group in scheduler.optimizer.param_groups]
+    for key, values in saved.items():
+        # DeepSpeed drops groups without parameters.
+        if isinstance(values, list) and len(values) == sum(trained) < len(trained):
+            rest = iter(values)
+            saved[key] = [next(rest) if of_group else one for of_group, one in zip(trained, own[key], strict=True)]
+    scheduler.load_state_dict(saved)
 
 
 def warn_if_plain_lora(config: ScaLoraConfig, steps: int) -> None:
