@@ -295,6 +295,9 @@ REFUSED = {
     "blocks": r"AdamW8bit keeps its state in blocks of entries, which DeepSpeed's ZeRO cuts up",
     "pipeline": r"DeepSpeed's pipeline engine is not supported",
     "another optimizer": r"ZeRO-3 has partitioned its base weight, but the optimizer is not DeepSpeed's; pass ",
+    "copies": r"DeepSpeed's optimizer steps a copy of its lora_[AB].*pass the optimizer that it or accelerator.prepare",
+    "start": r"DeepSpeed's optimizer steps a copy of its lora_[AB].*call this before deepspeed.initialize",
+    "start of stage 3": r"its base weight is sharded; call this before deepspeed.initialize",
     "coupled decay": r"with adam_w_mode=False adds its weight_decay to the gradient",
 }
 

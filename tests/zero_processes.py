@@ -14,7 +14,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from scalora import PairAdamW, ScaLora, ScaLoraCallback, ScaLoraConfig, UnsupportedLayerError, UnsupportedOptimizerError
+from scalora import (
+    PairAdamW,
+    ScaLora,
+    ScaLoraCallback,
+    ScaLoraConfig,
+    UnsupportedLayerError,
+    UnsupportedOptimizerError,
+    optimal_start,
+)
 from scalora.parallel import runs
 from scalora.parallel.zero import zero_of
 from scalora.saving.peft_model import ShardedModelError
@@ -436,6 +444,9 @@ def refusals(processes):
         "pairs": in_pairs(),
         "pipeline": piped(),
         "another optimizer": message(lambda: ScaLora(module, torch.optim.AdamW(trainable(module)))),
+        "copies": message(lambda: ScaLora(found[2][0], torch.optim.AdamW(trainable(found[2][0])))),
+        "start": message(lambda: optimal_start(found[2][0].module, lambda: None)),
+        "start of stage 3": message(lambda: optimal_start(module, lambda: None)),
         "hpz": with_setting(3, "zero_hpz_partition_size", 2),
         "qwz": with_setting(3, "zero_quantized_weights", True, of=lambda outer: outer.parameter_offload),
         "quantised weights": quantised(),

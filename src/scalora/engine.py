@@ -399,7 +399,7 @@ class ScaLora:
         parameters = factors if self._zero is None else self._zero.flats
         return check_states(self.optimizer, self._kinds, parameters, matrix=self.config.mode == "matrix")
 
-    def _rescale(self, skipped: Tensor | None, *, begins: bool) -> None:
+    def _rescale(self, skipped: Tensor | None, *, begins: bool = True) -> None:
         """Rescale all layers that have gradients and are about to be stepped.
 
         Args:

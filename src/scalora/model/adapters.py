@@ -22,6 +22,7 @@ from scalora.model.layers import (
     configured_scaling,
     factor_keys,
     factors_of,
+    is_copy,
     is_distributed,
     is_partitioned,
     plain_name,
@@ -248,6 +249,13 @@ def _checked_pair(
         elif "_fsdp_wrapped_module" in name or parameter.numel() == 0:  # FSDP1
             refuse(name, f"its {key} is sharded", "use fully_shard() (FSDP2) or DistributedDataParallel")
     for key, factor in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
+        if is_copy(factor) and not masters:
+            refuse(
+                name,
+                f"DeepSpeed's optimizer steps a copy of its {key} and would overwrite what is changed here",
+                "call this before deepspeed.initialize(), or pass the optimizer that it or accelerator.prepare() has "
+                "returned",
+            )
         _check_factor(name, key, factor, owners, masters=masters)
     return pair
 

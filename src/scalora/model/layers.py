@@ -97,6 +97,15 @@ def is_partitioned(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_shape")
 
 
+def is_copy(tensor: Tensor) -> bool:
+    """Whether a parameter is a copy that DeepSpeed's ZeRO-1 or ZeRO-2 overwrites with what its optimizer steps.
+
+    Args:
+        tensor: any tensor.
+    """
+    return getattr(tensor, "_hp_mapping", None) is not None
+
+
 def whole_shape(tensor: Tensor) -> torch.Size:
     """The shape of a tensor, also of one that ZeRO-3 has left empty (`scalora.parallel.zero` knows where it is).
 
