@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,11 @@ from scalora.model.tied_factors import sum_gradients
 from scalora.pair_adamw import PairAdamW
 from scalora.parallel.data_parallel import keep_out_of_broadcasts, unwrapped
 from scalora.parallel.layout import Shapes, Share, laid_out, ranks_in
+from scalora.parallel.optimizer_state import load_optimizer_state, optimizer_state
 from scalora.parallel.processes import failing_together, process_rank
 from scalora.parallel.sharded_pairs import check_not_sharded_since, check_optimizer_of_parts, check_shards
-from scalora.parallel.shards import reshard, state_split_as, wholes_for
+from scalora.parallel.shards import reshard, wholes_for
+from scalora.parallel.zero import check_owner, zero_of
 from scalora.rescale import native
 from scalora.rescale.changes import Change, ColumnChange, MatrixChange, split
 from scalora.rescale.kernels import PYTORCH, Kernels
@@ -57,7 +59,6 @@ from scalora.rescale.other_optimizers import WatchOfOtherOptimizers
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, compress_full
 from scalora.rescale.stochastic import StochasticRemainder
 from scalora.rescale.transport import (
-    HoldsState,
     check_states,
     scale_gradients_and_states,
     transform_gradients_and_states,
@@ -141,6 +142,7 @@ class ScaLora:
     ) -> None:
         self.config = config or ScaLoraConfig()
         self.optimizer = unwrapped_optimizer(optimizer)
+        self._zero = zero_of(optimizer)
         self._model = unwrapped(model)
         self._scaling_rule = scaling_rule or _rule_of(self.config)
         self._transport = transport
@@ -157,22 +159,25 @@ class ScaLora:
                 "columns: only with scalora.PairAdamW is it known from the learning rate"
             )
         reshard(self._model)
-        pairs = find_lora_pairs(self._model, sharded=True, all_shapes=True)
+        pairs = find_lora_pairs(self._model, sharded=True, all_shapes=True, masters=self._zero is not None)
         check_shards(pairs)
         check_optimizer_of_parts(pairs, self.optimizer, self._kinds)
+        check_owner(model, pairs, self._zero)
+        if self._zero is not None:
+            self._zero.check_pairs(pairs, self._kinds)
         check_places(pairs, self.config.merge, self.config.remainder_rank)
         merge = resolve_merge(pairs, self.config.merge, self.config.remainder_rank)
         if merge != "factored" and isinstance(self.optimizer, PairAdamW) and self.optimizer.decays:
             raise UnsupportedOptimizerError(_NO_DECAY)
-        self._rates = BaseRates(pairs, self.optimizer)
+        self._rates = BaseRates(pairs, self._zero or self.optimizer)
         target_norms(pairs, self._rates.current(), self.config)
-        self._check_states([p for pair in pairs for p in (pair.lora_A, pair.lora_B)])
+        self._check_states(pairs)
         self._kernels = self._chosen_kernels(pairs)
         # Nothing has been changed up to here.
-        self.pairs, self._progress = attach(self._model, self.config.merge, self.config.remainder_rank)
+        self.pairs, self._progress = attach(self._model, self.config.merge, self.config.remainder_rank, self._zero)
         keep_out_of_broadcasts(model)
         self._replace_earlier_engines()
-        self._groups = laid_out(self.pairs, self.optimizer, self._kinds, by_matrices=by_matrices)
+        self._groups = laid_out(self.pairs, self.optimizer, self._zero, self._kinds, by_matrices=by_matrices)
         self._constants = [
             [ConstantsOnDevice(of_rank, self.config) for of_rank in ranks_in(shapes)] for _, shapes in self._groups
         ]
@@ -208,8 +213,8 @@ class ScaLora:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether this process has only its shards of the model, as with FSDP2."""
-        return any(pair.is_sharded for pair in self.pairs)
+        """Whether this process has only its part of the model or of the optimizer's state (FSDP2, DeepSpeed's ZeRO)."""
+        return self._zero is not None or any(pair.is_sharded for pair in self.pairs)
 
     def detach(self) -> None:
         """Stop rescaling. From now on the model trains as plain LoRA on its current base and remainder.
@@ -261,13 +266,22 @@ class ScaLora:
         parameters; the optimizer's state; counters, settings and base learning rates; the states of this process's
         random number generators. The learning rate scheduler and the position in the data belong to the training loop.
         Tensors are not copied: use `copy.deepcopy` to keep a state beyond the next step. With FSDP2 they are DTensors.
+        With DeepSpeed's ZeRO they are whole ones on the CPU, and all processes must take part.
         """
+        state = self._state()
+        return state if self._zero is None else wholes_for(state, keep=True)
+
+    def _state(self) -> dict[str, Any]:
+        """The state, with this process's part of what is divided over processes."""
         self._notices.about_layers(self._left_alone)
         reshard(self._model)
         if not self._replaced:
             self._progress.base_rates = self._rates.current()
-        optimizer = {key: value for key, value in self.optimizer.state_dict().items() if key != COUNTS}
-        return state_of(self._model, self.pairs) | {"optimizer": optimizer, "random": random_state()}
+        optimizer = optimizer_state(self.optimizer, self._zero)
+        return state_of(self._model, self.pairs, self._zero) | {
+            "optimizer": {key: value for key, value in optimizer.items() if key != COUNTS},
+            "random": random_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state from `state_dict`, to continue from there.
@@ -283,20 +297,19 @@ class ScaLora:
                 infinite entries. The model has not been changed then.
         """
         reshard(self._model)
-        check_all(state, self._model, self.pairs, self._progress.fingerprint, self.config)
+        check_all(state, self._model, self.pairs, self._progress.fingerprint, self.config, self._zero)
         self._restore(state)
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Restore a state that has passed `check_all`."""
         if "optimizer" in state:
             try:
-                # torch checks all of it before changing anything
-                self.optimizer.load_state_dict(state_split_as(state["optimizer"], self.optimizer, self._kinds))
+                load_optimizer_state(state["optimizer"], self.optimizer, self._zero, self._kinds)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise StateError(
                     f"the state's optimizer does not fit {type(self.optimizer).__name__}: {error}"
                 ) from None
-        restore(self._model, self.pairs, state["tensors"])
+        restore(self._model, self.pairs, state["tensors"], self._zero)
         if "random" in state:
             if (why := why_of_another_process(state["random"])) is None:
                 set_random_state(state["random"])
@@ -333,8 +346,8 @@ class ScaLora:
         """Write `state_dict` to ``scalora_state.safetensors`` in a folder, atomically.
 
         Of several processes, the first one writes it. The others write the states of their random number generators
-        beside it, ``scalora_random_1.safetensors`` and so on, and no process waits for another. With FSDP2 all must
-        take part, and the file is still one whole file.
+        beside it, ``scalora_random_1.safetensors`` and so on, and no process waits for another. With FSDP2 and
+        DeepSpeed's ZeRO all must take part, and the file is still one whole file.
 
         Args:
             folder: the folder; created if it does not exist. An earlier state in it is replaced once the new one is
@@ -350,10 +363,10 @@ class ScaLora:
             OSError: the state can't be written; an earlier one is unchanged.
         """
         rank = process_rank()
-        state = self.state_dict() if rank == 0 or self.is_sharded else {}
+        state = self._state() if rank == 0 or self.is_sharded else {}
         if not resumable:
             state = {key: value for key, value in state.items() if key not in ("optimizer", "random")}
-        if sharded and self.is_sharded:
+        if sharded and self.is_sharded and self._zero is None:
             write_sharded(Path(folder), state, self.step)
             return
         if self.is_sharded:
@@ -374,14 +387,14 @@ class ScaLora:
                 model, adapter or settings, lacks an entry, or has NaN or infinite entries. The model has not been
                 changed then.
         """
-        if not self.is_sharded:
+        if not self.is_sharded or self._zero is not None:
             self.load_state_dict(read_own(Path(folder)))
             return
         reshard(self._model)
         with failing_together(StateError):  # an infinite entry is in the shards of one process only
             like = dict(shards_to_be_like(gather(self._model, self.pairs), self.optimizer))
             state = read_own(Path(folder), like)
-            check_all(state, self._model, self.pairs, self._progress.fingerprint, self.config)
+            check_all(state, self._model, self.pairs, self._progress.fingerprint, self.config, None)
         self._restore(state)
 
     @torch.no_grad()
@@ -393,13 +406,16 @@ class ScaLora:
             self._had_steps = True
         check_moment(type(optimizer).__name__, self.pairs[0].lora_A.device)
         with_loss = evaluate_closure(args, kwargs)
-        sum_gradients(self.pairs)
-        rescales = self.config.rescales_at(self.step + 1)
-        if rescales:
+        # DeepSpeed has its optimizer step one group after the other.
+        begins = self._zero is None or self._zero.begins_step()
+        if begins:
+            sum_gradients(self.pairs)
+        rescales = self.config.rescales_at(self.step + begins)
+        if rescales and begins:
             self._check_before_rescale()
-        self._progress.step += 1
+        self._progress.step += begins
         if rescales:
-            self._rescale(getattr(optimizer, "found_inf", None))
+            self._rescale(getattr(optimizer, "found_inf", None), begins=begins)
         if isinstance(self.optimizer, PairAdamW) and self.optimizer.decays:
             self._decay_remainders(self.optimizer)
         return with_loss
@@ -415,22 +431,25 @@ class ScaLora:
         """Raise what a rescale could raise, before it changes anything."""
         for pair in self.pairs:
             pair.check_ready()
-        check_present(self.pairs, self.optimizer)
+        if self._zero is None:  # whose optimizer holds copies
+            check_present(self.pairs, self.optimizer)
         if self.config.norm_from_rates:
             self._rates.observe()
             self._progress.base_rates = self._rates.current()
         if not self._checked_states:
-            parameters = [p for pair in self.pairs for p in (pair.lora_A, pair.lora_B)]
             # The optimizer has no state before its first step.
-            self._checked_states = self._check_states(parameters)
+            self._checked_states = self._check_states(self.pairs)
 
-    def _check_states(self, parameters: Sequence[Tensor]) -> bool:
+    def _check_states(self, pairs: list[LoraPair]) -> bool:
+        factors: list[Tensor] = [p for pair in pairs for p in (pair.lora_A, pair.lora_B)]
+        parameters = factors if self._zero is None else self._zero.flats
         return check_states(self.optimizer, self._kinds, parameters, matrix=self.config.mode == "matrix")
 
-    def _rescale(self, skipped: Tensor | None) -> None:
-        """Rescale all layers that have gradients.
+    def _rescale(self, skipped: Tensor | None, *, begins: bool = True) -> None:
+        """Rescale all layers that have gradients and are about to be stepped.
 
         Args:
+            begins: whether these are the first of a step.
             skipped: GradScaler calls a fused optimizer even if it is going to skip the step, which only the device
                 knows: a scalar that is positive then. None if it can't be skipped.
         """
@@ -440,15 +459,20 @@ class ScaLora:
         active = [
             (i, shapes) for i, (layout, group) in enumerate(self._groups) if (shapes := layout.taking_part(group))
         ]
-        self._had_gradients = self._had_gradients or any(pair.has_gradients for pair in self.pairs)
-        self._last = []
+        self._had_gradients = (
+            self._had_gradients or self._zero is not None or any(pair.has_gradients for pair in self.pairs)
+        )
+        rescaled: list[Rescaled] = []
         if active:
             self._begin(*active[0])
         for position, (i, shapes) in enumerate(active):
-            self._last += self._rescale_group(i, shapes, active[position + 1 : position + 2], skipped)
-        self._progress.count_rescale(skipped)
+            rescaled += self._rescale_group(i, shapes, active[position + 1 : position + 2], skipped)
+        if begins:
+            self._last = []
+            self._progress.count_rescale(skipped)
+        self._last = [*(self._last or []), *rescaled]
         self.pairs[0].layer.factor_guard.forget()
-        for scaling, _ in self._last:
+        for scaling, _ in rescaled:
             for reason, count in self._left_alone.items():
                 self._left_alone[reason] = count.to(scaling.choice.device) + getattr(scaling, reason).sum()
 
@@ -485,7 +509,7 @@ class ScaLora:
         The solve is batched over all layers, the other operations over the layers of each shape, except for the merge,
         which takes one operation per weight.
         """
-        sizes = [len(share.factors.remainders) for share in shares]
+        sizes = [len(share.factors.lora_A) for share in shares]
         with record_function(PARTS[0]):
             rates = self._progress.base_rates or {}
             constants = constants_of.of([pair for pairs in shapes for pair in pairs], rates)
@@ -493,7 +517,7 @@ class ScaLora:
             scaling = self._scaling_rule(grams, target_norm=constants.target_norms)
             if skipped is not None:
                 scaling = scaling.unless(skipped.to(grams.left.device) > 0)
-            change = self._change_of(scaling, shapes[0][0].lora_A.dtype)
+            change = self._change_of(scaling, shapes[0][0].dtype)
         scalings = torch.split(constants.merge_scaling, sizes)
         for share, of_shape, merge_scaling in zip(shares, split(change, sizes), scalings, strict=True):
             self._apply(share, of_shape, merge_scaling)
@@ -516,13 +540,12 @@ class ScaLora:
                 transform_gradients_and_states(share.optimizer, self._kinds, share.lora_B, change.Q, tall=True)
                 transform_gradients_and_states(share.optimizer, self._kinds, share.lora_A, change.P, tall=False)
             else:
-                self._carry_over(share.optimizer, share.lora_B, change.beta[:, None, :])
-                self._carry_over(share.optimizer, share.lora_A, change.alpha[:, share.rows_of_A, None])
+                for factors, spread in (
+                    (share.lora_B, share.spread_B(self._kernels, change.beta)),
+                    (share.lora_A, share.spread_A(self._kernels, change.alpha)),
+                ):
+                    self._transport(share.optimizer, self._kinds, factors, spread, self._kernels.multiply)
             share.finish()
-
-    def _carry_over(self, optimizer: HoldsState, parameters: list[Tensor], factors: Tensor) -> None:
-        expanded = self._kernels.expand_factors(factors, parameters)
-        self._transport(optimizer, self._kinds, parameters, expanded, self._kernels.multiply)
 
     def _chosen_kernels(self, pairs: list[LoraPair]) -> Kernels:
         on_cpu = any(pair.lora_A.is_cpu for pair in pairs)

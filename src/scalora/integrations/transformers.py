@@ -10,6 +10,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
@@ -29,6 +30,7 @@ from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.attach import fingerprint_of
 from scalora.saving.checkpoints import set_broken_checkpoints_aside, why_not_resumable
 from scalora.saving.errors import StateError
+from scalora.saving.peft_model import write_placeholders
 from scalora.saving.state import check_base, check_content
 from scalora.saving.state_file import holds_state, read_state
 
@@ -164,6 +166,8 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             self._prepare_shards(args, model)
         if self._checkpoint is not None:
             self.engine.load(self._checkpoint)
+            if not self.engine.is_sharded and not (self._checkpoint / "optimizer.pt").exists():
+                _load_scheduler(kwargs["lr_scheduler"], self._checkpoint)
         elif state.global_step:
             raise StateError(
                 f"training resumes at step {state.global_step}, but no ScaLoRA state was loaded: the checkpoint was "
@@ -173,11 +177,12 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         warn_if_plain_lora(self.config, state.max_steps)
 
     def _prepare_shards(self, args: TrainingArguments, model: nn.Module) -> None:
-        """With FSDP2, the Trainer's own checkpoints have the adapter alone, and it resumes without `load_adapter`."""
+        """With shards, the Trainer's own checkpoints have the adapter alone, and it resumes without `load_adapter`."""
         if args.load_best_model_at_end:
             raise StateError(
                 "load_best_model_at_end=True would load the best adapter onto the last base weights, because the "
-                "Trainer loads the adapter alone with FSDP2: set it to False, and load the best checkpoint afterwards"
+                "Trainer loads the adapter alone with FSDP2 and DeepSpeed: set it to False, and load the best "
+                "checkpoint afterwards"
             )
         if (attachment := attachment_of(model)) is not None:
             attachment.saved_by_callback = True
@@ -185,9 +190,10 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             self._checkpoint = self._resumed_from
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """With FSDP2, write the state into the checkpoint, which takes all processes.
+        """With FSDP2 and DeepSpeed, write the state into the checkpoint, which takes all processes.
 
-        As shards, unless FSDP's ``state_dict_type`` asks for one file.
+        As shards with FSDP2, unless its ``state_dict_type`` asks for one file. Also the files that a Trainer in one
+        process, or with DistributedDataParallel, wants before it goes on from it.
 
         Args:
             args: the Trainer's arguments.
@@ -197,6 +203,8 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         """
         if self.engine is not None and self.engine.is_sharded:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if state.is_world_process_zero:
+                write_placeholders(self.engine.pairs[0], folder)
             self.engine.save(folder, sharded=not _saves_one_file())
 
     def on_log(
@@ -268,6 +276,24 @@ def config_with_reference(config: ScaLoraConfig, model: nn.Module) -> ScaLoraCon
             "the base weights: set merge='factored' (with merge='auto' it is), or pass a ref_model"
         )
     return replace(config, merge="factored")
+
+
+def _load_scheduler(scheduler: Any, checkpoint: Path) -> None:
+    """Restore a scheduler from a checkpoint of shards, of which a Trainer without shards takes the weights alone."""
+    path = checkpoint / "scheduler.pt"
+    if not path.is_file():
+        raise StateError(
+            f"can't resume from {str(checkpoint)!r} without DeepSpeed, whose own scheduler it was written with: leave "
+            "'scheduler' out of DeepSpeed's config, or resume with DeepSpeed"
+        )
+    saved, own = torch.load(path, weights_only=True), scheduler.state_dict()
+    trained = [any(p.requires_grad for p in group["params"]) for group in scheduler.optimizer.param_groups]
+    for key, values in saved.items():
+        # DeepSpeed drops groups without parameters.
+        if isinstance(values, list) and len(values) == sum(trained) < len(trained):
+            rest = iter(values)
+            saved[key] = [next(rest) if of_group else one for of_group, one in zip(trained, own[key], strict=True)]
+    scheduler.load_state_dict(saved)
 
 
 def warn_if_plain_lora(config: ScaLoraConfig, steps: int) -> None:

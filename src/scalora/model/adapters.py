@@ -6,6 +6,7 @@ and, if PEFT keeps its factors or its weight elsewhere, to `_checked_pair`.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
@@ -24,10 +25,13 @@ from scalora.model.layers import (
     experts_of,
     factor_keys,
     factors_of,
+    is_copy,
     is_distributed,
+    is_partitioned,
     plain_name,
     stored_transposed,
     weight_key,
+    whole_shape,
 )
 from scalora.model.matrices import is_viewable, stack_of_A, stack_of_B, stack_of_weight
 from scalora.model.mixed_class import plain_class
@@ -65,6 +69,7 @@ class LoraPair:
         adapter: the adapter's name.
         experts: E, the number of matrices that `weight` is a stack of; 1 for one matrix.
         twin: of an embedding, the output head that has its factors, transposed (``ensure_weight_tying``).
+        masters: whether the optimizer keeps float32 copies of factors in half precision (DeepSpeed), which are trained.
     """
 
     name: str
@@ -78,21 +83,27 @@ class LoraPair:
     adapter: str
     experts: int = 1
     twin: LoraPair | None = None
+    masters: bool = False
 
     @property
     def m(self) -> int:
         """Rows of W: out_features."""
-        return self.lora_B.shape[0]
+        return whole_shape(self.lora_B)[0]
 
     @property
     def n(self) -> int:
         """Columns of W: in_features, or the entries of a convolution's patches."""
-        return self.lora_A.shape[1:].numel()
+        return math.prod(whole_shape(self.lora_A)[1:])
 
     @property
     def r(self) -> int:
         """The adapter's rank, that of each expert."""
-        return self.lora_A.shape[0] // self.experts
+        return whole_shape(self.lora_A)[0] // self.experts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the factors are trained in: their own dtype, or that of their copies in float32."""
+        return torch.promote_types(self.lora_A.dtype, torch.float32)
 
     @property
     def scaling(self) -> float:
@@ -129,8 +140,9 @@ class LoraPair:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether any of the layer's tensors is a DTensor, so that this process has a part of it only."""
-        return any(map(is_distributed, (self.weight, self.lora_A, self.lora_B)))
+        """Whether this process has only a part of any of the layer's tensors (FSDP2, ZeRO-3)."""
+        tensors = (self.weight, self.lora_A, self.lora_B)
+        return any(is_distributed(tensor) or is_partitioned(tensor) for tensor in tensors)
 
     @property
     def has_gradients(self) -> bool:
@@ -148,7 +160,8 @@ class LoraPair:
                 self.name, "its adapter is merged during an optimizer step", "call unmerge_adapter() before the step"
             )
         for key, parameter in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
-            _check_dtype(self.name, key, parameter)
+            if not self.masters:
+                _check_dtype(self.name, key, parameter)
 
     def oriented(self, matrix: Tensor) -> Tensor:
         """Convert a matrix from the base weight's storage order to the paper's (m, n), or back.
@@ -188,14 +201,19 @@ class LoraPair:
         return list(stack_of_weight(weight, self.experts))
 
 
-def find_lora_pairs(model: nn.Module, *, sharded: bool = False, all_shapes: bool = False) -> list[LoraPair]:
+def find_lora_pairs(
+    model: nn.Module, *, sharded: bool = False, all_shapes: bool = False, masters: bool = False
+) -> list[LoraPair]:
     """Find all LoRA pairs of a model and check that each is supported.
 
     Args:
         model: a `PeftModel`, or any module into which PEFT has injected LoRA layers.
-        sharded: whether the caller can do with the shards of FSDP2. Few can, so by default these are refused.
+        sharded: whether the caller can do with parts of tensors, as of FSDP2 and ZeRO-3. Few can, so by default these
+            are refused.
         all_shapes: whether the caller can do with layers that are not one matrix: experts that are one parameter, and
             convolutions. Few can, so by default these are refused.
+        masters: whether the optimizer keeps float32 copies of factors in half precision. Few do, so by default these
+            are refused.
 
     Raises:
         UnsupportedLayerError: there is no LoRA layer, or an unsupported one: DoRA and other variants, attention
@@ -206,7 +224,7 @@ def find_lora_pairs(model: nn.Module, *, sharded: bool = False, all_shapes: bool
     pairs = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            pairs.append(_checked_pair(name, module, owners, sharded=sharded, all_shapes=all_shapes))
+            pairs.append(_checked_pair(name, module, owners, sharded=sharded, all_shapes=all_shapes, masters=masters))
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             refuse(name, f"{type(module).__name__} is not a LoRA layer", "adapt the model with peft.LoraConfig")
     pairs = _with_twins(pairs) if all_shapes else pairs
@@ -264,11 +282,11 @@ def _memory_of(parameter: Tensor) -> int:
 
 
 def _checked_pair(
-    name: str, layer: LoraLayer, owners: dict[int, list[str]], *, sharded: bool, all_shapes: bool
+    name: str, layer: LoraLayer, owners: dict[int, list[str]], *, sharded: bool, all_shapes: bool, masters: bool
 ) -> LoraPair:
     adapter = _only_adapter(name, layer)
     _check_plain_lora(name, layer, adapter)
-    pair = _pair(name, layer, adapter, owners)
+    pair = replace(_pair(name, layer, adapter, owners), masters=masters)
     if isinstance(layer, ParamWrapper):
         _check_parameter(pair, layer, allowed=all_shapes)
     if isinstance(pair.layer.get_base_layer(), CONVOLUTIONS):
@@ -284,13 +302,21 @@ def _checked_pair(
         # A model that is there as a whole for its shapes has all of them there.
         if parameter.is_meta and not (pair.weight.is_meta and pair.lora_A.is_meta and pair.lora_B.is_meta):
             refuse(name, f"its {key} is on the meta device, without values", "load the model without offloading")
-        if is_distributed(parameter):
+        if is_distributed(parameter) or is_partitioned(parameter):
             if not sharded:
-                refuse(name, f"its {key} is sharded", "call this before fully_shard(), or use DistributedDataParallel")
-        elif "_fsdp_wrapped_module" in name or parameter.numel() == 0:  # FSDP1, ZeRO-3
+                what = "deepspeed.initialize()" if is_partitioned(parameter) else "fully_shard()"
+                refuse(name, f"its {key} is sharded", f"call this before {what}, or use DistributedDataParallel")
+        elif "_fsdp_wrapped_module" in name or parameter.numel() == 0:  # FSDP1
             refuse(name, f"its {key} is sharded", "use fully_shard() (FSDP2) or DistributedDataParallel")
     for key, factor in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
-        _check_factor(name, key, factor)
+        if is_copy(factor) and not masters:
+            refuse(
+                name,
+                f"DeepSpeed's optimizer steps a copy of its {key} and would overwrite what is changed here",
+                "call this before deepspeed.initialize(), or pass the optimizer that it or accelerator.prepare() has "
+                "returned",
+            )
+        _check_factor(name, key, factor, masters=masters)
     return pair
 
 
@@ -400,10 +426,11 @@ def _check_convolution(pair: LoraPair, *, allowed: bool) -> None:
             refuse(pair.name, f"the {key} of the convolution is not contiguous", way_out)
 
 
-def _check_factor(name: str, key: str, parameter: nn.Parameter) -> None:
+def _check_factor(name: str, key: str, parameter: nn.Parameter, *, masters: bool) -> None:
     if not parameter.requires_grad:
         refuse(name, f"{key} is frozen", "ScaLoRA trains both factors: set requires_grad=True")
-    _check_dtype(name, key, parameter)
+    if not masters:
+        _check_dtype(name, key, parameter)
 
 
 def _check_untied(pair: LoraPair, owners: dict[int, list[str]]) -> None:
@@ -441,7 +468,7 @@ def rank_key(pair: LoraPair) -> tuple[int, torch.dtype, torch.device]:
     Args:
         pair: the LoRA pair.
     """
-    return pair.r, pair.lora_A.dtype, pair.lora_A.device
+    return pair.r, pair.dtype, pair.lora_A.device
 
 
 def by_rank(pairs: list[LoraPair]) -> list[list[LoraPair]]:
@@ -464,5 +491,5 @@ def by_shape(pairs: list[LoraPair]) -> list[list[LoraPair]]:
     """
     groups: dict[tuple[int, int, int, torch.dtype, torch.device], list[LoraPair]] = defaultdict(list)
     for pair in pairs:
-        groups[pair.m, pair.r, pair.n, pair.lora_B.dtype, pair.lora_B.device].append(pair)
+        groups[pair.m, pair.r, pair.n, pair.dtype, pair.lora_B.device].append(pair)
     return list(groups.values())

@@ -19,7 +19,7 @@ class Attachment:
         trained: the names of the parameters that were trained when ScaLoRA was first attached.
         config: settings of the engine that was attached last; None before the first.
         step: number of optimizer steps of the run.
-        saved_by_callback: whether a Trainer's callback writes the state of a sharded model into checkpoints.
+        saved_by_callback: whether a Trainer's callback writes the state into checkpoints, as of a sharded model.
         base_rates: for each layer's name, the base learning rates of lora_A and lora_B; None before the first engine.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper
 from torch import Tensor, nn
@@ -119,3 +120,31 @@ def is_distributed(tensor: Tensor) -> bool:
         tensor: any tensor.
     """
     return hasattr(tensor, "device_mesh")
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has taken a parameter apart, so that it is empty but where it is used.
+
+    Args:
+        tensor: any tensor.
+    """
+    return hasattr(tensor, "ds_shape")
+
+
+def is_copy(tensor: Tensor) -> bool:
+    """Whether a parameter is a copy that DeepSpeed's ZeRO-1 or ZeRO-2 overwrites with what its optimizer steps.
+
+    Args:
+        tensor: any tensor.
+    """
+    return getattr(tensor, "_hp_mapping", None) is not None
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of a tensor, also of one that ZeRO-3 has left empty (`scalora.parallel.zero` knows where it is).
+
+    Args:
+        tensor: any tensor.
+    """
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape

@@ -71,7 +71,7 @@ def resolve_merge(pairs: list[LoraPair], merge: Merge, max_rank: int) -> Merge:
         return "factored"
     half = [pair for pair in pairs if pair.weight.dtype in HALF]
     factors = sum(_BYTES_OF_FACTORS * 2 * max_rank * (pair.m + pair.n) * pair.experts for pair in half)
-    beside_weights = sum(bytes_beside("dense", pair.weight.dtype) * pair.weight.numel() for pair in half)
+    beside_weights = sum(bytes_beside("dense", pair.weight.dtype) * pair.m * pair.n * pair.experts for pair in half)
     return "factored" if 0 < 2 * factors <= beside_weights else "dense"
 
 
@@ -135,7 +135,7 @@ def _new(pair: LoraPair, max_rank: int, kind: Merge) -> Remainder:
         return EightBitRemainder(pair.weight, transposed=pair.transposed)
     if kind == "dense":
         return DenseRemainder(pair.weight, transposed=pair.transposed)
-    dtype, device = pair.lora_A.dtype, pair.lora_A.device
+    dtype, device = pair.dtype, pair.lora_A.device
     return FactoredRemainder(pair.m, pair.n, max_rank, pair.r, dtype=dtype, device=device, experts=pair.experts)
 
 

@@ -26,6 +26,7 @@ from scalora.model.layers import (
     factor_keys,
     factors_of,
     is_distributed,
+    is_partitioned,
     stored_transposed,
     weight_key,
 )
@@ -413,11 +414,14 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         if self.factor_guard.leader is self and self.has_remainder:
             self.factor_guard.check()
         tensors = super().state_dict(*args, **kwargs)
-        # Shards are for checkpoints of their own kind, which need the remainder and the factors as they are.
+        # Shards, and a Trainer with DeepSpeed, are for checkpoints of their own kind, which need the remainder and the
+        # factors as they are.
         if (
             isinstance(self.remainder, FactoredRemainder)
             and self.remainder.changed
             and not is_distributed(self.trained_factors[0])
+            and not is_partitioned(self.trained_factors[0])
+            and not self.attachment.saved_by_callback
         ):
             prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
             key_A, key_B = (prefix + key for key in factor_keys(self, self.trained_adapter))
@@ -470,7 +474,7 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         """The base weight, its rounding errors and the factors belong together."""
         together = [*factor_keys(self, self.trained_adapter), self.base_weight_name]
         low = self.remainder.rounded_off
-        if isinstance(low, Tensor) and not is_distributed(low):
+        if isinstance(low, Tensor) and not is_distributed(low) and "rounded_off" in self.remainder.state_dict():
             together.append(f"{REMAINDER}.rounded_off")
         present = [prefix + key in state_dict for key in together]
         if any(present) and not all(present):

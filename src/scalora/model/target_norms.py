@@ -13,13 +13,25 @@ With the scheduled rate instead, a decay to zero would make the factors explode.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from torch.optim import Optimizer
+from typing import Any, Protocol, runtime_checkable
 
 from scalora.config import ScaLoraConfig
 from scalora.maths.weight_steps import norm_for_turn
 from scalora.model.adapters import LoraPair
+
+
+@runtime_checkable
+class HasGroups(Protocol):
+    """What the base learning rates are read from: an optimizer, or what stands for one."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups, with the model's parameters."""
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What the optimizer was built with."""
+
 
 Rates = tuple[float, float]
 """The base learning rates of a layer's lora_A and lora_B."""
@@ -30,13 +42,13 @@ class BaseRates:
 
     Args:
         pairs: the LoRA pairs of one model.
-        optimizer: the optimizer of their parameters.
+        optimizer: the optimizer of their parameters, or what stands for it.
 
     Raises:
         ValueError: the optimizer does not hold an adapter parameter.
     """
 
-    def __init__(self, pairs: list[LoraPair], optimizer: Optimizer) -> None:
+    def __init__(self, pairs: list[LoraPair], optimizer: HasGroups) -> None:
         self._pairs = pairs
         self._optimizer = optimizer
         self._at_attach = self._read(self._unscheduled)

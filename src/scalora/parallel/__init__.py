@@ -1,1 +1,1 @@
-"""Training in several processes: DistributedDataParallel and FSDP2. May import `model` and below."""
+"""Training in several processes: DistributedDataParallel, FSDP2 and DeepSpeed's ZeRO. May import `model` and below."""

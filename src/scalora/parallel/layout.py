@@ -2,26 +2,35 @@
 
 `Whole`: all of them, as with one process or DistributedDataParallel. `scalora.parallel.stacks.Stacks`: all of them, for
 layers that are not one matrix, as the experts of a mixture. `scalora.parallel.rows.Rows`: some rows of each, as with
-FSDP2. The mathematics and the kernels see tensors without knowing which part of a matrix they are.
+FSDP2. `scalora.parallel.runs.Runs`: some entries of each, as with DeepSpeed's ZeRO. The mathematics and the kernels see
+tensors without knowing which part of a matrix they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
 from scalora.maths.scaling import Grams
 from scalora.model.adapters import LoraPair, by_rank, by_shape, rank_key
-from scalora.rescale.changes import Factors
+from scalora.parallel.zero import Zero
+from scalora.rescale.changes import Factors, Part
+from scalora.rescale.kernels import Kernels
 from scalora.rescale.optimizers import Kind
 from scalora.rescale.transport import HoldsState
 
 Shapes = list[list[LoraPair]]
 """Layers that are rescaled together, in lists of equal shapes."""
+
+
+Spread = Callable[[Kernels, Float[Tensor, "layers r"]], list[Tensor]]
+"""Brings a factor of each of the layers' r columns into the shapes of the tensors that are multiplied by them."""
 
 
 class Share(NamedTuple):
@@ -35,7 +44,8 @@ class Share(NamedTuple):
         optimizer: the optimizer, or what holds its state of `lora_A` and `lora_B`.
         lora_A: the layers' lora_A whose gradients and state are transported.
         lora_B: the same of lora_B.
-        rows_of_A: which rows of the layers' lora_A those are.
+        spread_A: brings α into the shapes of `lora_A`, row by row.
+        spread_B: brings β into the shapes of `lora_B`, column by column.
         finish: takes the changes back to where the tensors came from. To be called last.
     """
 
@@ -44,7 +54,8 @@ class Share(NamedTuple):
     optimizer: HoldsState
     lora_A: list[Tensor]
     lora_B: list[Tensor]
-    rows_of_A: slice
+    spread_A: Spread
+    spread_B: Spread
     finish: Callable[[], None]
 
 
@@ -128,19 +139,44 @@ class Whole:
         lora_A: list[Tensor] = [pair.lora_A for pair in pairs]
         lora_B: list[Tensor] = [pair.lora_B for pair in pairs]
         grads_A, grads_B = ([p.grad for p in factors if p.grad is not None] for factors in (lora_A, lora_B))
-        factors = Factors(lora_A, lora_B, [pair.weight for pair in pairs], [pair.remainder for pair in pairs])
+        factors = Factors(lora_A, lora_B, [Part([pair.weight for pair in pairs], [pair.remainder for pair in pairs])])
         inputs = (lora_B, grads_B, lora_A, grads_A)
-        return Share(inputs, factors, self._optimizer, lora_A, lora_B, slice(None), _nothing)
+        spread_A, spread_B = partial(over_rows, lora_A, slice(None)), partial(over_columns, lora_B)
+        return Share(inputs, factors, self._optimizer, lora_A, lora_B, spread_A, spread_B, _nothing)
+
+
+def over_rows(like: list[Tensor], rows: slice, kernels: Kernels, factors: Float[Tensor, "layers r"]) -> list[Tensor]:
+    """A `Spread` over rows.
+
+    Args:
+        like: the layers' tensors, with some of r rows.
+        rows: which rows those are.
+        kernels: the operations to use.
+        factors: a factor of each row of each layer.
+    """
+    return kernels.expand_factors(factors[:, rows, None], like)
+
+
+def over_columns(like: list[Tensor], kernels: Kernels, factors: Float[Tensor, "layers r"]) -> list[Tensor]:
+    """A `Spread` over columns.
+
+    Args:
+        like: the layers' tensors, with r columns.
+        kernels: the operations to use.
+        factors: a factor of each column of each layer.
+    """
+    return kernels.expand_factors(factors[:, None, :], like)
 
 
 def laid_out(
-    pairs: list[LoraPair], optimizer: Optimizer, kinds: Mapping[str, Kind], *, by_matrices: bool
+    pairs: list[LoraPair], optimizer: Optimizer, zero: Zero | None, kinds: Mapping[str, Kind], *, by_matrices: bool
 ) -> list[tuple[Layout, Shapes]]:
     """The layers that are rescaled together, with their layouts.
 
     Args:
         pairs: the LoRA pairs of one model, with remainders.
         optimizer: the optimizer of their factors.
+        zero: what DeepSpeed's ZeRO has made of that; None without.
         kinds: how each entry of its state depends on the gradients.
         by_matrices: whether rescales are by matrices.
 
@@ -149,6 +185,11 @@ def laid_out(
     """
     # Here, because they import this.
     from scalora.parallel.stacks import Stacks, groups_of_stacks
+
+    if zero is not None:
+        from scalora.parallel.runs import layouts_of_runs
+
+        return layouts_of_runs(pairs, zero, kinds, by_matrices)
 
     if any(pair.is_sharded for pair in pairs):
         from scalora.parallel.buckets import buckets_of_shards

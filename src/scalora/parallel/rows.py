@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from scalora.maths.scaling import Grams
 from scalora.model.adapters import LoraPair
 from scalora.parallel.buckets import has_its_rows
-from scalora.parallel.layout import Shapes, Share
+from scalora.parallel.layout import Shapes, Share, over_columns, over_rows
 from scalora.parallel.shards import Axis, axis_key, axis_of, copy_all, gathering, local
-from scalora.rescale.changes import Factors
+from scalora.rescale.changes import Factors, Part
 from scalora.rescale.optimizers import LINEAR, Kind
 from scalora.rescale.remainder import DenseRemainder, Remainder
 
@@ -131,28 +131,23 @@ class Rows:
             [whole[:, columns] for whole in whole_grads],
         )
         rows_here, columns_here = _part_of_weight(first)
-        factors = Factors(
-            whole_A,
-            whole_B,
-            [local(pair.weight) for pair in pairs],
-            _local_remainders(pairs),
-            rows_here,
-            columns_here,
-        )
+        weights = [local(pair.weight) for pair in pairs]
+        factors = Factors(whole_A, whole_B, [Part(weights, _local_remainders(pairs), rows_here, columns_here)])
         state = _State()
         params_B = [state.take(self._optimizer, pair.lora_B) for pair in pairs]
-        rows_of_A = slice(None) if axis is None else axis.rows(first.r)
+        spread_B = partial(over_columns, params_B)
+        finish = partial(self._finish, pairs, found, axis)
         if axis is None or not self._by_matrices:
             params_A = [state.take(self._optimizer, pair.lora_A) for pair in pairs]
-            finish = partial(self._finish, pairs, found, axis)
-            return Share(grams, factors, state, params_A, params_B, rows_of_A, finish)
+            spread_A = partial(over_rows, params_A, slice(None) if axis is None else axis.rows(first.r))
+            return Share(grams, factors, state, params_A, params_B, spread_A, spread_B, finish)
         for pair, whole, grad in zip(pairs, whole_A, whole_grads, strict=True):
             states = {key: found[id(pair), f"state {key}"] for key, _ in self._linear_state(pair.lora_A)}
             others = {k: v for k, v in self._optimizer.state.get(pair.lora_A, {}).items() if k not in states}
             whole.grad = grad
             state.state[whole] = {key: _local_state(value) for key, value in others.items()} | states
-        finish = partial(self._finish, pairs, found, axis)
-        return Share(grams, factors, state, whole_A, params_B, slice(None), finish)
+        spread_A = partial(over_rows, whole_A, slice(None))
+        return Share(grams, factors, state, whole_A, params_B, spread_A, spread_B, finish)
 
     def _finish(self, pairs: list[LoraPair], found: Mapping[tuple[int, str], Tensor], axis: Axis | None) -> None:
         """Copy the rows that are here of what has been changed as a whole, back to where they came from."""

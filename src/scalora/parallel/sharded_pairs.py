@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch.optim import Optimizer
 
 from scalora.model.adapters import LoraPair, refuse
 from scalora.model.layers import factors_of, is_distributed
 from scalora.parallel.shards import axis_key, split_as, unusual_placements
+from scalora.parallel.zero import run_of_weight
 from scalora.rescale.optimizers import Kind, UnsupportedOptimizerError
 from scalora.rescale.quantised_state import COMPANIONS
 from scalora.rescale.remainder import DenseRemainder
@@ -105,13 +107,16 @@ def with_their_shards(pairs: list[LoraPair]) -> list[LoraPair]:
 def keep_rounding_errors_with_weights(pairs: list[LoraPair]) -> None:
     """Split what dense remainders keep beside weights as the weights are, also if these have been sharded since.
 
-    It is left out of state dicts, because no backend sends int16: `scalora.saving.state` has it.
+    It is left out of state dicts, because no backend sends int16, and DeepSpeed would write it into checkpoints that
+    lack the weights: `scalora.saving.state` has it.
 
     Args:
         pairs: the LoRA pairs of one model, with remainders.
     """
     for pair in pairs:
         remainder = pair.remainder
-        if is_distributed(pair.weight) and isinstance(remainder, DenseRemainder) and remainder.rounded_off is not None:
-            low = split_as(remainder.rounded_off, pair.weight)
-            remainder.register_buffer("rounded_off", low, persistent=False)
+        if not isinstance(remainder, DenseRemainder) or (low := remainder.rounded_off) is None:
+            continue
+        if (run := run_of_weight(pair.weight)) is not None:
+            low = low if low.shape == run.flat.shape else torch.zeros_like(run.flat, dtype=low.dtype)
+        remainder.register_buffer("rounded_off", split_as(low, pair.weight), persistent=False)

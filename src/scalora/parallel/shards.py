@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,19 @@ from scalora.parallel.traffic import of_gather
 from scalora.rescale.optimizers import MATRIX, Kind
 
 # PyTorch 2.13 has renamed it.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Gathers equal parts of all processes into one tensor."""
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Dtypes for the bits of others, by their bytes."""
+
+
+@runtime_checkable
+class Divided(Protocol):
+    """A tensor that is divided over processes in another way than as a DTensor."""
+
+    def whole(self) -> Tensor:
+        """All of the tensor, with one collective, in which all processes must take part."""
 
 
 class Axis(NamedTuple):
@@ -121,7 +131,7 @@ def gathering(parts: Sequence[Tensor], totals: Sequence[int], axis: Axis) -> Cal
         places = zip(torch.split(own, padded), parts, strict=True)
         copy_all([piece[: part.numel()].view(part.shape) for piece, part in places], parts)
         flat = own.new_empty(axis.size * len(own))
-        work = _all_gather(flat, own, group=axis.group, async_op=True)
+        work = all_gather(flat, own, group=axis.group, async_op=True)
 
     def arrived() -> list[Tensor]:
         work.wait()
@@ -174,8 +184,8 @@ def wholes_for(tree: Any, keep: bool) -> Any:
         return {key: wholes_for(value, keep) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(wholes_for(value, keep) for value in tree)
-    if isinstance(tree, Tensor) and is_distributed(tree):
-        found = whole(tree)
+    if isinstance(tree, Divided) or (isinstance(tree, Tensor) and is_distributed(tree)):
+        found = tree.whole() if isinstance(tree, Divided) else whole(tree)
         return found.cpu() if keep else None
     return tree
 
@@ -248,13 +258,13 @@ def sampled(tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
             chosen = part[(places[mine] - here.start * width).to(part.device)]
             # As integers, whose sums with zeros are exact.
             sample = torch.zeros(len(places), dtype=torch.int64)
-            sample[mine] = chosen.view(_INTEGERS[chosen.element_size()]).cpu().long()
+            sample[mine] = chosen.view(INTEGERS[chosen.element_size()]).cpu().long()
             samples.append(sample)
         flat = torch.cat(samples).to(axis.device)
         dist.all_reduce(flat, group=axis.group)
         for name, sample in zip(names, torch.split(flat.cpu(), [len(sample) for sample in samples]), strict=True):
             dtype = tensors[name].dtype
-            found[name] = sample.to(_INTEGERS[dtype.itemsize]).view(dtype)
+            found[name] = sample.to(INTEGERS[dtype.itemsize]).view(dtype)
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from torch.optim import Optimizer
 from scalora.maths.scaling import Grams
 from scalora.model.adapters import LoraPair, by_rank, by_shape
 from scalora.model.matrices import stack_of_A, stack_of_B
-from scalora.parallel.layout import Shapes, Share, in_buckets, with_gradients
-from scalora.rescale.changes import Factors
+from scalora.parallel.layout import Shapes, Share, in_buckets, over_columns, over_rows, with_gradients
+from scalora.rescale.changes import Factors, Part
 from scalora.rescale.optimizers import MATRIX, Kind
 
 # Bytes of factors and gradients beyond which layers are rescaled in several goes. Copies of them, and of the moments,
@@ -82,16 +83,21 @@ class Stacks:
         factors = Factors(
             lora_A,
             lora_B,
-            [weight for of_pair in weights for weight in of_pair],
-            [remainder for of_pair in remainders for remainder in of_pair],
+            [
+                Part(
+                    [weight for of_pair in weights for weight in of_pair],
+                    [remainder for of_pair in remainders for remainder in of_pair],
+                )
+            ],
         )
+        spread_A, spread_B = partial(over_rows, lora_A, slice(None)), partial(over_columns, lora_B)
 
         def finish() -> None:
             parts.copy_back()
             for pair, of_pair in zip(pairs, remainders, strict=True):
                 pair.remainder.follow(of_pair)  # type: ignore[arg-type]  # of the same kind
 
-        return Share((lora_B, grads_B, lora_A, grads_A), factors, parts, lora_A, lora_B, slice(None), finish)
+        return Share((lora_B, grads_B, lora_A, grads_A), factors, parts, lora_A, lora_B, spread_A, spread_B, finish)
 
 
 class _Parts:

@@ -16,24 +16,36 @@ from scalora.rescale.remainder import Remainder
 from scalora.rescale.transport import multiply_by_matrices
 
 
+class Part(NamedTuple):
+    """What is merged into at once: the weights of layers of one shape, or a rectangle of each.
+
+    Attributes:
+        weights: the layers' base weights, as they are stored, or the part of them that is here.
+        remainders: the layers' remainders, of the same part.
+        rows: which rows of W that part is, of those that lora_B has.
+        columns: which columns of W, of those that lora_A has.
+        device: where the part is, if the factors may be elsewhere.
+    """
+
+    weights: Sequence[Tensor]
+    remainders: Sequence[Remainder]
+    rows: slice = slice(None)
+    columns: slice = slice(None)
+    device: torch.device | None = None
+
+
 class Factors(NamedTuple):
     """The tensors of layers of one shape that a rescale changes.
 
     Attributes:
         lora_A: the layers' ``lora_A`` weights, the paper's Bᵀ.
         lora_B: the layers' ``lora_B`` weights, the paper's A.
-        weights: the layers' base weights, as they are stored, or the part of them that is here.
-        remainders: the layers' remainders, of the same part.
-        rows: which rows of W that part is, of those that `lora_B` has.
-        columns: which columns of W, of those that `lora_A` has.
+        parts: the parts of the layers' base weights that are here.
     """
 
     lora_A: Sequence[Tensor]
     lora_B: Sequence[Tensor]
-    weights: Sequence[Tensor]
-    remainders: Sequence[Remainder]
-    rows: slice = slice(None)
-    columns: slice = slice(None)
+    parts: Sequence[Part]
 
     def merge(self, kernels: Kernels, left: Sequence[Tensor], coefficients: Float[Tensor, "layers r"]) -> None:
         """Add ``left · diag(coefficients) · lora_A`` to the remainders.
@@ -43,12 +55,16 @@ class Factors(NamedTuple):
             left: (m, r) of each layer.
             coefficients: (layers, r).
         """
-        lora_A = self.lora_A
-        if self.rows != slice(None):
-            left = [of_layer[self.rows] for of_layer in left]
-        if self.columns != slice(None):
-            lora_A = [of_layer[:, self.columns] for of_layer in lora_A]
-        kernels.merge(self.remainders, self.weights, left, lora_A, coefficients)
+        for part in self.parts:
+            rows, columns = list(left), list(self.lora_A)
+            if part.rows != slice(None):
+                rows = [of_layer[part.rows] for of_layer in rows]
+            if part.columns != slice(None):
+                columns = [of_layer[:, part.columns] for of_layer in columns]
+            if part.device is not None:
+                rows, columns = ([t.to(part.device) for t in factors] for factors in (rows, columns))
+                coefficients = coefficients.to(part.device)
+            kernels.merge(part.remainders, part.weights, rows, columns, coefficients)
 
 
 class ColumnChange(NamedTuple):

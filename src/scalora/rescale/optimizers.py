@@ -314,6 +314,9 @@ register_optimizer(
     {"exp_avg": LINEAR, "second_moment": MATRIX, "exp_avg_sq": 0},  # AdamW's is of parameters outside of pairs
 )
 register_optimizer("lion_pytorch.lion_pytorch.Lion", {"exp_avg": LINEAR})
+# DeepSpeed's Adam says in an attribute whether its decay is coupled: `scalora.parallel.zero` looks at it.
+register_optimizer("deepspeed.ops.adam.cpu_adam.DeepSpeedCPUAdam", _ADAM)
+register_optimizer("deepspeed.ops.adam.fused_adam.FusedAdam", _ADAM)
 register_optimizer(
     "optimi.stableadamw.StableAdamW", {"exp_avg": LINEAR, "exp_avg_sq": 2}, refuse=_stable_adamw_settings
 )

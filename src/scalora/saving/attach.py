@@ -19,12 +19,15 @@ from scalora.model.whole_adapter import remainder_layers, write_as_whole
 from scalora.parallel.data_parallel import keep_out_of_broadcasts
 from scalora.parallel.sharded_pairs import check_shards, keep_rounding_errors_with_weights
 from scalora.parallel.shards import local, reshard
+from scalora.parallel.zero import Zero
 from scalora.rescale.remainder import FactoredRemainder
 from scalora.saving.fingerprint import base_fingerprint
 from scalora.saving.peft_model import SavesWholeUpdate
 
 
-def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[LoraPair], Attachment]:
+def attach(
+    model: nn.Module, merge: Merge, remainder_rank: int, zero: Zero | None = None
+) -> tuple[list[LoraPair], Attachment]:
     """Find the LoRA pairs of a model and attach their remainders.
 
     Args:
@@ -32,6 +35,7 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
         merge: kind of the remainders: ``"dense"``, ``"dense_8bit"``, ``"stochastic"``, ``"factored"``, or ``"auto"`` to
             choose by the base weights.
         remainder_rank: the most columns that a compression of a factored remainder keeps.
+        zero: the optimizer of DeepSpeed's ZeRO that trains the model; None without.
 
     Returns:
         The pairs, and what ScaLoRA keeps on the model.
@@ -40,7 +44,7 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
         UnsupportedLayerError: a module is not supported; the message names it. The model has not been changed then.
     """
     reshard(model)
-    pairs = find_lora_pairs(model, sharded=True, all_shapes=True)
+    pairs = find_lora_pairs(model, sharded=True, all_shapes=True, masters=zero is not None)
     check_shards(pairs)
     peft_model = peft_model_of(model)
     own = None if peft_model is not None else _injected_model(model)
@@ -57,7 +61,10 @@ def attach(model: nn.Module, merge: Merge, remainder_rank: int) -> tuple[list[Lo
     pairs[0].layer.factor_guard.follow()
     for layer in (layer for pair in pairs for layer in pair.layers):
         layer.attachment = attachment
-    if any(pair.is_sharded for pair in pairs):
+    if zero is not None:
+        keep_rounding_errors_with_weights(pairs)
+        pairs[0].layer.factor_guard.watch_parts(zero.flats, local)
+    elif any(pair.is_sharded for pair in pairs):
         keep_rounding_errors_with_weights(pairs)
         factors: list[Tensor] = [factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)]
         pairs[0].layer.factor_guard.watch_parts(factors, local)

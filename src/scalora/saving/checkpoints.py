@@ -19,8 +19,9 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 _TO_RESUME = ("optimizer.pt", "scheduler.pt")
 
-# What a Trainer with FSDP writes in place of the model's and the optimizer's files, before its state.
-_OF_FSDP = "pytorch_model_fsdp*"
+# What a Trainer with FSDP, and one with DeepSpeed, writes in place of the model's and the optimizer's files, before its
+# state. DeepSpeed's has the scheduler in it, if that is DeepSpeed's own.
+_OF_SHARDS = {"pytorch_model_fsdp*": ("optimizer.pt",), "global_step*": _TO_RESUME}
 
 # The Trainer writes this file last, so if it is complete, the others have been written too.
 _WRITTEN_LAST = "trainer_state.json"
@@ -83,7 +84,7 @@ def set_broken_checkpoints_aside(output_dir: Path) -> None:
     any_state = any(map(holds_state, folders))
     for folder in folders:
         flaw = _flaw(folder)
-        cut_off = any_state and any(folder.glob(_OF_FSDP))
+        cut_off = any_state and any(any(folder.glob(pattern)) for pattern in _OF_SHARDS)
         if flaw is None or ((folder / _WRITTEN_LAST).is_file() and not holds_state(folder) and not cut_off):
             continue
         aside = folder.with_name(f"incomplete-{folder.name}")
@@ -137,8 +138,8 @@ def _flaw(folder: Path) -> str | None:
             check_state(folder)
         except StateError as error:
             return str(error)
-    sharded = any(folder.glob(_OF_FSDP))
-    if sharded and not holds_state(folder):  # which is written after the Trainer's state then
+    elsewhere = {name for pattern, names in _OF_SHARDS.items() if any(folder.glob(pattern)) for name in names}
+    if elsewhere and not holds_state(folder):  # which is written after the Trainer's state then
         return (
             f"it has neither {STATE_FILE} nor {SHARDED_STATE}: it was cut off while it was written, or written without "
             "ScaLoRA"
@@ -152,7 +153,7 @@ def _flaw(folder: Path) -> str | None:
         except (SafetensorError, OSError) as error:
             return f"its {path.name} is not a complete safetensors file: {error}"
     for name in () if _is_model_only(folder) else _TO_RESUME:
-        if not (folder / name).is_file() and not (sharded and name == "optimizer.pt"):
+        if not (folder / name).is_file() and name not in elsewhere:
             return f"it has no {name}"
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
         if not _can_be_loaded(path):

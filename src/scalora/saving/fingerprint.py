@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from scalora.model.layers import is_distributed, plain_name
+from scalora.parallel.flat import sampled_runs
 from scalora.parallel.shards import sampled
+from scalora.parallel.zero import run_of_weight
 
 # Entries of each weight that go into the fingerprint, evenly spaced. A training step changes nearly all entries, so a
 # few of each weight are enough to tell models apart, and cheap for models of any size.
@@ -49,9 +51,13 @@ def base_fingerprint(model: nn.Module) -> str:
         for name, full_name, parameter in named
         if not parameter.requires_grad and ".original_module." not in name
     }
-    samples = sampled(frozen, _SAMPLES) if any(map(is_distributed, frozen.values())) else {}
+    runs = {name: run for name, _, p in named if name in frozen and (run := run_of_weight(p)) is not None}
+    samples = sampled_runs(runs, _SAMPLES) if runs else {}
+    if any(map(is_distributed, frozen.values())):
+        samples = sampled(frozen, _SAMPLES)
     for name, tensor in frozen.items():
-        _add(of_parameters, name, tensor, samples.get(name))
+        shape = runs[name].shape if name in runs else tensor.shape
+        _add(of_parameters, name, tensor, samples.get(name), shape)
     others = _beside_parameters(model, tensors)
     if not others or any(name.endswith(".absmax") and t.dtype == torch.bfloat16 for name, t in others.items()):
         return of_parameters.hexdigest()
@@ -92,7 +98,7 @@ def _beside_parameters(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str
     }
 
 
-def _add(digest: Any, name: str, tensor: Tensor, sample: Tensor | None = None) -> None:
+def _add(digest: Any, name: str, tensor: Tensor, sample: Tensor | None = None, shape: torch.Size | None = None) -> None:
     if sample is None:
         if hasattr(tensor, "__tensor_flatten__"):  # a quantised weight of torchao: a tensor made of tensors
             for part in tensor.__tensor_flatten__()[0]:
@@ -100,7 +106,7 @@ def _add(digest: Any, name: str, tensor: Tensor, sample: Tensor | None = None) -
             return
         flat = tensor.reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].contiguous().cpu()
-    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(f"{name} {tuple(tensor.shape if shape is None else shape)} {tensor.dtype}".encode())
     digest.update(sample.view(torch.uint8).numpy().tobytes())
 
 

@@ -13,17 +13,26 @@ from scalora.model.adapters import LoraPair
 from scalora.model.attachment import Attachment
 from scalora.model.placement import kind_of
 from scalora.model.remainder_layer import ChangedBaseError
+from scalora.parallel.zero import Zero
 from scalora.saving.loading import loading_of
-from scalora.saving.state import check_base, check_content, check_fit, check_merge, gather, restore
+from scalora.saving.state import (
+    check_base,
+    check_content,
+    check_fit,
+    check_merge,
+    gather,
+    restore,
+)
 from scalora.saving.state_file import read_state
 
 
-def state_of(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Any]:
+def state_of(model: nn.Module, pairs: list[LoraPair], zero: Zero | None = None) -> dict[str, Any]:
     """The state of a model with ScaLoRA attached: every trained tensor, and which base they belong to.
 
     Args:
         model: the model.
         pairs: its LoRA pairs, with remainders.
+        zero: the optimizer of DeepSpeed's ZeRO that trains the model; None without, or for the model's own parameters.
 
     Returns:
         A tree of dicts, numbers, strings and tensors, which are not copied.
@@ -51,7 +60,7 @@ def state_of(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Any]:
         "step": attachment.step,
         "rescales": attachment.rescales,
         "base_rates": attachment.base_rates,
-        "tensors": gather(model, pairs),
+        "tensors": _exact(gather(model, pairs, zero), pairs),
     }
 
 
@@ -74,6 +83,15 @@ def load_into(model: nn.Module, pairs: list[LoraPair], folder: Path) -> None:
     check_fit(model, pairs, state["tensors"])
     restore(model, pairs, state["tensors"])
     attachment.restart(step=state["step"], rescales=state["rescales"])
+
+
+def _exact(tensors: dict[str, Any], pairs: list[LoraPair]) -> dict[str, Any]:
+    """Tensors of a state with factors in the dtype that they are trained in, of which the model may have copies."""
+    dtypes = {f"trained.{key}": pair.dtype for pair in pairs for key in pair.keys}
+    return {
+        name: tensor.to(dtypes[name]) if name in dtypes and tensor.dtype != dtypes[name] else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -69,7 +69,7 @@ class SavesWholeUpdate(MixedIn, PeftModel):  # type: ignore[misc]
                 `path_initial_model_for_weight_conversion` is given.
             ChangedBaseError: the adapter is merged into a base that ScaLoRA has changed.
             ChangedFactorsError: something other than an optimizer has overwritten the factors.
-            ShardedModelError: the weights are split over processes (FSDP2).
+            ShardedModelError: the weights are split over processes (FSDP2, ZeRO-3).
             OSError: the folder can't be written to.
         """
         pairs = pairs_with_remainders(self)
@@ -91,8 +91,8 @@ class SavesWholeUpdate(MixedIn, PeftModel):  # type: ignore[misc]
             )
         if trained not in selected or not is_main_process:
             return
-        sharded = any(pair.is_sharded for pair in pairs)
-        if sharded and not pairs[0].layer.attachment.saved_by_callback:
+        by_callback = pairs[0].layer.attachment.saved_by_callback
+        if any(pair.is_sharded for pair in pairs) and not by_callback:
             raise ShardedModelError(
                 "the model's weights are split over processes, and save_pretrained() has one of them: call "
                 "ScaLora.save(folder) in all processes, and make an adapter of it with scalora.export_adapter()"
@@ -100,7 +100,7 @@ class SavesWholeUpdate(MixedIn, PeftModel):  # type: ignore[misc]
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{str(folder)!r} is a file: choose a folder to save the model in")
-        if sharded:
+        if by_callback:
             return  # the callback writes the state in all processes
         state = state_of(self, pairs)
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ class SavesWholeUpdate(MixedIn, PeftModel):  # type: ignore[misc]
                 save_embedding_layers=save_embedding_layers,
             )
         else:
-            _write_placeholders(pairs[0], folder)
+            write_placeholders(pairs[0], folder)
             write_readme(folder, state)
         write_state(folder / STATE_FILE, state)
 
@@ -168,11 +168,15 @@ class SavesWholeUpdate(MixedIn, PeftModel):  # type: ignore[misc]
         return super().push_to_hub(*args, **kwargs)
 
 
-def _write_placeholders(pair: LoraPair, folder: Path) -> None:
+def write_placeholders(pair: LoraPair, folder: Path) -> None:
     """Write adapter files that nothing loads, and whose errors say what to do instead.
 
     The Trainer looks for a weights file of this name before it resumes. PEFT and Transformers show the peft_type, or
     the base model's name, in the error that they raise for it.
+
+    Args:
+        pair: any layer of the model.
+        folder: the folder to write them to.
     """
     config = {"peft_type": _NOT_AN_ADAPTER, "base_model_name_or_path": _NOT_AN_ADAPTER}
     with atomic_write(folder / PEFT_CONFIG_NAME) as temporary:

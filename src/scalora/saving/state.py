@@ -14,8 +14,10 @@ from scalora.config import Merge, ScaLoraConfig
 from scalora.model.adapters import LoraPair
 from scalora.model.layers import factor_keys, plain_name
 from scalora.model.placement import kind_of
+from scalora.parallel.flat import Run
 from scalora.parallel.shards import local, split_as
-from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
+from scalora.parallel.zero import Zero, run_of_weight
+from scalora.rescale.remainder import HALF, DenseRemainder, FactoredRemainder
 from scalora.saving.errors import StateError, short_repr
 from scalora.saving.fingerprint import difference
 from scalora.saving.random_state import check_random_state
@@ -32,38 +34,50 @@ _ENTRIES: dict[str, tuple[type, ...]] = {
 }
 
 
-def gather(model: nn.Module, pairs: list[LoraPair]) -> dict[str, Tensor]:
+def gather(model: nn.Module, pairs: list[LoraPair], zero: Zero | None = None) -> dict[str, Any]:
     """All tensors that training changes, by name. They are not copied.
 
     Args:
         model: the model.
         pairs: its LoRA pairs, with remainders.
+        zero: the optimizer of DeepSpeed's ZeRO that trains the model; None without.
 
     Returns:
+        Tensors, or what this process has of them with ZeRO:
+
         ``trained.NAME`` for every parameter that has been trained (both factors, and heads or biases that are trained
         too), even if it is frozen now.
         For each layer, ``weight.NAME`` if its remainder is merged into it, and ``rounded_off.NAME`` if it is dense and
         in half precision: int16, or int8 with 8 bits;
         ``left.NAME``, ``right.NAME`` and ``discarded.NAME`` if it is factored.
     """
-    tensors = {f"trained.{name}": p.detach() for name, p in _trained_parameters(model, pairs)}
+    part = Tensor.detach if zero is None else zero.part_of
+    tensors: dict[str, Any] = {f"trained.{name}": part(p) for name, p in _trained_parameters(model, pairs)}
     for pair in pairs:
         if isinstance(pair.remainder, DenseRemainder):
-            tensors[f"weight.{pair.name}"] = pair.weight.detach()
+            tensors[f"weight.{pair.name}"] = part(pair.weight)
         tensors |= {f"{key}.{pair.name}": value for key, value in _kept_beside(pair).items()}
     return tensors
 
 
-def _kept_beside(pair: LoraPair) -> dict[str, Tensor]:
+def _kept_beside(pair: LoraPair) -> dict[str, Any]:
     """The tensors of a layer's remainder, also those that are not in the state dicts of shards."""
     remainder = pair.remainder
-    if isinstance(remainder, DenseRemainder):
-        return {} if remainder.rounded_off is None else {"rounded_off": remainder.rounded_off}
-    return remainder.state_dict()
+    if isinstance(remainder, FactoredRemainder):
+        return remainder.state_dict()
+    if (low := remainder.rounded_off) is None:
+        return {}
+    run = run_of_weight(pair.weight)
+    return {"rounded_off": low if run is None else run.of(low)}
 
 
 def check_all(
-    state: Mapping[str, Any], model: nn.Module, pairs: list[LoraPair], fingerprint: str, config: ScaLoraConfig
+    state: Mapping[str, Any],
+    model: nn.Module,
+    pairs: list[LoraPair],
+    fingerprint: str,
+    config: ScaLoraConfig,
+    zero: Zero | None,
 ) -> None:
     """Check that a run can go on from a state, but for its optimizer's, which torch checks.
 
@@ -73,6 +87,7 @@ def check_all(
         pairs: its LoRA pairs, with remainders.
         fingerprint: fingerprint of its base.
         config: the run's settings.
+        zero: the optimizer of DeepSpeed's ZeRO that trains the model; None without.
 
     Raises:
         StateError: it can't.
@@ -81,7 +96,7 @@ def check_all(
     check_base(state, fingerprint)
     check_config(state, config)
     check_merge(state, pairs)
-    check_fit(model, pairs, state["tensors"])
+    check_fit(model, pairs, state["tensors"], zero)
     check_base_rates(state, [pair.name for pair in pairs])
     if "random" in state:
         check_random_state(state["random"])
@@ -203,18 +218,19 @@ def saved_config(state: Mapping[str, Any]) -> ScaLoraConfig | None:
         raise StateError(f"the state's settings can't be used: {error}") from None
 
 
-def check_fit(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tensor]) -> None:
+def check_fit(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tensor], zero: Zero | None = None) -> None:
     """Check that the tensors of a state fit a model.
 
     Args:
         model: the model.
         pairs: its LoRA pairs, with remainders.
         tensors: the tensors, by the names of `gather`.
+        zero: the optimizer of DeepSpeed's ZeRO that trains the model; None without.
 
     Raises:
         StateError: a tensor is missing, unknown, of another shape or dtype, or has NaN or infinite entries.
     """
-    expected = gather(model, pairs)
+    expected = gather(model, pairs, zero)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise StateError(
             f"the state lacks {missing[0]!r} ({len(missing)} missing): it belongs to another model or adapter"
@@ -230,7 +246,9 @@ def check_fit(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Ten
             fits = saved.ndim == wanted.ndim and saved.shape[:-1] == wanted.shape[:-1]
         else:
             fits = saved.shape == wanted.shape
-        if not fits or saved.dtype != wanted.dtype:
+        # DeepSpeed trains copies in float32 of parameters in half precision.
+        rounds = name.startswith("trained.") and saved.dtype == torch.float32 and wanted.dtype in HALF
+        if not fits or (saved.dtype != wanted.dtype and not rounds):
             raise StateError(
                 f"{name!r} is {saved.dtype} {tuple(saved.shape)} in the state, but {wanted.dtype} "
                 f"{tuple(wanted.shape)} in the model"
@@ -244,26 +262,29 @@ def check_fit(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Ten
             raise StateError(f"the factors of {pair.name!r} in the state have different numbers of columns")
 
 
-def restore(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tensor]) -> None:
+def restore(model: nn.Module, pairs: list[LoraPair], tensors: Mapping[str, Tensor], zero: Zero | None = None) -> None:
     """Copy the tensors of a state into a model.
 
     Args:
         model: the model; modified.
         pairs: its LoRA pairs, with remainders.
         tensors: the tensors, by the names of `gather`; must have passed `check_fit`.
+        zero: the optimizer of DeepSpeed's ZeRO that trains the model; None without.
     """
     with torch.no_grad():
-        for name, parameter in _trained_parameters(model, pairs):
-            parameter.copy_(split_as(tensors[f"trained.{name}"], parameter))
         for pair in pairs:
-            if isinstance(pair.remainder, DenseRemainder):
-                pair.weight.copy_(split_as(tensors[f"weight.{pair.name}"], pair.weight))
-            kept = {key: tensors[f"{key}.{pair.name}"] for key in _kept_beside(pair)}
             if isinstance(pair.remainder, FactoredRemainder):
+                kept = {key: tensors[f"{key}.{pair.name}"] for key in _kept_beside(pair)}
                 pair.remainder.load_state_dict(kept)
-            elif pair.remainder.rounded_off is not None:
-                pair.remainder.rounded_off.copy_(split_as(kept["rounded_off"], pair.remainder.rounded_off))
+        for name, target in gather(model, pairs, zero).items():
+            if isinstance(target, Run):
+                target.put(tensors[name])
+            elif not name.startswith(("left.", "right.", "discarded.")):
+                target.copy_(split_as(tensors[name], target))
+        for pair in pairs:
             pair.remainder.changed = pair.remainder.changed or isinstance(pair.remainder, DenseRemainder)
+        if zero is not None:
+            zero.refresh()
         pairs[0].layer.factor_guard.forget()
 
 
