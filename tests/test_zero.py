@@ -321,6 +321,7 @@ def test_a_step_that_overflows_is_neither_counted_nor_rescaled(of_two):
 # ---- Without DeepSpeed
 
 
+@slow
 def test_deepspeed_is_not_imported_for_other_optimizers():
     code = """
 import sys

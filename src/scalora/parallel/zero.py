@@ -251,6 +251,8 @@ class Zero:
                     raise ValueError(f"its {key!r} is {tuple(value.shape)} in place of {tuple(run.shape)}")
         for group, saved in zip(self._param_groups, saved_groups, strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
+        if not state["state"]:  # before the first step
+            self.optimizer.state.clear()
         for number, (group, run) in zip(numbers, self._in_order(), strict=True):
             own = self.optimizer.state[group.flat]
             for key, value in state["state"].get(number, {}).items():
