@@ -29,8 +29,7 @@ from scalora.model.layers import (
     stored_transposed,
     weight_key,
 )
-from scalora.model.matrices import factors_of as factors_of_matrices
-from scalora.model.matrices import matrices_of
+from scalora.model.matrices import matrices_of, stored_factors
 from scalora.model.mixed_class import MixedIn, mix_in, plain_class
 from scalora.model.remainder_forward import WithRemainder, remainder_of_embedding
 from scalora.model.shared_pass import autocasts, can_share
@@ -427,7 +426,7 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         left, right = self.factored_remainder().nonzero
         left = left / configured_scaling(self, self.trained_adapter)
         A, B = torch.cat([A, right.mT.to(A)], dim=-2), torch.cat([B, left.to(B)], dim=-1)
-        return factors_of_matrices(A, B, self.trained_factors)
+        return stored_factors(A, B, self.trained_factors)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(self.remainder, FactoredRemainder):
@@ -449,7 +448,7 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
             return  # torch says so, and loads none of them
         if len(lora_A) > len(own_A) and len(lora_A) % experts == 0:
             r, (A, B) = len(own_A) // experts, matrices_of(lora_A, lora_B, experts)
-            own = factors_of_matrices(A[..., :r, :], B[..., :r], (lora_A, lora_B))
+            own = stored_factors(A[..., :r, :], B[..., :r], (lora_A, lora_B))
             state_dict[key_A], state_dict[key_B] = own
             if not beside:
                 unit = configured_scaling(self, self.trained_adapter)
