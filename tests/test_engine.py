@@ -349,9 +349,9 @@ def attach(model, config=None, **settings):
 def test_layers_that_cannot_be_treated_are_refused_by_name():
     with pytest.raises(UnsupportedLayerError, match=r"first.*DoRA"):
         attach(TwoLayers(), target_modules=TWO, use_dora=True)
-    conv = nn.Sequential(nn.Conv2d(3, 4, 3))
-    with pytest.raises(UnsupportedLayerError, match=r"0.*Conv2d"):
-        attach(conv, target_modules=["0"])
+    attention = nn.Sequential(nn.MultiheadAttention(4, 2))
+    with pytest.raises(UnsupportedLayerError, match=r"0.*MultiheadAttention"):
+        attach(attention, target_modules=["0"])
     tied = TwoLayers(features=16, outputs=16)
     tied.second.weight = tied.first.weight
     with pytest.raises(UnsupportedLayerError, match=r"first.*tied.*merge='factored'"):

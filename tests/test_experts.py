@@ -7,7 +7,9 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from experts import (
+    ADAPTER,
     EXPERTS,
     MODELS,
     backward,
@@ -20,8 +22,11 @@ from experts import (
     tiny,
     weights_of_experts,
 )
-from models import trainable, with_adapter_in_float32
+from models import trainable, with_adapter_in_float32, with_lora
 from peft import PeftModel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalora import (
     PairAdamW,
@@ -373,3 +378,66 @@ def test_all_ways_to_compute_experts_see_the_remainder(experts):
     wanted = says(model)
     model.base_model.model.set_experts_implementation(experts)
     close(says(model), wanted, 1e-5)
+
+
+def test_experts_that_are_linear_layers_train_without_tokens_for_some():
+    model = separate("mixtral", fused("mixtral"))
+    engine, optimizer = attached(model)
+    before = copy.deepcopy(model)
+    losses, idle = [], 0
+    for step in range(3):
+        losses.append(backward(model, step, length=3))
+        optimizer.step()
+        idle += sum(pair.lora_A.grad is None for pair in engine.pairs)
+    assert idle > 0
+    assert engine.metrics()["scalora/merge_norm"] > 1e-3
+    untouched = 0
+    for name, parameter in model.named_parameters():
+        same = torch.equal(parameter, before.get_parameter(name))
+        untouched += same and "experts" in name and "lora_A" in name
+    assert 0 < untouched < 2 * 2 * EXPERTS
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute something: on a GPU, kernels are launched for these."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        views = (
+            "aten.unbind",
+            "aten.split",
+            "aten.detach",
+            "aten.alias",
+            "aten.lift_fresh",
+            "aten._local_scalar_dense",
+        )
+        if not function.is_view and not str(function).startswith(views):
+            self.count += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("case", ["columns", "matrix"])
+def test_a_rescale_takes_as_many_operations_for_few_experts_as_for_many(case):
+    config = {"mode": "matrix", "optimizer": "pairs"} if case == "matrix" else {}
+    counts = []
+    for experts in (3, 12):
+        model = with_lora(tiny("mixtral", num_local_experts=experts), **ADAPTER)
+        engine, optimizer = attached(model, merge="factored", remainder_rank=4, **config)
+        for step in range(4):  # with moments, and with a compression
+            backward(model, step, rows=6, length=12)
+            with Launches() as launches:
+                optimizer.step()
+        assert engine.metrics()["scalora/merge_norm"] > 1e-3
+        counts.append(launches.count)
+    assert counts[1] == counts[0] > 0
+
+
+def test_experts_of_shards_are_refused_by_name():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(fused("mixtral", torch.float32), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(UnsupportedLayerError, match=r"mlp.experts'.*parameter 'down_proj'.*sharded"):
+            ScaLora(model, torch.optim.AdamW(trainable(model)))
+    finally:
+        dist.destroy_process_group()

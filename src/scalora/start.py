@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from scalora.config import Merge, ScaLoraConfig
 from scalora.maths.oracle import optimal_adapter
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
-from scalora.model.matrices import factors_of, matrices_of, stack_of_weight
+from scalora.model.matrices import matrices_of, stack_of_weight, stored_factors
 from scalora.model.placement import check_places
 from scalora.model.target_norms import target_norms
 from scalora.parallel.data_parallel import unwrapped
@@ -203,7 +203,7 @@ def replace_factors(pairs: list[LoraPair], starts: list[tuple[Tensor, Tensor]]) 
     """
     for pair, (A, B) in zip(pairs, starts, strict=True):
         _add_product(pair, pair.merge_scaling)
-        lora_A, lora_B = factors_of(B.mT, A, (pair.lora_A, pair.lora_B))
+        lora_A, lora_B = stored_factors(B.mT, A, (pair.lora_A, pair.lora_B))
         pair.lora_B.copy_(lora_B)
         pair.lora_A.copy_(lora_A)
         _add_product(pair, -pair.merge_scaling)

@@ -58,7 +58,7 @@ def matrices_of(
     return (A[0], B[0]) if experts == 1 else (A, B)
 
 
-def factors_of(
+def stored_factors(
     A: Float[Tensor, "*experts r n"],
     B: Float[Tensor, "*experts m r"],
     like: tuple[Float[Tensor, "rows ..."], Float[Tensor, "m columns ..."]],

@@ -30,11 +30,11 @@ from scalora.model.layers import (
     stored_transposed,
     weight_key,
 )
-from scalora.model.matrices import factors_of as factors_of_matrices
 from scalora.model.matrices import matrices_of
 from scalora.model.mixed_class import MixedIn, mix_in, plain_class
 from scalora.model.remainder_forward import WithRemainder, remainder_of_embedding
 from scalora.model.shared_pass import autocasts, can_share
+from scalora.model.whole_factors import part_factors, whole_factors
 from scalora.rescale.moments import is_being_captured
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, Remainder
 
@@ -435,40 +435,15 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
         c is the number of columns of the remainder, which must be factored, without those that are zero. Experts all
         have the same number.
         """
-        A, B = matrices_of(*self.trained_factors, experts_of(self))
-        left, right = self.factored_remainder().nonzero
-        left = left / configured_scaling(self, self.trained_adapter)
-        A, B = torch.cat([A, right.mT.to(A)], dim=-2), torch.cat([B, left.to(B)], dim=-1)
-        return factors_of_matrices(A, B, self.trained_factors)
+        return whole_factors(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(self.remainder, FactoredRemainder):
-            self._load_remainder_with_factors(state_dict, prefix)
+            part_factors(self, f"{prefix}{REMAINDER}.", state_dict, prefix)
         elif self.remainder.changed:
             self._check_complete(state_dict, prefix)
         self.factor_guard.forget()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _load_remainder_with_factors(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Factors come with the remainder that belongs to them, beside it or in columns of their own, or with none."""
-        key_A, key_B = (prefix + key for key in factor_keys(self, self.trained_adapter))
-        lora_A, lora_B = state_dict.get(key_A), state_dict.get(key_B)
-        if lora_A is None or lora_B is None:
-            return
-        (own_A, own_B), experts = self.trained_factors, experts_of(self)
-        beside = f"{prefix}{REMAINDER}.left" in state_dict
-        if lora_A.shape[1:] != own_A.shape[1:] or len(lora_B) != len(own_B) or len(lora_A) != lora_B.shape[1]:
-            return  # torch says so, and loads none of them
-        if len(lora_A) > len(own_A) and len(lora_A) % experts == 0:
-            r, (A, B) = len(own_A) // experts, matrices_of(lora_A, lora_B, experts)
-            own = factors_of_matrices(A[..., :r, :], B[..., :r], (lora_A, lora_B))
-            state_dict[key_A], state_dict[key_B] = own
-            if not beside:
-                unit = configured_scaling(self, self.trained_adapter)
-                state_dict[f"{prefix}{REMAINDER}.left"] = unit * B[..., r:]
-                state_dict[f"{prefix}{REMAINDER}.right"] = A[..., r:, :].mT
-        elif len(lora_A) == len(own_A) and not beside:
-            self.factored_remainder().clear()
 
     def _check_complete(self, state_dict: dict[str, Any], prefix: str) -> None:
         """The base weight, its rounding errors and the factors belong together."""

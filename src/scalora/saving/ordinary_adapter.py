@@ -20,7 +20,7 @@ from torch import Tensor
 from scalora.maths.lowrank import DEFAULT_RTOL, Factors, rank_for_tolerance
 from scalora.model.adapters import LoraPair
 from scalora.model.layers import pattern_key
-from scalora.model.matrices import factors_of
+from scalora.model.matrices import stored_factors
 from scalora.model.tuner import tensors_as_given
 from scalora.model.update import factored_update
 from scalora.saving.base_name import base_name, write_base_name
@@ -138,7 +138,7 @@ def write_factors(
         A = [_padded(update.left * update.values.sqrt(), ranks[pair.name]) for update in truncated]
         Bt = [_padded(update.right * update.values.sqrt(), ranks[pair.name]).mT for update in truncated]
         matrices = (Bt[0], A[0]) if pair.experts == 1 else (torch.stack(Bt), torch.stack(A))
-        lora_A, lora_B = factors_of(*matrices, (pair.lora_A, pair.lora_B))
+        lora_A, lora_B = stored_factors(*matrices, (pair.lora_A, pair.lora_B))
         key_A, key_B = pair.keys
         state[key_A], state[key_B] = lora_A.contiguous().to(dtype), lora_B.contiguous().to(dtype)
         if pair.twin is not None:
