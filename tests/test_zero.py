@@ -251,8 +251,8 @@ def test_a_checkpoint_without_the_merges_is_not_resumed(of_two, folder, tmp_path
     checkpoint = tmp_path / "checkpoint-3"
     shutil.copytree(folder / "ZeRO-3 2" / "checkpoint-3", checkpoint)
     (checkpoint / STATE_FILE).unlink()
-    assert f"has no {STATE_FILE}" in why_not_resumable(checkpoint)
-    with pytest.raises(StateError, match=f"has no {STATE_FILE}"):
+    assert f"has neither {STATE_FILE}" in why_not_resumable(checkpoint)
+    with pytest.raises(StateError, match=f"has neither {STATE_FILE}"):
         in_a_trainer(tmp_path, "without", 8, resume=str(checkpoint))
 
 
