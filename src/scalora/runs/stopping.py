@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -43,7 +43,7 @@ def stops_noted(folder: Path, step: Callable[[], int]) -> Iterator[None]:
 
     Args:
         folder: the run folder.
-        step: returns the number of steps taken.
+        step: returns the number of the last step that this process has taken; 0 before the first.
 
     Raises:
         TerminatedError: the process got SIGTERM.
@@ -91,18 +91,22 @@ def _woken_by_sigterm(act: Callable[[], None]) -> Iterator[None]:
         return
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
-    left = threading.Event()
+    asked, acted, left = threading.Event(), threading.Event(), threading.Event()
 
     def watch() -> None:
         while received := receiver.recv(1):
             if received[0] == signal.SIGTERM:
-                act()
+                with suppress(OSError):  # a full disk must not keep the process
+                    act()
+                acted.set()
                 if not left.wait(_GRACE_SECONDS):
                     os._exit(128 + signal.SIGTERM)
                 return
 
     def raise_error(number: int, frame: FrameType | None) -> None:
-        raise TerminatedError("training was asked to end (SIGTERM)")
+        if not asked.is_set():  # once, so that what it leads to is not cut off
+            asked.set()
+            raise TerminatedError("training was asked to end (SIGTERM)")
 
     earlier = signal.signal(signal.SIGTERM, raise_error)
     earlier_socket = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
@@ -111,6 +115,8 @@ def _woken_by_sigterm(act: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
+        if asked.is_set():
+            acted.wait(_GRACE_SECONDS)
         left.set()
         _not_in_forks.discard(sender.fileno())
         signal.set_wakeup_fd(earlier_socket)

@@ -96,9 +96,10 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
         wait_for_all()  # until all have found that they can train
         if claim is not None and not resume:
             claim.begin(run.settings, run.environment)
-        trainer.add_callback(_Resumption(run, claim))
+        resumption = _Resumption(run, claim)
+        trainer.add_callback(resumption)
         try:
-            with stops_noted(folder, lambda: trainer.state.global_step):
+            with stops_noted(folder, lambda: resumption.last_step):
                 summary = _run(run, trainer, spectra, folder)
         except DivergedError as error:
             if claim is not None:
@@ -135,9 +136,13 @@ class _Resumption(TrainerCallback):  # type: ignore[misc]
     Args:
         run: the run.
         claim: the run folder; None for a process that writes nothing.
+
+    Attributes:
+        last_step: the number of the last step that this process has taken; 0 if it has taken none.
     """
 
     def __init__(self, run: PreparedRun, claim: Claim | None) -> None:
+        self.last_step = 0
         self._run = run
         self._claim = claim
 
@@ -158,6 +163,10 @@ class _Resumption(TrainerCallback):  # type: ignore[misc]
         environment = resumed_environment(folder, self._run.environment, state.global_step, changes)
         self._claim.go_on(self._run.settings, environment)
         (folder / STOPPED_FILE).unlink(missing_ok=True)  # the environment has it now
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the step."""
+        self.last_step = state.global_step
 
 
 def _load(run: PreparedRun) -> PreTrainedModel:
