@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from gpu.contenders import Contender, Size
 from scalora.bench.floor import seconds_of_parts
 from scalora.bench.measure import Machine, rescale_parts
-from scalora.engine import PARTS
 from scalora.model.adapters import find_lora_pairs
+from scalora.rescaling import PARTS
 
 _REPEATS = 5
 

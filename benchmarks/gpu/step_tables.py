@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median, quantiles
 from typing import Any
 
-from scalora.engine import PARTS
+from scalora.rescaling import PARTS
 from scalora.studies.grid import grid
 
 _NONE = "—"

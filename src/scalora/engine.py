@@ -9,41 +9,37 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.profiler import record_function
 from torch.optim import Optimizer
 
 from scalora.config import ScaLoraConfig
-from scalora.maths.matrix import MatrixScaling, matrix_scaling_of_grams
-from scalora.maths.scaling import Grams, Scaling, scaling_of_grams
+from scalora.maths.matrix import matrix_scaling_of_grams
+from scalora.maths.scaling import scaling_of_grams
 from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.model.placement import check_places, resolve_merge
 from scalora.model.present import check_present, present_factors
-from scalora.model.solve_constants import ConstantsOnDevice
 from scalora.model.target_norms import BaseRates, target_norms
 from scalora.model.tied_factors import sum_gradients
 from scalora.pair_adamw import PairAdamW
 from scalora.parallel.data_parallel import keep_out_of_broadcasts, unwrapped
-from scalora.parallel.layout import Shapes, Share, laid_out, ranks_in
+from scalora.parallel.layout import laid_out
 from scalora.parallel.optimizer_state import load_optimizer_state, optimizer_state
 from scalora.parallel.processes import failing_together, process_rank
 from scalora.parallel.sharded_pairs import check_not_sharded_since, check_optimizer_of_parts, check_shards
 from scalora.parallel.shards import reshard, wholes_for
 from scalora.parallel.zero import check_owner, zero_of
 from scalora.rescale import native
-from scalora.rescale.changes import Change, ColumnChange, MatrixChange, split
 from scalora.rescale.kernels import PYTORCH, Kernels
 from scalora.rescale.metrics import (
     LEFT_ALONE_BECAUSE,
     Rescaled,
     factored_metrics,
-    remainder_energy,
     summarise,
 )
 from scalora.rescale.moments import check_moment
@@ -56,13 +52,13 @@ from scalora.rescale.optimizers import (
     unwrapped_optimizer,
 )
 from scalora.rescale.other_optimizers import WatchOfOtherOptimizers
-from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, compress_full
+from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
 from scalora.rescale.stochastic import StochasticRemainder
 from scalora.rescale.transport import (
     check_states,
     scale_gradients_and_states,
-    transform_gradients_and_states,
 )
+from scalora.rescaling import Rescaling, ScalingRule, Transport
 from scalora.saving.attach import attach
 from scalora.saving.errors import StateError
 from scalora.saving.model_state import state_of
@@ -70,16 +66,6 @@ from scalora.saving.optimizer_state import COUNTS, CountsInOptimizer
 from scalora.saving.random_state import random_state, set_random_state, why_of_another_process
 from scalora.saving.run_state import read_own, shards_to_be_like, write_sharded, write_whole
 from scalora.saving.state import check_all, check_config, gather, restore
-
-PARTS = ("scalora::solve", "scalora::merge", "scalora::transport")
-"""Names of the parts of a rescale in a profiler's trace."""
-
-ScalingRule = Callable[..., Scaling | MatrixScaling]
-"""Chooses α and β, or P and Q, for layers of one rank. Called with their `Grams` and ``target_norm``, (layers, 2)."""
-
-Transport = Callable[..., None]
-"""Transports gradients and optimizer state through a rescale. Has the arguments of `scale_gradients_and_states`."""
-
 
 _NO_DECAY = (
     "PairAdamW's weight_decay pulls weights towards those of the base, which a merge into them does not keep; set "
@@ -144,8 +130,6 @@ class ScaLora:
         self.optimizer = unwrapped_optimizer(optimizer)
         self._zero = zero_of(optimizer)
         self._model = unwrapped(model)
-        self._scaling_rule = scaling_rule or _rule_of(self.config)
-        self._transport = transport
         self._kinds = state_kinds(self.optimizer, self.config.mode)
         by_matrices = self.config.mode == "matrix" or MATRIX in self._kinds.values()
         if by_matrices and transport is not scale_gradients_and_states:
@@ -172,15 +156,19 @@ class ScaLora:
         self._rates = BaseRates(pairs, self._zero or self.optimizer)
         target_norms(pairs, self._rates.current(), self.config)
         self._check_states(pairs)
-        self._kernels = self._chosen_kernels(pairs)
+        kernels = self._chosen_kernels(pairs)
         # Nothing has been changed up to here.
         self.pairs, self._progress = attach(self._model, self.config.merge, self.config.remainder_rank, self._zero)
         keep_out_of_broadcasts(model)
         self._replace_earlier_engines()
-        self._groups = laid_out(self.pairs, self.optimizer, self._zero, self._kinds, by_matrices=by_matrices)
-        self._constants = [
-            [ConstantsOnDevice(of_rank, self.config) for of_rank in ranks_in(shapes)] for _, shapes in self._groups
-        ]
+        self._rescaling = Rescaling(
+            laid_out(self.pairs, self.optimizer, self._zero, self._kinds, by_matrices=by_matrices),
+            self.config,
+            self._kinds,
+            kernels,
+            scaling_rule or _rule_of(self.config),
+            transport,
+        )
         self._progress.config = self.config
         self._progress.base_rates = self._rates.current()
         self._progress.restart(step=0, rescales=0)
@@ -456,17 +444,10 @@ class ScaLora:
         for pair in self.pairs:
             if isinstance(pair.remainder, StochasticRemainder):
                 pair.remainder.step = self.step
-        active = [
-            (i, shapes) for i, (layout, group) in enumerate(self._groups) if (shapes := layout.taking_part(group))
-        ]
         self._had_gradients = (
             self._had_gradients or self._zero is not None or any(pair.has_gradients for pair in self.pairs)
         )
-        rescaled: list[Rescaled] = []
-        if active:
-            self._begin(*active[0])
-        for position, (i, shapes) in enumerate(active):
-            rescaled += self._rescale_group(i, shapes, active[position + 1 : position + 2], skipped)
+        rescaled = self._rescaling.run(self._progress.base_rates or {}, skipped)
         if begins:
             self._last = []
             self._progress.count_rescale(skipped)
@@ -475,77 +456,6 @@ class ScaLora:
         for scaling, _ in rescaled:
             for reason, count in self._left_alone.items():
                 self._left_alone[reason] = count.to(scaling.choice.device) + getattr(scaling, reason).sum()
-
-    def _begin(self, index: int, shapes: Shapes) -> None:
-        with record_function(PARTS[0]):
-            self._groups[index][0].begin(shapes)
-
-    def _rescale_group(
-        self, index: int, shapes: Shapes, following: list[tuple[int, Shapes]], skipped: Tensor | None
-    ) -> list[Rescaled]:
-        """Solve, merge and transport for layers that are rescaled together, while the following ones' tensors come."""
-        layout, _ = self._groups[index]
-        with record_function(PARTS[0]):
-            shares = layout.shares(shapes)
-            grams = layout.total([self._kernels.grams(*share.grams) for share in shares], shapes)
-        for group in following:
-            self._begin(*group)
-        rescaled, done = [], 0
-        for of_rank, constants in zip(ranks_in(shapes), self._constants[index], strict=True):
-            here = slice(done, done := done + len(of_rank))
-            rescaled.append(self._rescale_rank(of_rank, shares[here], grams[here], constants, skipped))
-        return rescaled
-
-    def _rescale_rank(
-        self,
-        shapes: Shapes,
-        shares: list[Share],
-        parts: list[Grams],
-        constants_of: ConstantsOnDevice,
-        skipped: Tensor | None,
-    ) -> Rescaled:
-        """Solve, merge and transport for layers of one rank.
-
-        The solve is batched over all layers, the other operations over the layers of each shape, except for the merge,
-        which takes one operation per weight.
-        """
-        sizes = [len(share.factors.lora_A) for share in shares]
-        with record_function(PARTS[0]):
-            rates = self._progress.base_rates or {}
-            constants = constants_of.of([pair for pairs in shapes for pair in pairs], rates)
-            grams = Grams(*map(torch.cat, zip(*parts, strict=True)))
-            scaling = self._scaling_rule(grams, target_norm=constants.target_norms)
-            if skipped is not None:
-                scaling = scaling.unless(skipped.to(grams.left.device) > 0)
-            change = self._change_of(scaling, shapes[0][0].dtype)
-        scalings = torch.split(constants.merge_scaling, sizes)
-        for share, of_shape, merge_scaling in zip(shares, split(change, sizes), scalings, strict=True):
-            self._apply(share, of_shape, merge_scaling)
-        with record_function(PARTS[1]):
-            compress_full(pair.remainder for pairs in shapes for pair in pairs)
-        return Rescaled(scaling, remainder_energy(grams, constants.scaling[..., None] * change.merged_matrix))
-
-    def _change_of(self, scaling: Scaling | MatrixScaling, dtype: torch.dtype) -> Change:
-        if isinstance(scaling, MatrixScaling):
-            return MatrixChange.of(scaling)
-        change = ColumnChange.of(scaling, dtype)
-        return change.as_matrices() if MATRIX in self._kinds.values() else change
-
-    def _apply(self, share: Share, change: Change, scaling: Tensor) -> None:
-        """Merge the remainders of layers of one shape, then change their factors, gradients and optimizer state."""
-        with record_function(PARTS[1]):
-            change.apply(share.factors, self._kernels, scaling)
-        with record_function(PARTS[2]):
-            if isinstance(change, MatrixChange):
-                transform_gradients_and_states(share.optimizer, self._kinds, share.lora_B, change.Q, tall=True)
-                transform_gradients_and_states(share.optimizer, self._kinds, share.lora_A, change.P, tall=False)
-            else:
-                for factors, spread in (
-                    (share.lora_B, share.spread_B(self._kernels, change.beta)),
-                    (share.lora_A, share.spread_A(self._kernels, change.alpha)),
-                ):
-                    self._transport(share.optimizer, self._kinds, factors, spread, self._kernels.multiply)
-            share.finish()
 
     def _chosen_kernels(self, pairs: list[LoraPair]) -> Kernels:
         on_cpu = any(pair.lora_A.is_cpu for pair in pairs)

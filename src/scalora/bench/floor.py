@@ -11,10 +11,10 @@ from functools import reduce
 from typing import NamedTuple
 
 from scalora.config import Merge
-from scalora.engine import PARTS
 from scalora.model.adapters import LoraPair
 from scalora.model.placement import bytes_beside, kind_of
 from scalora.rescale.remainder import FactoredRemainder
+from scalora.rescaling import PARTS
 
 
 class Work(NamedTuple):
@@ -148,7 +148,7 @@ def rescale_work_of(pairs: list[LoraPair], merge: Merge, remainder_rank: int, *,
 
 
 def seconds_of_parts(pairs: list[LoraPair], bandwidth: float, rate: float, *, moments: int = 2) -> dict[str, float]:
-    """Lower bounds on the seconds of a rescale, for the parts in `scalora.engine.PARTS`.
+    """Lower bounds on the seconds of a rescale, for the parts in `scalora.rescaling.PARTS`.
 
     The Grams count as part of the solve, as in the profiler.
 

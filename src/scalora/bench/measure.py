@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from scalora.bench.case import Case, Contender, now
 from scalora.bench.settings import interval_of
-from scalora.engine import PARTS
+from scalora.rescaling import PARTS
 from scalora.runs.messages import only_relevant_messages_from_now_on
 from scalora.runs.peak_memory import peak_memory_bytes
 
@@ -120,7 +120,7 @@ def rescale_parts(contender: Contender, repeats: int = _REPEATS) -> dict[str, fl
         repeats: number of rescales to measure.
 
     Returns:
-        Seconds by part, for the parts in `scalora.engine.PARTS`: of CPU time, or of the kernels on a CUDA device.
+        Seconds by part, for the parts in `scalora.rescaling.PARTS`: of CPU time, or of the kernels on a CUDA device.
     """
     contender.step()
     contender.backward()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scalora.engine import PARTS
+from scalora.rescaling import PARTS
 from scalora.studies.grid import grid
 
 BASELINE = "lora"
@@ -65,7 +65,7 @@ class Rescale(NamedTuple):
     Attributes:
         case: the case, by what distinguishes it from the base case.
         merge: where the remainder went, any but ``"auto"``.
-        parts: seconds of each part in `scalora.engine.PARTS`.
+        parts: seconds of each part in `scalora.rescaling.PARTS`.
         floor: lower bound on the seconds of each part.
     """
 
