@@ -1,8 +1,6 @@
 """Data-parallel training: two processes do what one does with the whole batch, and send no remainders around."""
 
-import os
 import random
-import socket
 import warnings
 from pathlib import Path
 
@@ -12,7 +10,8 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from models import tiny_llama, trainable, with_lora
-from torch import multiprocessing
+from test_fsdp import results_of
+from test_fsdp import start as join
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
@@ -177,11 +176,8 @@ def draw():
     return torch.rand(1).item(), numpy.random.rand(), random.random()
 
 
-def process(rank, folder, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def process(rank, processes, folder, port):
+    join(rank, processes, port)
     results = {
         name: train(*setting, rank=rank, attach_to_wrapper=name == "wrapped first")
         for name, setting in SETTINGS.items()
@@ -191,7 +187,7 @@ def process(rank, folder, port):
     results["refusals"] = [refusal(fsdp)]
     results["starts"] = {name: start(name, rank, seed=rank) for name in STARTS}
     results["random"] = saved_in_all_processes(Path(folder) / "saved", rank)
-    torch.save(results, f"{folder}/{rank}.pt")
+    torch.save(results, f"{folder}/{processes}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -202,11 +198,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(process, (str(folder), port), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return results_of(PROCESSES, folder, process)
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, "trainer", "resumed"])

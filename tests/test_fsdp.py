@@ -37,6 +37,7 @@ from scalora import (
     UnsupportedOptimizerError,
     optimal_start,
 )
+from scalora.bench import several_gpus
 from scalora.bench.several_gpus import rescale_collectives
 from scalora.model.adapters import find_lora_pairs
 from scalora.parallel import buckets
@@ -374,6 +375,7 @@ COUNTED = {
     "a rank of one": (lambda: llama_of({"r": 1}), "dense", BUCKET),
     "transposed": (lambda: adapted(torch.float32), "dense", BUCKET),
     "factored": (lambda: adapted(torch.float32, EVEN), "factored", BUCKET),
+    "padded to more than fits": (lambda: llama_of({"r": 5}), "factored", BUCKET),
     "buckets": (lambda: llama_of({"r": 3, "rank_pattern": {"down_proj": 2}}), "dense", 3000),
 }
 
@@ -382,7 +384,7 @@ def counted(processes):
     """Collectives of a rescale, what happens in which order, and what `scalora estimate` says."""
     results = {}
     for name, (make, merge, bucket) in COUNTED.items():
-        buckets.BUCKET = bucket
+        buckets.BUCKET = several_gpus.BUCKET = bucket
         model = sharded(make(), processes)
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
 
@@ -397,8 +399,22 @@ def counted(processes):
             optimizer.step()
         said = rescale_collectives(find_lora_pairs(make()), merge, "fsdp2", processes)
         results[name] = {"seen": counting.seen, "said": [tuple(collective) for collective in said]}
-    buckets.BUCKET = BUCKET
+    buckets.BUCKET = several_gpus.BUCKET = BUCKET
     return results
+
+
+def counted_by_matrices(processes):
+    """Collectives of a rescale that gathers moments too."""
+    model = sharded(llama_of({"r": 5}), processes)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-3, momentum=0.9)
+    engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=1, mode="matrix", target_norm=1.0, merge="dense"))
+    for _ in range(2):
+        for parameter in trainable(model):
+            parameter.grad = torch.ones_like(parameter) + parameter.detach()
+        with Collectives() as counting:
+            optimizer.step()
+    assert engine.metrics()["scalora/rescales"] == 1
+    return counting.seen
 
 
 def step_of_fsdp(processes):
@@ -533,6 +549,7 @@ def process(rank, processes, folder, port):
         results["refusals"] = refusals(processes)
         results["evaluated"] = after_an_evaluation(processes)
     results["counted"] = counted(processes)
+    results["counted by matrices"] = counted_by_matrices(processes)
     torch.save(results, folder / f"{processes}-{rank}.pt")
     dist.destroy_process_group()
 
@@ -624,6 +641,30 @@ def test_a_rescale_sends_what_is_estimated_and_no_weight(name, of_four, of_two):
     # By hand: lora_A and its gradient in float32; two Gram matrices and a flag in float64.
     one_rank = of_four[0]["counted"]["one rank"]["said"]
     assert one_rank == [("gather", 2 * 4 * 4 * (2 * 6 * 32 + 2 * 48)), ("sum", 14 * 8 * (2 * 8 * 8 + 1))]
+
+
+def entries(seen):
+    """Of the two collectives of a rescale: factors in float32, inner products in float64."""
+    (_, gathered), (_, products) = [collective for collective in seen if collective[0] != "transport"]
+    return max(gathered // 4, products // 8)
+
+
+@pytest.mark.parametrize("name", [name for name in COUNTED if name != "buckets"])
+def test_no_collective_is_larger_than_four_times_the_larger_factor_of_each_layer(name, of_four, of_two):
+    make, *_ = COUNTED[name]
+    most = sum(4 * pair.r * max(pair.m, pair.n) for pair in find_lora_pairs(make()))
+    for result in (*of_four, *of_two):
+        assert entries(result["counted"][name]["seen"]) <= most
+
+
+def test_a_rescale_by_matrices_gathers_no_more_either(of_four, of_two):
+    most = sum(4 * 5 * max(pair.m, pair.n) for pair in find_lora_pairs(llama_of({"r": 5})))
+    exact = 3 * 4 * 5 * (2 * 6 * 32 + 2 * 48)
+    # Two processes pad to a rank of six; four would to eight, which is too much.
+    for results, wanted in ((of_two, ("_allgather_base_", exact * 6 // 5)), (of_four, ("allreduce_", exact))):
+        for result in results:
+            assert result["counted by matrices"][0] == wanted
+            assert entries(result["counted by matrices"]) <= most
 
 
 def test_a_sum_takes_the_place_of_a_gather_that_pads_more(of_four, of_two):

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from models import tiny_llama, trainable
 from peft import PeftModel
 from test_fsdp import Run, adapted, effective, in_a_trainer, results_of, sharded, start, worst
+from test_fsdp_wrappers import in_sft
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from scalora import ScaLora, ScaLoraConfig, StateError
@@ -37,6 +38,10 @@ RUNS = {
     "replicas of shards": {"hsdp": True},
     "matrix, pairs": {"mode": "matrix", "optimizer": "pairs", "merge": "factored"},
 }
+
+# What a Trainer's checkpoints are of, by the names of its folders.
+KINDS = {"trainer": "SHARDED_STATE_DICT", "trainer, one file": "FULL_STATE_DICT"}
+SFT_KINDS = {"sft": "SHARDED_STATE_DICT", "sft, one file": "FULL_STATE_DICT"}
 WITHOUT_REPLICAS = [name for name in RUNS if "hsdp" not in RUNS[name]]
 
 
@@ -148,12 +153,17 @@ def process(rank, processes, folder, port):
     start(rank, processes, port)
     folder = Path(folder)
     results = {}
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    batch = 4 // processes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the generators of another number of processes
         if processes == 4:
             results["saved"] = saved(rank, processes, folder)
             results["half"] = half(processes, folder)
-            results["trainer"] = in_a_trainer(folder / "trainer", batch=1)
+            for name, kind in KINDS.items():
+                results[name] = in_a_trainer(folder / name, batch=batch, kind=kind)
+            for name, kind in SFT_KINDS.items():
+                results[name] = in_sft(folder / name, tokenizer, batch, fsdp=True, kind=kind)
             dist.barrier()
             if rank == 0:
                 without_merges(folder)
@@ -164,10 +174,12 @@ def process(rank, processes, folder, port):
                 for name, settings in RUNS.items()
                 if name in WITHOUT_REPLICAS
             }
-            for key, name in (("trainer", "trainer"), ("control", "control")):
-                folder_of = folder / f"{key}-{processes}"
+            for name, kind in {**KINDS, "control": "SHARDED_STATE_DICT"}.items():
                 resume = str(folder / name / "checkpoint-3")
-                results[key] = in_a_trainer(folder_of, batch=4 // processes, resume=resume)
+                results[name] = in_a_trainer(folder / f"{name}-{processes}", batch=batch, kind=kind, resume=resume)
+            for name, kind in SFT_KINDS.items():
+                to, resume = folder / f"{name}-{processes}", str(folder / name / "checkpoint-2")
+                results[name] = in_sft(to, tokenizer, batch, fsdp=True, kind=kind, resume=resume)
         if processes == 2:
             results["failures"] = failures(rank, processes, folder)
     torch.save(results, folder / f"{processes}-{rank}.pt")
@@ -188,8 +200,10 @@ def without_merges(folder):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
+def folder(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -237,13 +251,21 @@ def test_there_is_nothing_to_execute(of_four, folder):
 
 
 @pytest.mark.parametrize("processes", [2, 1])
-def test_a_trainer_goes_on_in_fewer_processes(processes, of_four, of_fewer):
-    wanted = of_four[0]["trainer"]
+@pytest.mark.parametrize("name", [*KINDS, *SFT_KINDS])
+def test_a_trainer_goes_on_in_fewer_processes(name, processes, of_four, of_fewer, folder):
+    checkpoint = folder / name / ("checkpoint-2" if name in SFT_KINDS else "checkpoint-3")
+    assert (checkpoint / STATE_FILE).is_file() == ("one file" in name)
+    assert (checkpoint / SHARDED_STATE).is_dir() == ("one file" not in name)
+    wanted = of_four[0][name]
     for result in of_fewer[processes]:
-        torch.testing.assert_close(result["trainer"]["losses"], wanted["losses"], rtol=1e-5, atol=0)
-        assert worst(result["trainer"]["weights"], wanted["weights"]) <= 1e-5
-        # Without the merges it is not the same run.
-        assert worst(result["control"]["weights"], wanted["weights"]) > 1e-4
+        torch.testing.assert_close(result[name]["losses"], wanted["losses"], rtol=1e-5, atol=0)
+        assert worst(result[name]["weights"], wanted["weights"]) <= 1e-5
+
+
+@pytest.mark.parametrize("processes", [2, 1])
+def test_a_trainer_that_goes_on_without_the_merges_is_another_run(processes, of_four, of_fewer):
+    for result in of_fewer[processes]:
+        assert worst(result["control"]["weights"], of_four[0]["trainer"]["weights"]) > 1e-4
 
 
 def test_a_process_that_cannot_write_leaves_the_earlier_state(of_fewer):

@@ -135,16 +135,18 @@ def sharded_at_load(rank, processes, folder):
     return trained.steps(language(rank, processes), sum_gradients=True)
 
 
-def in_sft(folder, tokenizer, batch, fsdp):
+def in_sft(folder, tokenizer, batch, fsdp, kind="SHARDED_STATE_DICT", resume=None):
     """TRL's trainer, which wraps the model in an adapter itself."""
     rows = Dataset.from_list([{"text": f"{word} {word} {n}"} for n in range(8) for word in ("red", "blue", "green")])
     settings = {
         "fsdp": True,
-        "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
-    }
+        "fsdp_config": {
+            "fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": kind,
+        },
+    }  # fmt: skip
     arguments = SFTConfig(
         str(folder), max_steps=4, per_device_train_batch_size=batch, use_cpu=True, report_to="none", bf16=False,
-        gradient_checkpointing=False, dataloader_pin_memory=False, disable_tqdm=True, logging_steps=1, save_steps=4,
+        gradient_checkpointing=False, dataloader_pin_memory=False, disable_tqdm=True, logging_steps=1, save_steps=2,
         **(settings | {"ddp_backend": "gloo"} if fsdp else {}),
     )  # fmt: skip
     if fsdp:
@@ -155,7 +157,7 @@ def in_sft(folder, tokenizer, batch, fsdp):
         base, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[callback],
         peft_config=LoraConfig(r=3, target_modules="all-linear"),
     )  # fmt: skip
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     assert callback.engine.is_sharded == fsdp
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     return {"weights": effective(callback.engine), "losses": torch.tensor(losses)}

@@ -1,6 +1,8 @@
 """`torchrun … -m scalora train`: several processes are one run, which the first one writes."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -9,6 +11,26 @@ import yaml
 from conftest import pairs
 
 from scalora.parallel.job import let_the_first_speak
+
+SECONDS = 200
+
+
+def run_within(seconds, words):
+    """The exit status of torchrun, and what it prints; after some seconds it is ended with all that it has started.
+
+    Its processes have sessions of their own, so it is asked to end them: it kills those that don't within 30 seconds.
+    """
+    command = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        printed, messages = command.communicate(timeout=seconds)
+    finally:
+        if command.poll() is None:
+            command.terminate()
+            try:
+                command.wait(timeout=45)
+            except subprocess.TimeoutExpired:
+                os.killpg(command.pid, signal.SIGKILL)
+    return command.returncode, printed, messages
 
 
 @pytest.fixture
@@ -36,9 +58,9 @@ def config(causal_folder, write_jsonl, tmp_path):
 def test_two_processes_are_one_run(config, tmp_path):
     run = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = subprocess.run([*torchrun, "-m", "scalora", "train", config], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (done.stdout.count("next:"), done.stderr.count("loading ")) == (1, 1)
+    code, printed, messages = run_within(SECONDS, [*torchrun, "-m", "scalora", "train", config])
+    assert code == 0, messages
+    assert (printed.count("next:"), messages.count("loading ")) == (1, 1)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert len([line for line in lines if "eval_loss" in line]) == 1

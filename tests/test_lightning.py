@@ -10,8 +10,9 @@ pytest.importorskip("lightning", reason="lightning is not installed")
 import lightning
 from lightning.fabric import Fabric
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from scalora import ChangedBaseError, ScaLora, ScaLoraConfig, StateError
+from scalora import ChangedBaseError, ScaLora, ScaLoraConfig, StateError, UnsupportedOptimizerError
 from scalora.integrations.lightning import ScaLoraCallback
 
 KINDS = ["factored", "dense", "dense in bfloat16"]
@@ -159,6 +160,18 @@ def test_the_metrics_are_logged_when_lightning_logs(tmp_path):
     header, *rows = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
     column = header.split(",").index("scalora/rescales")
     assert [float(row.split(",")[column]) for row in rows] == [1, 2, 4, 5]
+
+
+class OfDeepSpeed(lightning.Trainer):
+    """The strategy itself can't be made without DeepSpeed."""
+
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+
+
+def test_lightnings_deepspeed_is_refused_by_name():
+    trainer = OfDeepSpeed.__new__(OfDeepSpeed)
+    with pytest.raises(UnsupportedOptimizerError, match="DeepSpeedStrategy is not supported: use DeepSpeed through"):
+        ScaLoraCallback().on_fit_start(trainer, Module())
 
 
 def test_a_module_whose_optimizer_lacks_the_adapter_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from scalora.runs.prepare import method_of, training_arguments
 from scalora.runs.settings import checked_settings
 from scalora.runs.sharding import check_sharding, models_are_loaded_whole, splits_weights
 from scalora.saving.checkpoints import set_broken_checkpoints_aside
-from scalora.saving.state_file import STATE_FILE, write_state
+from scalora.saving.state_file import SHARDED_STATE, STATE_FILE, write_state
 
 
 def sharded(tmp_path, **content):
@@ -86,7 +86,8 @@ def test_a_checkpoint_of_shards_without_its_state_is_broken_in_a_run_of_scalora_
         torch.save({}, checkpoint / "scheduler.pt")
     if with_scalora:
         write_state(tmp_path / "checkpoint-2" / STATE_FILE, {"step": 2})
-        with pytest.warns(UserWarning, match=f"set aside as 'incomplete-checkpoint-4': it has no {STATE_FILE}"):
+        said = f"set aside as 'incomplete-checkpoint-4': it has neither {STATE_FILE} nor {SHARDED_STATE}"
+        with pytest.warns(UserWarning, match=said):
             set_broken_checkpoints_aside(tmp_path)
     else:
         set_broken_checkpoints_aside(tmp_path)

@@ -17,6 +17,7 @@ from scalora.parallel.buckets import BUCKET, alike, gathered_of
 from scalora.parallel.layout import in_buckets
 from scalora.parallel.traffic import (
     Collective,
+    most_of_layer,
     of_gather,
     received,
     rescale_of_shards,
@@ -104,7 +105,7 @@ def rescale_collectives(pairs: list[LoraPair], merge: Merge, parallel: Parallel,
 
     buckets = in_buckets(
         alike(pairs, lambda pair: pair.transposed),
-        lambda pair: _SINGLE * of_gather(processes, matrices(pair))[1],
+        lambda pair: _SINGLE * of_gather(processes, matrices(pair), most_of_layer(matrices(pair)))[1],
         BUCKET,
     )
     return rescale_of_shards(

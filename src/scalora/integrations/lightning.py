@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.hooks import RemovableHandle
 
 from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
 from scalora.model.adapters import find_lora_pairs
 from scalora.model.attachment import attachment_of
+from scalora.rescale.optimizers import UnsupportedOptimizerError
 from scalora.saving.attach import attach
 from scalora.saving.errors import StateError
 
@@ -71,9 +73,15 @@ class ScaLoraCallback(Callback):  # type: ignore[misc]
 
         Raises:
             UnsupportedLayerError: a module is not supported; the message names it.
-            UnsupportedOptimizerError: the optimizer's state can't be transported; the message says why.
+            UnsupportedOptimizerError: the optimizer's state can't be transported, or is DeepSpeed's; the message says
+                why.
             ValueError: no optimizer holds the adapter.
         """
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise UnsupportedOptimizerError(
+                "Lightning's DeepSpeedStrategy is not supported: use DeepSpeed through transformers.Trainer or "
+                "Accelerate, or strategy='ddp'"
+            )
         factors = {
             id(p)
             for pair in find_lora_pairs(pl_module, sharded=True, all_shapes=True)

@@ -9,7 +9,7 @@ from typing import Any
 from scalora.model.adapters import LoraPair, by_rank, by_shape
 from scalora.parallel.layout import Shapes, in_buckets
 from scalora.parallel.shards import axis_key, axis_of
-from scalora.parallel.traffic import of_gather
+from scalora.parallel.traffic import most_of_layer, of_gather
 from scalora.rescale.optimizers import LINEAR, Kind
 from scalora.rescale.remainder import DenseRemainder
 
@@ -44,7 +44,9 @@ def buckets_of_shards(pairs: list[LoraPair], kinds: Mapping[str, Kind], *, by_ma
     def size(pair: LoraPair) -> int:
         axis = axis_of(pair.lora_A)
         matrices = gathered_of(pair, whole_B=not has_its_rows(pair), moments=moments)
-        return 0 if axis is None else pair.lora_A.element_size() * of_gather(axis.size, matrices)[1]
+        if axis is None:
+            return 0
+        return pair.lora_A.element_size() * of_gather(axis.size, matrices, most_of_layer(matrices))[1]
 
     by_axis: dict[Any, list[LoraPair]] = defaultdict(list)
     for pair in pairs:

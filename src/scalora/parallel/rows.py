@@ -22,6 +22,7 @@ from scalora.model.adapters import LoraPair
 from scalora.parallel.buckets import has_its_rows
 from scalora.parallel.layout import Shapes, Share, over_columns, over_rows
 from scalora.parallel.shards import Axis, axis_key, axis_of, copy_all, gathering, local
+from scalora.parallel.traffic import most_of_layer
 from scalora.rescale.changes import Factors, Part
 from scalora.rescale.optimizers import LINEAR, Kind
 from scalora.rescale.remainder import DenseRemainder, Remainder
@@ -60,9 +61,10 @@ class Rows:
         """
         if (axis := axis_of(shapes[0][0].lora_A)) is None:
             return
-        wanted = [piece for pairs in shapes for piece in self._to_gather(pairs)]
-        keys = [key for key, _, _ in wanted]
-        arrived = gathering([part for _, part, _ in wanted], [total for _, _, total in wanted], axis)
+        layers = [list(self._to_gather(pair)) for pairs in shapes for pair in pairs]
+        limit = sum(most_of_layer([(total, part.shape[1]) for _, part, total in layer]) for layer in layers)
+        keys, parts, totals = zip(*(piece for layer in layers for piece in layer), strict=True)
+        arrived = gathering(parts, totals, axis, limit)
         self._arriving = lambda: dict(zip(keys, arrived(), strict=True))
 
     def shares(self, shapes: Shapes) -> list[Share]:
@@ -100,17 +102,15 @@ class Rows:
             for of_shape, missing in zip(grams, without, strict=True)
         ]
 
-    def _to_gather(self, pairs: list[LoraPair]) -> Iterator[tuple[tuple[int, str], Tensor, int]]:
-        """What is needed whole of layers of one shape: a key, the part that is here, and the number of rows."""
-        whole_B = not has_its_rows(pairs[0])
-        for pair in pairs:
-            yield (id(pair), "lora_A"), local(pair.lora_A), pair.r
-            yield (id(pair), "grad"), _gradient(pair.lora_A), pair.r
-            if self._by_matrices:
-                for key, value in self._linear_state(pair.lora_A):
-                    yield (id(pair), f"state {key}"), local(value), pair.r
-            if whole_B:
-                yield (id(pair), "lora_B"), local(pair.lora_B), pair.m
+    def _to_gather(self, pair: LoraPair) -> Iterator[tuple[tuple[int, str], Tensor, int]]:
+        """What is needed whole of a layer: a key, the part that is here, and the number of rows."""
+        yield (id(pair), "lora_A"), local(pair.lora_A), pair.r
+        yield (id(pair), "grad"), _gradient(pair.lora_A), pair.r
+        if self._by_matrices:
+            for key, value in self._linear_state(pair.lora_A):
+                yield (id(pair), f"state {key}"), local(value), pair.r
+        if not has_its_rows(pair):
+            yield (id(pair), "lora_B"), local(pair.lora_B), pair.m
 
     def _linear_state(self, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
         for key, value in self._optimizer.state.get(parameter, {}).items():

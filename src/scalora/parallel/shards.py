@@ -101,7 +101,9 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def gathering(parts: Sequence[Tensor], totals: Sequence[int], axis: Axis) -> Callable[[], list[Tensor]]:
+def gathering(
+    parts: Sequence[Tensor], totals: Sequence[int], axis: Axis, limit: int | None = None
+) -> Callable[[], list[Tensor]]:
     """Start to gather whole matrices, from the rows that each process has.
 
     It is one collective, in which all processes must take part, and which other work may overlap.
@@ -110,6 +112,7 @@ def gathering(parts: Sequence[Tensor], totals: Sequence[int], axis: Axis) -> Cal
         parts: this process's rows of each matrix, of any widths. They may be changed afterwards.
         totals: rows of each whole matrix.
         axis: the processes that have the rows.
+        limit: entries of a padded gather above which a sum takes its place, as in `of_gather`.
 
     Returns:
         Waits for the matrices, and returns them on the devices and in the dtypes of their parts. To be called once.
@@ -120,7 +123,7 @@ def gathering(parts: Sequence[Tensor], totals: Sequence[int], axis: Axis) -> Cal
     widths = [part.shape[1] for part in parts]
     padded = [axis.chunk(total) * width for total, width in zip(totals, widths, strict=True)]
     exact = [total * width for total, width in zip(totals, widths, strict=True)]
-    by_sum, _ = of_gather(axis.size, list(zip(totals, widths, strict=True)))
+    by_sum, _ = of_gather(axis.size, list(zip(totals, widths, strict=True)), limit)
     if by_sum:
         flat = torch.zeros(sum(exact), dtype=dtype, device=axis.device)
         wholes = [piece.view(total, -1) for piece, total in zip(torch.split(flat, exact), totals, strict=True)]

@@ -34,22 +34,33 @@ class Collective(NamedTuple):
         return (2 if self.kind == "sum" else 1) * self.bytes * (processes - 1) / processes
 
 
-def of_gather(processes: int, matrices: Sequence[tuple[int, int]]) -> tuple[bool, int]:
-    """How matrices that are split by rows are gathered with the least traffic.
+def most_of_layer(matrices: Sequence[tuple[int, int]]) -> int:
+    """How many entries a rescale gathers of a layer at most, with what is padded: four times the larger factor.
+
+    Args:
+        matrices: rows and columns of what is gathered of the layer.
+    """
+    return 4 * max(rows * width for rows, width in matrices)
+
+
+def of_gather(processes: int, matrices: Sequence[tuple[int, int]], limit: int | None = None) -> tuple[bool, int]:
+    """How matrices that are split by rows are gathered: with the least traffic, if that does not take too much memory.
 
     A gather pads rows to a multiple of the processes. A sum of zeros and the rows that each process has moves every
-    entry twice, so it is less where the rows are fewer than half of the processes.
+    entry twice and pads nothing, so it is less where the rows are fewer than half of the processes.
 
     Args:
         processes: how many have the rows.
         matrices: rows and columns of each whole matrix.
+        limit: entries above which a sum takes the place of the gather. None: only traffic counts.
 
     Returns:
         Whether a sum takes the place of the gather; and the entries that the collective leaves in each process.
     """
     padded = sum(processes * -(-rows // processes) * width for rows, width in matrices)
     exact = sum(rows * width for rows, width in matrices)
-    return padded > 2 * exact, min(padded, exact) if padded > 2 * exact else padded
+    by_sum = padded > (2 * exact if limit is None else min(2 * exact, max(exact, limit)))
+    return by_sum, exact if by_sum else padded
 
 
 def rescale_of_shards(
@@ -64,7 +75,8 @@ def rescale_of_shards(
     """
     found = []
     for layers in buckets:
-        by_sum, entries = of_gather(processes, [matrix for _, matrices in layers for matrix in matrices])
+        limit = sum(most_of_layer(matrices) for _, matrices in layers)
+        by_sum, entries = of_gather(processes, [matrix for _, matrices in layers for matrix in matrices], limit)
         found.append(Collective("sum" if by_sum else "gather", entry_bytes * entries))
         # Two Gram matrices of the rank's double order, and whether there is a gradient.
         found.append(Collective("sum", sum(_DOUBLE * (2 * (2 * rank) ** 2 + 1) for rank, _ in layers)))
