@@ -1,7 +1,10 @@
 """Small models on disk and data files, made once for each worker."""
 
+import importlib.util
 import inspect
 import json
+import os
+import shutil
 
 import jaxtyping
 import pytest
@@ -13,6 +16,13 @@ from tokenizers.trainers import BpeTrainer
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # there is a worker for each core, and tiny models gain nothing from more
+
+# DeepSpeed compiles an operation at its first start.
+DEEPSPEED_LACKS = [
+    *(["could not import 'deepspeed': it is not installed"] if importlib.util.find_spec("deepspeed") is None else []),
+    *(["DeepSpeed needs a C++ compiler"] if shutil.which(os.environ.get("CXX", "c++")) is None else []),
+]
+needs_deepspeed = pytest.mark.skipif(bool(DEEPSPEED_LACKS), reason=" and ".join(DEEPSPEED_LACKS))
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<eos>{% endfor %}"

@@ -62,6 +62,13 @@ def launch(folder, *words, processes=2, shards=False, seconds=120, before=None, 
     return error, printed["stdout"], printed["stderr"]
 
 
+def start_deepspeed():
+    """Have DeepSpeed connect the processes, as the Trainer's arguments do before a model is loaded, but not on CPUs."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", verbose=False)
+
+
 def kill_after_step():
     """End a process by SIGKILL after a step, by the variables KILL_RANK and KILL_STEP."""
     _kill_before(StepClock, "on_step_end", lambda self, args, state, *_: state.global_step)

@@ -16,11 +16,11 @@ import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import WORDS, pairs
-from launched import end_after_step, end_while_it_waits, kill_after_step, kill_while_saving, launch
+from conftest import DEEPSPEED_LACKS, WORDS, needs_deepspeed, pairs
+from launched import end_after_step, end_while_it_waits, kill_after_step, kill_while_saving, launch, start_deepspeed
 from safetensors.torch import load_file
 from test_broken_input import contents
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from scalora.cli import app
@@ -29,6 +29,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 FSDP = {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 STEPS = 6
+
+ZERO = Path(__file__).parent.parent / "recipes" / "launch" / "zero3.json"
+ON_CPU = {"DS_ACCELERATOR": "cpu", "DEEPSPEED_LOG_LEVEL": "error"}
+BY_LAUNCHER = ON_CPU | {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ZERO),
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+}
 
 
 def scalora(*words):
@@ -112,7 +120,9 @@ def alone(config, place):
     return place / "alone"
 
 
-RUNS = {"ddp": {}, "fsdp": FSDP}
+RUNS = {"ddp": {}, "fsdp": FSDP, "zero3": {}, "zero3 by config": {"deepspeed": str(ZERO)}}
+VARIABLES = {"zero3": BY_LAUNCHER, "zero3 by config": ON_CPU}
+NAMES = [pytest.param(name, marks=needs_deepspeed if name in VARIABLES else ()) for name in RUNS]
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +130,24 @@ def printed(config, place):
     """What the processes of each run print."""
     found = {}
     for name, settings in RUNS.items():
-        error, *found[name] = launch(place / "logs" / name, "train", config(name, 2, **settings), shards="fsdp" in name)
+        if name in VARIABLES and DEEPSPEED_LACKS:
+            continue
+        file, variables = config(name, 2, **settings), VARIABLES.get(name)
+        before = start_deepspeed if "config" in name else None
+        error, *found[name] = launch(
+            place / "logs" / name, "train", file, shards="fsdp" in name, before=before, environment=variables
+        )
         assert error is None, found[name]
     return found
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_several_processes_train_as_one_with_the_whole_batch(name, alone, printed, place):
     run = place / name
     assert bool(list((run / "trainer").glob("checkpoint-2/pytorch_model_fsdp*"))) == (name == "fsdp")
+    assert len(list((run / "trainer").glob("checkpoint-2/global_step2/zero_pp_rank_*_optim_states.pt"))) == (
+        2 if "zero3" in name else 0
+    )
     found, wanted = metrics(run), metrics(alone)
     assert [line.keys() for line in found] == [line.keys() for line in wanted]
     for key, tolerance in {"loss": 1e-5, "eval_loss": 1e-6, "train_loss": 1e-5, "num_tokens": 0, "step": 0}.items():
@@ -150,15 +169,31 @@ def test_an_example_that_fills_up_the_last_batch_would_change_the_loss(alone, co
     assert abs(read(output)["loss"] / read(alone / "summary.json")["eval_loss"] - 1) > 1e-3
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_one_process_speaks_for_all(name, printed):
     (first, second), (messages, others) = printed[name]
     assert first.count("next:") == 1
     assert messages.count("loading /") == 1
     assert [line for line in messages.splitlines() if line.startswith("step ")]
-    assert not second
+    # What DeepSpeed has compiled for CPUs.
+    assert not [line for line in second.splitlines() if not re.match("DeepSpeed .* built successfully", line)]
     spoken = ("step ", "warning: ", "error: ", "loading /", "[transformers]")
     assert not [line for line in others.splitlines() if line.startswith(spoken)]
+
+
+@needs_deepspeed
+def test_a_base_that_zero_3_has_loaded_in_parts_has_its_shapes(tokenizer, config, place):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=4, n_positions=32))
+    model.save_pretrained(place / "gpt2")
+    tokenizer.save_pretrained(place / "gpt2")
+    content = yaml.safe_load(config("of gpt2", 2, max_steps=2, save_strategy="no").read_text())
+    content["model"] = str(place / "gpt2")
+    file = place / "of gpt2.yaml"
+    file.write_text(yaml.safe_dump(content))
+    error, _, messages = launch(place / "logs" / "of gpt2", "train", file, environment=BY_LAUNCHER)
+    assert error is None, messages
+    assert read(place / "of gpt2" / "summary.json")["steps"] == 2
 
 
 def test_a_run_brings_its_own_optimizer_to_shards(config, place):
@@ -208,15 +243,19 @@ KILLS = {
     "fsdp, the second process": (FSDP, kill_after_step, 1, 5, 4),
     "fsdp, while it saves": (FSDP, kill_while_saving, 1, 4, 2),
     "fsdp, the first while it saves": (FSDP, kill_while_saving, 0, 4, 2),
+    "zero3, the second process": ({}, kill_after_step, 1, 5, 4),
+    "zero3, while it saves": ({}, kill_while_saving, 1, 4, 2),
 }
 
 
-@pytest.mark.parametrize("name", KILLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_deepspeed if "zero" in name else ()) for name in KILLS]
+)
 def test_a_job_whose_process_is_killed_ends_says_so_and_goes_on_as_if_nothing_had_been(name, config, printed, place):
     settings, how, rank, step, checkpoint = KILLS[name]
-    run, shards = place / name, bool(settings)
-    file = config(name, 2, **settings)
-    variables = {"KILL_RANK": str(rank), "KILL_STEP": str(step)}
+    run, shards, unharmed = place / name, bool(settings), place / name.partition(",")[0]
+    file, launcher = config(name, 2, **settings), VARIABLES.get(unharmed.name, {})
+    variables = launcher | {"KILL_RANK": str(rank), "KILL_STEP": str(step)}
     start = time.monotonic()
     error, _, messages = launch(place / "logs" / name, "train", file, shards=shards, before=how, environment=variables)
     assert time.monotonic() - start < 60
@@ -231,14 +270,15 @@ def test_a_job_whose_process_is_killed_ends_says_so_and_goes_on_as_if_nothing_ha
     failed = CliRunner().invoke(app, ["inspect", str(run)])
     assert f"is not finished (stopped at step {stopped['step']}: {stopped['reason']})" in failed.stderr
 
-    error, _, (messages, _) = launch(place / "logs" / f"{name}, on", "train", file, "--resume", shards=shards)
+    error, _, (messages, _) = launch(
+        place / "logs" / f"{name}, on", "train", file, "--resume", shards=shards, environment=launcher
+    )
     assert error is None, messages
     assert not (run / "stopped.json").exists()
     (resumed,) = read(run / "environment.json")["resumed"]
     assert (resumed["step"], resumed["stopped"]) == (checkpoint, stopped)
     aside = {path.name for path in (run / "trainer").glob("incomplete-*")}
     assert aside == ({f"incomplete-checkpoint-{step}"} if how is kill_while_saving else set())
-    unharmed = place / ("fsdp" if shards else "ddp")
     assert not different_bits(tensors(run), tensors(unharmed))
     assert not different_bits(weights(run), weights(unharmed))
     assert [line["loss"] for line in metrics(run) if "loss" in line] == [

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import tiny_llama
 from transformers.integrations import deepspeed
 
 from scalora.runs.errors import InputError
 from scalora.runs.prepare import method_of, training_arguments
 from scalora.runs.settings import checked_settings
 from scalora.runs.sharding import check_sharding, models_are_loaded_whole, splits_weights
+from scalora.runs.special_tokens import require_vocabulary
 from scalora.saving.checkpoints import set_broken_checkpoints_aside
 from scalora.saving.state_file import SHARDED_STATE, STATE_FILE, write_state
 
@@ -58,7 +60,22 @@ def test_of_deepspeeds_stages_the_third_splits_weights(stage, tmp_path):
         check_sharding(settings, method, arguments)
 
 
-def test_a_result_is_made_of_a_base_that_is_loaded_whole(tmp_path):
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("given", ["by the launcher", "in the config"])
+def test_with_deepspeed_the_best_model_is_refused_before_it_trains(stage, given, tmp_path):
+    settings, method, arguments = sharded(tmp_path)
+    arguments.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
+    how = f"DeepSpeed ZeRO-{stage} of `accelerate launch`"
+    if given == "in the config":
+        settings.training["deepspeed"], how = "zero.json", "training.deepspeed='zero.json'"
+    check_sharding(settings, method, arguments)
+    arguments.load_best_model_at_end = True
+    with pytest.raises(InputError, match=f"training.load_best_model_at_end=True with {how}: .* set it to false"):
+        check_sharding(settings, method, arguments)
+
+
+@pytest.mark.parametrize("by_launcher", [False, True])
+def test_a_result_is_made_of_a_base_that_is_loaded_whole(by_launcher, tmp_path):
     *_, arguments = sharded(tmp_path)
 
     class Config:
@@ -67,7 +84,10 @@ def test_a_result_is_made_of_a_base_that_is_loaded_whole(tmp_path):
 
     config = Config()
     deepspeed.set_hf_deepspeed_config(config)
-    arguments.hf_deepspeed_config = config
+    if by_launcher:
+        arguments.deepspeed_plugin = SimpleNamespace(dschf=config)
+    else:
+        arguments.hf_deepspeed_config = config
     try:
         assert deepspeed.is_deepspeed_zero3_enabled()
         with models_are_loaded_whole(arguments):
@@ -75,6 +95,15 @@ def test_a_result_is_made_of_a_base_that_is_loaded_whole(tmp_path):
         assert deepspeed.is_deepspeed_zero3_enabled()
     finally:
         deepspeed.unset_hf_deepspeed_config()
+
+
+def test_an_embedding_that_zero_3_has_left_empty_has_its_rows():
+    model = tiny_llama()
+    table = model.get_input_embeddings().weight
+    table.ds_shape, table.data = table.shape, torch.empty(0)
+    require_vocabulary(model, 64, "template")
+    with pytest.raises(InputError, match="from 60 to 64 rows"):
+        require_vocabulary(model, 60, "template")
 
 
 @pytest.mark.parametrize("with_scalora", [False, True])

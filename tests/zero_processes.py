@@ -3,12 +3,14 @@
 import gc
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from experts import tiny
 from models import Mixed, tiny_llama, trainable, with_lora
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +25,7 @@ from scalora import (
     UnsupportedOptimizerError,
     optimal_start,
 )
+from scalora.model.adapters import find_lora_pairs
 from scalora.parallel import runs
 from scalora.parallel.zero import zero_of
 from scalora.saving.peft_model import ShardedModelError
@@ -433,6 +436,35 @@ def refusals(processes):
         wrapper, outer = deep(model, PairAdamW(model, lr=1e-3), processes, stage=2)
         return message(lambda: ScaLora(wrapper, outer, ScaLoraConfig(mode="matrix", merge="factored")))
 
+    def too_early(stage):
+        """What the first step of all says, long before a rescale."""
+        model = adapted(ranks={"r": 2})
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
+        ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=50, interval=100))
+        wrapper, _ = deep(model, optimizer, processes, stage=stage)
+        x, y = data(0)
+        wrapper.backward((wrapper(x) - y).square().mean())
+        return message(wrapper.step)
+
+    def no_matrix(inner, **settings):
+        """What is said of layers that are no single matrix."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = with_lora(inner, r=2, **settings)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
+        return message(lambda: ScaLora(*deep(model, optimizer, processes, stage=2)))
+
+    def tied():
+        """Where a layer has a twin. DeepSpeed itself fails to send the twin's factors to several processes."""
+        wrapper, outer = found[2]
+        first, second, *_ = find_lora_pairs(wrapper.module, masters=True)
+        return message(lambda: zero_of(outer).check_pairs([replace(first, twin=second)], {}))
+
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
     blocks = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "bitsandbytes.optim.adamw"})
     muon = type("MuonWithAuxAdam", (torch.optim.AdamW,), {})
     module = found[3][0].module
@@ -454,6 +486,11 @@ def refusals(processes):
         "nvme optimizer": with_setting(3, "swap_optimizer", True),
         "nvme parameters": with_setting(3, "params_in_nvme_and_cpu", True),
         "ratio": with_setting(3, "partial_offload", 0.5),
+        "too early": too_early(2),
+        "too early for stage 3": too_early(3),
+        "convolution": no_matrix(Patches(), target_modules=["conv"]),
+        "stack of experts": no_matrix(tiny("mixtral"), target_parameters=["experts.down_proj"], target_modules=[]),
+        "tied": tied(),
         "experts": with_setting(2, "has_moe_layers", True),
         "experts of stage 3": with_setting(3, "sub_group_process_groups", [dist.new_group([0])]),
         "mpu": with_setting(2, "model_parallel_world_size", 2),

@@ -390,7 +390,7 @@ class ScaLora:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self._had_steps:
-            check_not_sharded_since(self.pairs)
+            check_not_sharded_since(self.pairs, divided=self._zero is not None)
             self._had_steps = True
         check_moment(type(optimizer).__name__, self.pairs[0].lora_A.device)
         with_loss = evaluate_closure(args, kwargs)

@@ -174,7 +174,7 @@ class LoraPair:
     @property
     def is_matrix(self) -> bool:
         """Whether the layer is one matrix, with tensors of its shape: not a stack of experts, nor a convolution."""
-        return self.experts == 1 and self.lora_A.ndim == 2
+        return self.experts == 1 and len(whole_shape(self.lora_A)) == 2
 
     def matrices_of_A(self, lora_A: Tensor) -> list[Tensor]:
         """The (r, n) of each expert, or of the layer, as views.

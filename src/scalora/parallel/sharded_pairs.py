@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from scalora.model.adapters import LoraPair, refuse
-from scalora.model.layers import factors_of, is_distributed
+from scalora.model.layers import factors_of, is_copy, is_distributed, is_partitioned
 from scalora.parallel.shards import axis_key, split_as, unusual_placements
 from scalora.parallel.zero import run_of_weight
 from scalora.rescale.optimizers import Kind, UnsupportedOptimizerError
@@ -72,16 +72,24 @@ def check_optimizer_of_parts(pairs: list[LoraPair], optimizer: Optimizer, kinds:
         )
 
 
-def check_not_sharded_since(pairs: list[LoraPair]) -> None:
+def check_not_sharded_since(pairs: list[LoraPair], *, divided: bool) -> None:
     """Check that layers still have the parameters that they had when ScaLoRA was attached.
 
     Args:
         pairs: the LoRA pairs of one model.
+        divided: whether DeepSpeed's optimizer had them then.
 
     Raises:
         UnsupportedLayerError: they have been sharded since.
     """
     for pair in pairs:
+        if not divided and any(is_copy(factor) or is_partitioned(factor) for factor in (pair.lora_A, pair.lora_B)):
+            refuse(
+                pair.name,
+                "DeepSpeed has taken its parameters over since ScaLoRA was attached, and steps others in their place",
+                "attach ScaLoRA after deepspeed.initialize() or accelerator.prepare(), to the optimizer that it "
+                "returns",
+            )
         if not is_distributed(pair.lora_A) and is_distributed(factors_of(pair.layer, pair.adapter)[0]):
             refuse(
                 pair.name,

@@ -184,7 +184,8 @@ class Zero:
             kinds: how each entry of the state depends on the gradients.
 
         Raises:
-            UnsupportedLayerError: the optimizer steps the two factors of a layer in different groups.
+            UnsupportedLayerError: a layer is no single matrix or shares its factors with another one, or the optimizer
+                steps its two factors in different groups.
             UnsupportedOptimizerError: its state can't be cut into runs.
         """
         kind = type(self.optimizer)
@@ -205,6 +206,20 @@ class Zero:
                 "state is not a function of the gradient alone: set weight_decay to 0, or use AdamW"
             )
         for pair in pairs:
+            if not pair.is_matrix:
+                refuse(
+                    pair.name,
+                    f"it is {'a stack of experts' if pair.experts > 1 else 'a convolution'}, whose factors DeepSpeed's "
+                    "ZeRO cuts into runs of entries",
+                    "train with DistributedDataParallel, or leave it out of the adapter",
+                )
+            if pair.twin is not None:
+                refuse(
+                    pair.name,
+                    f"it shares its factors with {pair.twin.name!r}, and DeepSpeed's ZeRO cuts them into runs of "
+                    "entries",
+                    "train with DistributedDataParallel, or leave one of them out of the adapter",
+                )
             runs = [self._runs.get(id(factor)) for factor in (pair.lora_A, pair.lora_B)]
             if runs[0] is not None and runs[1] is not None and runs[0].flat is not runs[1].flat:
                 refuse(

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from scalora.model.layers import whole_shape
 from scalora.runs.errors import InputError
 from scalora.runs.prepare import PreparedRun
 
@@ -109,7 +110,7 @@ def _check_tokens(base: nn.Module, tokens: Any, modules: Sequence[str]) -> None:
         if name and full is None:
             raise InputError(f"lora.trainable_token_indices: the model has no module {name!r}{_near(name, modules)}")
         layer: Any = base.get_submodule(full) if full else base.get_input_embeddings()  # type: ignore[operator]
-        size = layer.weight.shape[0]
+        size = whole_shape(layer.weight)[0]
         if beyond := [index for index in indices if index >= size]:
             raise InputError(
                 f"lora.trainable_token_indices: there is no token {beyond[0]}: the vocabulary has {size:,}"

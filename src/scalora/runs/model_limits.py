@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from scalora.model.layers import whole_shape
 from scalora.runs.errors import InputError
 
 # Names of the tables in which Transformers' models look up positions.
@@ -67,7 +68,7 @@ def _usable_rows(table: Any) -> int:
     """Rows of a table of positions that tokens can have: RoBERTa's begin after the padding row, OPT's at the third."""
     padding = getattr(table, "padding_idx", None)
     offset = getattr(table, "offset", 0) if padding is None else padding + 1
-    return int(table.weight.shape[0] - offset)
+    return whole_shape(table.weight)[0] - int(offset)
 
 
 def text_limit(max_tokens: int | None, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> TextLimit:

@@ -44,11 +44,19 @@ def check_sharding(settings: Settings, method: Method, arguments: TrainingArgume
     Raises:
         InputError: it can't; names the key.
     """
+    given, plugin = settings.training.get("deepspeed"), arguments.deepspeed_plugin
+    if (how := _fsdp(arguments)) is None and plugin is None:
+        return
+    how = how or (
+        f"training.deepspeed={given!r}" if given else f"DeepSpeed ZeRO-{plugin.zero_stage} of `accelerate launch`"
+    )
+    if isinstance(method, ScaLoraMethod) and arguments.load_best_model_at_end:
+        raise InputError(
+            f"training.load_best_model_at_end=True with {how}: the Trainer would load the best adapter onto the base "
+            "weights of the last step; set it to false, and export the best checkpoint of the folder trainer afterwards"
+        )
     if not splits_weights(arguments):
         return
-    given = settings.training.get("deepspeed")
-    zero = f"training.deepspeed={given!r}" if given else "DeepSpeed ZeRO-3 of `accelerate launch`"
-    how = _fsdp(arguments) or zero
     if not isinstance(method, ScaLoraMethod):
         raise InputError(
             f"method={settings.method!r} with {how}: of the methods only scalora and its controls write what they have "
@@ -113,7 +121,8 @@ def models_are_loaded_whole(arguments: TrainingArguments) -> Iterator[None]:
     Args:
         arguments: the trainer's arguments.
     """
-    config = getattr(arguments, "hf_deepspeed_config", None)
+    # Accelerate has its own copy, which alone is there if `accelerate launch` asks for DeepSpeed.
+    config = getattr(arguments.deepspeed_plugin, "dschf", None) or getattr(arguments, "hf_deepspeed_config", None)
     if config is None:
         yield
         return
@@ -140,8 +149,3 @@ def _check_fsdp(how: str, arguments: TrainingArguments) -> None:
         key, version = "FSDP_VERSION", int(os.environ.get("FSDP_VERSION", "1"))
     if version != 2:
         raise InputError(f"{how} with {key}={version}: FSDP1 splits weights anywhere, not by rows; set it to 2")
-    if arguments.load_best_model_at_end:
-        raise InputError(
-            f"training.load_best_model_at_end=True with {how}: the Trainer would load the best adapter onto the base "
-            "weights of the last step; set it to false, and export the best checkpoint of the folder trainer afterwards"
-        )

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from scalora.model.layers import whole_shape
 from scalora.runs.errors import InputError
 from scalora.runs.models import save_tokenizer
 from scalora.saving.merged_model import make_generation_valid
@@ -25,7 +26,7 @@ def require_vocabulary(model: nn.Module, rows: int, template: object) -> None:
     Raises:
         InputError: the embeddings have another number of rows.
     """
-    now = len(model.get_input_embeddings().weight)  # type: ignore[operator]
+    now = whole_shape(model.get_input_embeddings().weight)[0]  # type: ignore[operator]
     if now != rows:
         raise InputError(
             f"training.chat_template_path={template!r}: TRL has taken the tokens of its tokenizer too, and so changed "

@@ -25,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from scalora.engine import ScaLora
 from scalora.integrations.transformers import ScaLoraCallback, train_no_further
+from scalora.model.layers import whole_shape
 from scalora.parallel.job import is_first, wait_for_all
 from scalora.rescale import native
 from scalora.rivals.scalora import ScaLoraMethod
@@ -191,7 +192,7 @@ def _adapt(run: PreparedRun, base: nn.Module) -> Trainer:
     _say(f"preparing {', '.join(f'{len(rows):,} {split} examples' for split, rows in run.examples.items())}")
     # It would say that an example is too long before TRL cuts it off; `warn_about_lengths` says what is true then.
     check_names(run, base)
-    rows = len(base.get_input_embeddings().weight)  # type: ignore[operator]
+    rows = whole_shape(base.get_input_embeddings().weight)[0]  # type: ignore[operator]
     with without_message("transformers.tokenization_utils_base", "Token indices sequence length is longer"):
         model = run.method.adapt(
             base, run.peft_config, partial(_backward, run.make_trainer), run.arguments.learning_rate
