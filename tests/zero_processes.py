@@ -305,6 +305,7 @@ ZERO = {
     "ZeRO-1": {"stage": 1},
     "ZeRO-2": {"stage": 2},
     "ZeRO-3": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "ZeRO-1, offloaded, DeepSpeedCPUAdam": {"stage": 1, "offload_optimizer": CPU, "cpu_adam": True},
     "ZeRO-2, offloaded": {"stage": 2, "offload_optimizer": CPU},
     "ZeRO-3, offloaded, persistent": {"stage": 3, **OFFLOADED},
     "ZeRO-2, bfloat16": {"stage": 2, "bf16": True},
@@ -318,6 +319,7 @@ def in_a_trainer(folder, name, per_process, *, steps=6, resume=None, merge="dens
     zero = dict(ZERO[name]) if ZERO[name] else None
     half = bool(zero and zero.pop("bf16", False))
     merge = zero.pop("merge", merge) if zero else merge
+    cpu_adam = bool(zero and zero.pop("cpu_adam", False))  # Accelerate's default with an optimizer on the CPU
     model = with_lora(
         tiny_llama(num_hidden_layers=1), r=3, target_modules=["q_proj", "down_proj"], modules_to_save=None
     )
@@ -331,7 +333,7 @@ def in_a_trainer(folder, name, per_process, *, steps=6, resume=None, merge="dens
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
+            "zero_force_ds_cpu_optimizer": cpu_adam,
             "bf16": {"enabled": half},
             "zero_optimization": zero,
         }
@@ -349,6 +351,7 @@ def in_a_trainer(folder, name, per_process, *, steps=6, resume=None, merge="dens
     losses = torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
     rates = torch.tensor([log["learning_rate"] for log in trainer.state.log_history if "loss" in log])
     assert engine.is_sharded == (zero is not None)
+    assert (type(engine.optimizer).__name__ == "DeepSpeedCPUAdam") == cpu_adam
     if zero is not None and zero["stage"] == 3:
         assert all(pair.weight.ds_tensor.numel() < pair.m * pair.n for pair in engine.pairs)
         if merge == "dense":
