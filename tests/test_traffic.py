@@ -1,4 +1,4 @@
-"""What a rescale of shards gathers, by the formulas: no more of a layer than four times its larger factor."""
+"""What a rescale gathers, by the formulas: no more of a layer than four times its larger factor."""
 
 import pytest
 from models import Mixed, tiny_llama, with_lora
@@ -46,3 +46,12 @@ def test_a_sum_takes_the_place_of_a_gather_that_would_pad_to_more():
     gathered, _ = rescale_of_shards(16, [[(9, matrices)]])
     assert gathered == ("sum", 4 * 3 * 9 * 32)
     assert of_gather(16, matrices) == (False, 2 * 16 * 32 + 32 * 9)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("r", RANKS)
+def test_neither_is_one_of_zero_s_by_columns(stage, r):
+    for pair in layers_of(r):
+        for processes in PROCESSES:
+            (gathered,) = rescale_collectives([pair], "dense", f"zero{stage}", processes)
+            assert gathered.bytes <= 4 * 4 * r * max(pair.m, pair.n)

@@ -4,7 +4,6 @@ Each number of processes is started once and runs all its cases (`zero_processes
 they do. DeepSpeed is imported in those processes only.
 """
 
-import importlib.util
 import os
 import re
 import shutil
@@ -17,18 +16,29 @@ from multiprocessing import forkserver
 
 import pytest
 import torch
+from conftest import needs_deepspeed
 from torch import multiprocessing
-from zero_processes import CASES, HALVES, OF_FOUR, STEPS, ZERO, Run, adapted, in_a_trainer, process, rescaled, resumed
+from zero_processes import (
+    BUCKET,
+    CASES,
+    HALVES,
+    OF_FOUR,
+    STEPS,
+    ZERO,
+    Run,
+    adapted,
+    in_a_trainer,
+    process,
+    rescaled,
+    resumed,
+)
 
 from scalora import StateError
 from scalora.parallel.flat import Cut, rectangles
-from scalora.saving.checkpoints import why_not_resumable
+from scalora.saving.checkpoints import last_checkpoint, set_broken_checkpoints_aside, why_not_resumable
 from scalora.saving.fingerprint import base_fingerprint
 from scalora.saving.state_file import STATE_FILE, read_state, write_state
 
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="could not import 'deepspeed': it is not installed"
-)
 slow = pytest.mark.slow
 
 # The first start of all compiles an operation of DeepSpeed's.
@@ -152,10 +162,25 @@ def test_rescales_on_given_gradients_are_equal_to_the_bit(stage, dtype, merge, o
 @slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_rescale_takes_one_collective_and_no_weight_is_sent(stage, of_four):
+def test_a_rescale_takes_one_collective_which_is_estimated_and_no_weight_is_sent(stage, of_four):
     for result in of_four:
-        counted = result["collectives", stage]
+        counted = result["collectives", stage, BUCKET]
         assert counted["seen"] == [("_allgather_base_", 2 * 4 * counted["entries"])]
+        assert counted["said"] == [("gather", 2 * 4 * counted["entries"])]
+
+
+@slow
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rescale_takes_one_collective_for_each_bucket(stage, of_four):
+    for result in of_four:
+        counted = result["collectives", stage, 3000]
+        said = sum(size for _, size in counted["said"])
+        assert len(counted["seen"]) == len(counted["said"]) > 2
+        assert said == 2 * 4 * counted["entries"]
+        # Of a layer that few processes have, a gather is padded or a sum sends it twice.
+        sent = sum((2 if "allreduce" in name else 1) * size for name, size in counted["seen"])
+        assert sent == said if stage == 3 else said <= sent <= 2 * said
 
 
 @slow
@@ -254,6 +279,57 @@ def test_a_checkpoint_without_the_merges_is_not_resumed(of_two, folder, tmp_path
     assert f"has neither {STATE_FILE}" in why_not_resumable(checkpoint)
     with pytest.raises(StateError, match=f"has neither {STATE_FILE}"):
         in_a_trainer(tmp_path, "without", 8, resume=str(checkpoint))
+
+
+@slow
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["ZeRO-2", "ZeRO-3", "ZeRO-2, bfloat16", "ZeRO-3, bfloat16"])
+@pytest.mark.parametrize("cut_short", [False, True])
+def test_a_checkpoint_whose_part_of_deepspeed_s_is_not_whole_is_set_aside(name, cut_short, of_two, folder, tmp_path):
+    checkpoints = [tmp_path / f"checkpoint-{step}" for step in (3, 6)]
+    for checkpoint in checkpoints:
+        shutil.copytree(folder / f"{name} 2" / checkpoint.name, checkpoint)
+    files = list((checkpoints[1] / "global_step6").iterdir())
+    assert len(files) == (4 if "ZeRO-3" in name else 3)
+    for path in files:
+        content = path.read_bytes()
+        if cut_short:
+            path.write_bytes(content[: len(content) // 2])
+        else:
+            path.unlink()
+        assert re.search(
+            "is cut short" if cut_short else "has no .*: it was cut off", why_not_resumable(checkpoints[1])
+        )
+        path.write_bytes(content)
+        assert why_not_resumable(checkpoints[1]) is None
+    files[0].unlink()
+    with pytest.warns(UserWarning, match="checkpoint-6' is set aside"):
+        set_broken_checkpoints_aside(tmp_path)
+    assert last_checkpoint(tmp_path) == checkpoints[0]
+
+
+@slow
+@needs_deepspeed
+def test_another_number_of_processes_is_refused_by_name(of_two):
+    for result in of_two:
+        assert re.search(
+            r"can't resume from '.*ZeRO-3 4/checkpoint-3' in 2 processes: DeepSpeed has saved its part in 4, and reads "
+            r"it in as many alone: start 4 processes, or go on without DeepSpeed",
+            result["fewer"],
+        )
+
+
+@slow
+@needs_deepspeed
+def test_what_one_process_cannot_save_or_load_is_refused_by_all(of_two):
+    first, second = (result["failures"] for result in of_two)
+    assert "File too large" in first["disk full"]
+    assert re.match("process 0 of 2 failed: .*File too large", second["disk full"])
+    assert "nothing" in second["unreadable"]
+    assert first["unreadable"].startswith("process 1 of 2 failed: ")
+    for found in (first, second):
+        assert found["untouched"]
+        assert found["earlier"]
 
 
 @slow

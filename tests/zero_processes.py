@@ -2,6 +2,8 @@
 
 import gc
 import os
+import resource
+import signal
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +23,19 @@ from scalora import (
     ScaLora,
     ScaLoraCallback,
     ScaLoraConfig,
+    StateError,
     UnsupportedLayerError,
     UnsupportedOptimizerError,
     optimal_start,
 )
+from scalora.bench.several_gpus import rescale_collectives
 from scalora.model.adapters import find_lora_pairs
 from scalora.parallel import runs
 from scalora.parallel.zero import zero_of
 from scalora.saving.peft_model import ShardedModelError
 
 STEPS, BATCH = 22, 8
-BUCKET = runs._BUCKET
+BUCKET = runs.BUCKET
 
 
 class Layers(nn.Module):
@@ -127,7 +131,7 @@ class Run:
         zero = {key: value for key, value in settings.items() if key not in ScaLoraConfig.__dataclass_fields__}
         config = {key: value for key, value in settings.items() if key not in zero}
         self.model = adapted(dtype)
-        runs._BUCKET = bucket or BUCKET
+        runs.BUCKET = bucket or BUCKET
         parameters = trainable(self.model)
         if groups is not None:
             first = [p for n, p in self.model.named_parameters() if p.requires_grad and GROUPS[groups][0] in n]
@@ -276,15 +280,22 @@ def give_gradients(engine, optimizer, generator):
                 run.of(run.flat.grad).put(gradient)
 
 
-def collectives_of_a_rescale(processes, stage):
+def collectives_of_a_rescale(processes, stage, bucket):
     model = with_lora(tiny_llama(num_hidden_layers=1), r=4, target_modules="all-linear")
+    runs.BUCKET = bucket
+    said = rescale_collectives(find_lora_pairs(model), "dense", f"zero{stage}", processes)
     wrapper, optimizer = deep(model, torch.optim.SGD(trainable(model), lr=0.0), processes, stage=stage)
     engine = ScaLora(wrapper, optimizer, ScaLoraConfig(warmup_steps=0))
     give_gradients(engine, optimizer, torch.Generator().manual_seed(1))
     with Collectives() as counted:
         optimizer._optimizer_step(0)
     assert engine.metrics()["scalora/left_alone_share"] == 0
-    return {"seen": counted.seen, "entries": sum(pair.r * (pair.m + pair.n) for pair in engine.pairs)}
+    runs.BUCKET = BUCKET
+    return {
+        "seen": counted.seen,
+        "said": [tuple(collective) for collective in said],
+        "entries": sum(pair.r * (pair.m + pair.n) for pair in engine.pairs),
+    }
 
 
 # ---- A Trainer
@@ -294,6 +305,7 @@ ZERO = {
     "ZeRO-1": {"stage": 1},
     "ZeRO-2": {"stage": 2},
     "ZeRO-3": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "ZeRO-1, offloaded, DeepSpeedCPUAdam": {"stage": 1, "offload_optimizer": CPU, "cpu_adam": True},
     "ZeRO-2, offloaded": {"stage": 2, "offload_optimizer": CPU},
     "ZeRO-3, offloaded, persistent": {"stage": 3, **OFFLOADED},
     "ZeRO-2, bfloat16": {"stage": 2, "bf16": True},
@@ -307,6 +319,7 @@ def in_a_trainer(folder, name, per_process, *, steps=6, resume=None, merge="dens
     zero = dict(ZERO[name]) if ZERO[name] else None
     half = bool(zero and zero.pop("bf16", False))
     merge = zero.pop("merge", merge) if zero else merge
+    cpu_adam = bool(zero and zero.pop("cpu_adam", False))  # Accelerate's default with an optimizer on the CPU
     model = with_lora(
         tiny_llama(num_hidden_layers=1), r=3, target_modules=["q_proj", "down_proj"], modules_to_save=None
     )
@@ -320,7 +333,7 @@ def in_a_trainer(folder, name, per_process, *, steps=6, resume=None, merge="dens
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
+            "zero_force_ds_cpu_optimizer": cpu_adam,
             "bf16": {"enabled": half},
             "zero_optimization": zero,
         }
@@ -338,6 +351,7 @@ def in_a_trainer(folder, name, per_process, *, steps=6, resume=None, merge="dens
     losses = torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
     rates = torch.tensor([log["learning_rate"] for log in trainer.state.log_history if "loss" in log])
     assert engine.is_sharded == (zero is not None)
+    assert (type(engine.optimizer).__name__ == "DeepSpeedCPUAdam") == cpu_adam
     if zero is not None and zero["stage"] == 3:
         assert all(pair.weight.ds_tensor.numel() < pair.m * pair.n for pair in engine.pairs)
         if merge == "dense":
@@ -508,6 +522,36 @@ def refusals(processes):
     }
 
 
+def failures(rank, processes, folder):
+    """Of saving and of loading, where one process alone can't."""
+    run = Run(rank, processes, stage=3).steps(0, 2)
+    run.engine.save(folder / "failing")
+    dist.barrier()
+    before, messages = effective(run.engine), {}
+    run.steps(2, 3)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    with pytest.raises(OSError, match="File too large") as error:
+        run.engine.save(folder / "failing")
+    messages["disk full"] = str(error.value)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    dist.barrier()
+    now = effective(run.engine)
+    with pytest.raises(StateError) as unreadable:
+        run.engine.load(folder / ("failing" if rank == 0 else "nothing"))
+    messages["unreadable"] = str(unreadable.value)
+    messages["untouched"] = same(effective(run.engine), now)
+    run.engine.load(folder / "failing")
+    messages["earlier"] = same(effective(run.engine), before) and not same(now, before)
+    return messages
+
+
+def same(found, wanted):
+    return all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
 def overflowing(processes):
     """Steps that DeepSpeed skips because of an overflow, and one that it takes."""
     model = adapted(torch.float16)
@@ -547,7 +591,8 @@ def process(rank, processes, folder, port):
         for stage, dtype, merge in HALVES:
             results[stage, str(dtype), merge] = rescaled(processes, dtype, merge, stage)
         for stage in (2, 3):
-            results["collectives", stage] = collectives_of_a_rescale(processes, stage)
+            for bucket in (BUCKET, 3000):
+                results["collectives", stage, bucket] = collectives_of_a_rescale(processes, stage, bucket)
         saving = Run(rank, processes, **CASES["ZeRO-3, every step"]).steps(0, STEPS // 2)
         saving.engine.save(folder / "saved")
         dist.barrier()
@@ -557,6 +602,10 @@ def process(rank, processes, folder, port):
             results["resumed", stage] = resumed(rank, processes, folder / "saved", **settings)
         results["refusals"] = refusals(processes)
         results["overflows"] = overflowing(processes)
+        results["failures"] = failures(rank, processes, folder)
+        with pytest.raises(StateError) as error:
+            in_a_trainer(folder / "fewer", "ZeRO-3", 4, resume=str(folder / "ZeRO-3 4" / "checkpoint-3"))
+        results["fewer"] = str(error.value)
     results["trainers"] = trainers(folder, processes)
     torch.save(results, folder / f"{processes}-{rank}.pt")
     dist.barrier()

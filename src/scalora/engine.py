@@ -357,10 +357,14 @@ class ScaLora:
         if sharded and self.is_sharded and self._zero is None:
             write_sharded(Path(folder), state, self.step)
             return
-        if self.is_sharded:
-            state = wholes_for(state, keep=rank == 0)
-        if rank == 0 or resumable:
-            write_whole(Path(folder), state, self.step)
+        if not self.is_sharded:
+            if rank == 0 or resumable:
+                write_whole(Path(folder), state, self.step)
+            return
+        state = wholes_for(state, keep=rank == 0)
+        with failing_together(OSError):
+            if rank == 0 or resumable:
+                write_whole(Path(folder), state, self.step)
 
     def load(self, folder: str | Path) -> None:
         """Restore a state that `save` wrote, or `save_pretrained` of a model with ScaLoRA attached.
@@ -375,14 +379,16 @@ class ScaLora:
                 model, adapter or settings, lacks an entry, or has NaN or infinite entries. The model has not been
                 changed then.
         """
-        if not self.is_sharded or self._zero is not None:
+        if not self.is_sharded:
             self.load_state_dict(read_own(Path(folder)))
             return
         reshard(self._model)
         with failing_together(StateError):  # an infinite entry is in the shards of one process only
-            like = dict(shards_to_be_like(gather(self._model, self.pairs), self.optimizer))
+            like = None
+            if self._zero is None:
+                like = dict(shards_to_be_like(gather(self._model, self.pairs), self.optimizer))
             state = read_own(Path(folder), like)
-            check_all(state, self._model, self.pairs, self._progress.fingerprint, self.config, None)
+            check_all(state, self._model, self.pairs, self._progress.fingerprint, self.config, self._zero)
         self._restore(state)
 
     @torch.no_grad()

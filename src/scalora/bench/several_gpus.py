@@ -11,12 +11,14 @@ from torch import nn
 from scalora.bench.floor import Work
 from scalora.bench.settings import Parallel
 from scalora.config import Merge
-from scalora.model.adapters import LoraPair
+from scalora.model.adapters import LoraPair, by_rank, by_shape
 from scalora.model.memory import Memory
+from scalora.parallel import runs
 from scalora.parallel.buckets import BUCKET, alike, gathered_of
 from scalora.parallel.layout import in_buckets
 from scalora.parallel.traffic import (
     Collective,
+    gathered_by_zero,
     most_of_layer,
     of_gather,
     received,
@@ -37,7 +39,7 @@ class GpuMemory(Memory):
 
     Attributes:
         layers: whole weights, gathered to compute with: those outside the blocks, one block, and the next one.
-        gathered: what a rescale gathers: two buckets at most.
+        gathered: what a rescale gathers: two buckets, or with ZeRO one and what is put together of it.
     """
 
     layers: int = 0
@@ -98,7 +100,14 @@ def rescale_collectives(pairs: list[LoraPair], merge: Merge, parallel: Parallel,
     if parallel == "ddp":
         return []
     if parallel != "fsdp2":
-        return rescale_of_zero([(pair.m, pair.n, pair.r) for pair in pairs])
+        buckets_of_zero = [
+            bucket
+            for of_rank in by_rank(pairs)
+            for bucket in in_buckets(by_shape(of_rank), _gathered_by_zero, runs.BUCKET)
+        ]
+        return rescale_of_zero(
+            [[_gathered_by_zero(pair) for of_shape in bucket for pair in of_shape] for bucket in buckets_of_zero]
+        )
 
     def matrices(pair: LoraPair) -> list[tuple[int, int]]:
         return gathered_of(pair, whole_B=pair.transposed or merge == "factored")
@@ -180,6 +189,10 @@ def work_of_one(rescale: Mapping[str, Work], merge: Merge, parallel: Parallel, g
     return {
         part: work if part in whole else Work(work.bytes / gpus, work.flops / gpus) for part, work in rescale.items()
     }
+
+
+def _gathered_by_zero(pair: LoraPair) -> int:
+    return gathered_by_zero(pair.m, pair.n, pair.r)
 
 
 def _bytes(module: nn.Module) -> int:

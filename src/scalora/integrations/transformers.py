@@ -26,6 +26,7 @@ from scalora.model.copies import complete_copies
 from scalora.model.remainder_layer import ChangedBaseError
 from scalora.model.whole_adapter import remainder_layers
 from scalora.parallel.data_parallel import keep_out_of_broadcasts
+from scalora.parallel.processes import failing_together, process_count
 from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.attach import fingerprint_of
 from scalora.saving.checkpoints import set_broken_checkpoints_aside, why_not_resumable
@@ -33,6 +34,7 @@ from scalora.saving.errors import StateError
 from scalora.saving.peft_model import write_placeholders
 from scalora.saving.state import check_base, check_content
 from scalora.saving.state_file import holds_state, read_state
+from scalora.saving.zero_files import processes_of_zero
 
 _T = TypeVar("_T")
 
@@ -116,6 +118,8 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
                 checkpoint = get_last_checkpoint(trainer.args.output_dir)
             if checkpoint and (flaw := why_not_resumable(Path(checkpoint))) is not None:
                 raise StateError(f"can't resume from {str(checkpoint)!r}: {flaw}")
+            if checkpoint and trainer.is_deepspeed_enabled:
+                _check_count(Path(checkpoint))
             self._resumed_from = Path(checkpoint) if checkpoint else None
             return train(resume_from_checkpoint, *args, **kwargs)
 
@@ -203,8 +207,9 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         """
         if self.engine is not None and self.engine.is_sharded:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if state.is_world_process_zero:
-                write_placeholders(self.engine.pairs[0], folder)
+            with failing_together(OSError):
+                if state.is_world_process_zero:
+                    write_placeholders(self.engine.pairs[0], folder)
             self.engine.save(folder, sharded=not _saves_one_file())
 
     def on_log(
@@ -246,6 +251,16 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             self.engine.detach()
             if (attachment := attachment_of(kwargs["model"])) is not None:
                 attachment.saved_by_callback = False
+
+
+def _check_count(checkpoint: Path) -> None:
+    """Check that DeepSpeed can read its part of a checkpoint in this number of processes."""
+    saved, now = processes_of_zero(checkpoint), process_count()
+    if saved not in (None, now):
+        raise StateError(
+            f"can't resume from {str(checkpoint)!r} in {now} processes: DeepSpeed has saved its part in {saved}, and "
+            f"reads it in as many alone: start {saved} processes, or go on without DeepSpeed in any number"
+        )
 
 
 def _needs_the_base(trainer: Trainer | None) -> bool:

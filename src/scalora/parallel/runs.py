@@ -21,15 +21,16 @@ from scalora.model.adapters import LoraPair, by_rank, by_shape
 from scalora.parallel.flat import Rectangle, Run, gathered, rectangles
 from scalora.parallel.layout import Layout, Shapes, Share, over_columns, over_rows
 from scalora.parallel.shards import copy_all
+from scalora.parallel.traffic import gathered_by_zero
 from scalora.parallel.zero import Zero, run_of_weight
 from scalora.rescale.changes import Factors, Part
 from scalora.rescale.kernels import Kernels
 from scalora.rescale.optimizers import LINEAR, Kind
 from scalora.rescale.remainder import DenseRemainder
 
-# Bytes that a collective gathers at once, beyond which the layers are rescaled in several goes. They are on every
-# device for the time of a rescale.
-_BUCKET = 1 << 28
+BUCKET = 1 << 28
+"""Bytes that a collective gathers at once, beyond which the layers are rescaled in several goes. They are on every
+device for the time of a rescale, and twice while they are put together."""
 
 # Products with fewer rows are computed in another way, and rounded differently (torch 2.13 on CPUs). Weights in half
 # precision shall have the same bits as in one process.
@@ -196,19 +197,19 @@ def layouts_of_runs(
 
 
 def _in_buckets(pairs: list[LoraPair], zero: Zero) -> list[Shapes]:
-    """Layers in lists of at most `_BUCKET` bytes that are gathered, with as many of each process as can be."""
+    """Layers in lists of at most `BUCKET` bytes that are gathered, with as many of each process as can be."""
 
     def place_in_stretch(pair: LoraPair) -> int:
         cut = zero.run_of(pair.lora_A).cut
         return cut.offset % cut.size
 
     buckets: list[list[LoraPair]] = [[]]
-    space = _BUCKET
+    space = BUCKET
     for pair in sorted(pairs, key=place_in_stretch):
-        size = 2 * pair.dtype.itemsize * pair.r * (pair.m + pair.n)
+        size = gathered_by_zero(pair.m, pair.n, pair.r, entry_bytes=pair.dtype.itemsize)
         if space < size and buckets[-1]:
             buckets.append([])
-            space = _BUCKET
+            space = BUCKET
         buckets[-1].append(pair)
         space -= size
     shapes = []

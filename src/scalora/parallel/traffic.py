@@ -83,13 +83,28 @@ def rescale_of_shards(
     return found
 
 
-def rescale_of_zero(layers: Sequence[tuple[int, int, int]]) -> list[Collective]:
-    """The collective of a rescale with ZeRO, whose processes have runs of entries of the factors and their gradients.
+def rescale_of_zero(buckets: Sequence[Sequence[int]]) -> list[Collective]:
+    """The collectives of a rescale with ZeRO, one for each bucket, if its processes have runs of equal length of it.
+
+    If they have not, a gather is padded, to at most twice its size; where it would be longer, a sum of zeros and runs
+    takes its place, which sends every entry twice.
 
     Args:
-        layers: outputs, inputs and rank of each layer.
+        buckets: for each layer of each bucket, what `gathered_by_zero` says.
     """
-    return [Collective("gather", sum(2 * _SINGLE * rank * (m + n) for m, n, rank in layers))]
+    return [Collective("gather", sum(layers)) for layers in buckets]
+
+
+def gathered_by_zero(outputs: int, inputs: int, rank: int, *, entry_bytes: int = _SINGLE) -> int:
+    """Bytes that ZeRO's processes gather of a layer, of whose factors and gradients each has a run of entries.
+
+    Args:
+        outputs: outputs of the layer.
+        inputs: its inputs.
+        rank: its rank.
+        entry_bytes: bytes per entry of what is gathered.
+    """
+    return 2 * entry_bytes * rank * (outputs + inputs)
 
 
 def training_step(parallel: str, base: int, adapter: int) -> list[Collective]:

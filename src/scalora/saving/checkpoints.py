@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from scalora.saving.errors import StateError
 from scalora.saving.state_file import SHARDED_STATE, STATE_FILE, check_state, holds_state
+from scalora.saving.zero_files import flaw_of_zero
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -136,8 +137,11 @@ def _flaw(folder: Path) -> str | None:
     if holds_state(folder):
         try:
             check_state(folder)
+            flaw = flaw_of_zero(folder)
         except StateError as error:
             return str(error)
+        if flaw is not None:
+            return flaw
     elsewhere = {name for pattern, names in _OF_SHARDS.items() if any(folder.glob(pattern)) for name in names}
     if elsewhere and not holds_state(folder):  # which is written after the Trainer's state then
         return (
