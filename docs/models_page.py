@@ -1,6 +1,7 @@
 """Writes docs/models.md, the page of architectures, from trials of tiny models: ``python docs/models_page.py``.
 
-It takes a quarter of an hour, most of it for architectures that turn out to be too large."""
+It takes a quarter of an hour, most of it for architectures that turn out to be too large.
+"""
 
 from __future__ import annotations
 

@@ -130,6 +130,7 @@ def test_an_optimizer_that_moves_to_another_model_leaves_its_first_engine_behind
     assert torch.equal(first.base_model.model.first.base_layer.weight, before)
 
 
+@pytest.mark.slow
 def test_engines_and_models_are_not_kept_alive():
     model = adapted()
     engine = weakref.ref(ScaLora(model, adamw(model), ScaLoraConfig(warmup_steps=0)))
@@ -227,6 +228,7 @@ class OutOfMemoryOnce(Trainer):
         return super().training_step(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_trainer_that_starts_again_with_smaller_batches_counts_its_steps_once(tmp_path):
     model = with_lora(tiny_llama(), r=2, target_modules=["q_proj"])
     row = {"input_ids": list(range(8)), "labels": list(range(8))}
@@ -255,6 +257,7 @@ def test_an_unregistered_state_is_refused_before_anything_is_rescaled():
     assert engine.step == 1
 
 
+@pytest.mark.slow
 def test_the_constants_on_the_device_do_not_pile_up_with_the_patterns_of_active_layers():
     model = with_lora(tiny_llama(), r=2, target_modules="all-linear")
     engine = ScaLora(model, adamw(model), ScaLoraConfig(warmup_steps=0))

@@ -80,6 +80,7 @@ HANDED_OVER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_shape_checks")  # torch.compile can't trace them
 @pytest.mark.parametrize("merge", ["factored", "dense"])
 @pytest.mark.parametrize("way", HANDED_OVER)
@@ -125,6 +126,7 @@ def test_two_peft_models_in_one_module_are_refused():
         ScaLora(both, torch.optim.AdamW(trainable(both)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["factored", "auto"])
 def test_transformers_own_adapters_are_saved_by_transformers(merge, tmp_path):
     model = tiny_llama()
@@ -141,6 +143,7 @@ def test_transformers_own_adapters_are_saved_by_transformers(merge, tmp_path):
     close(says(model), trained)
 
 
+@pytest.mark.slow
 def test_transformers_own_adapters_cannot_be_dense():
     model = tiny_llama()
     model.add_adapter(LoraConfig(r=2, target_modules=TARGETS))
@@ -148,6 +151,7 @@ def test_transformers_own_adapters_cannot_be_dense():
         ScaLora(model, torch.optim.AdamW(trainable(model)), ScaLoraConfig(merge="dense"))
 
 
+@pytest.mark.slow
 def test_injected_layers_without_any_peft_model_give_their_whole_update():
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=TWO), TwoLayers())
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
@@ -170,6 +174,7 @@ def tensors_with_names(tensors):
     return {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["factored", "dense"])
 def test_copies_and_pickles_are_the_trained_model_with_its_guards(merge):
     model = adapted()
@@ -245,6 +250,7 @@ def test_an_optimizer_without_scalora_may_go_on(merge):
     assert (says(model) - before).norm() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("merge", ["factored", "dense"])
 def test_a_compiled_forward_pass_is_not_compiled_again_as_the_remainder_fills(merge):
@@ -261,6 +267,7 @@ def test_a_compiled_forward_pass_is_not_compiled_again_as_the_remainder_fills(me
     assert counters["stats"]["unique_graphs"] <= 2  # without a remainder, and with one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("before", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("merge", ["factored", "dense"])

@@ -187,6 +187,7 @@ def test_damaged_base_rates_are_refused_before_anything_is_changed(damage):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_trainer_that_resumes_after_its_plateau_keeps_the_target_norm(tmp_path):
     ids = torch.randint(0, 64, (32, 8), generator=torch.Generator().manual_seed(0)).tolist()
     data = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])

@@ -304,6 +304,7 @@ STATE_FILES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STATE_FILES)
 def test_a_broken_state_file(kind, run, trained, tmp_path):
     damage, named = STATE_FILES[kind]
@@ -455,6 +456,7 @@ STATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STATES)
 def test_a_state_with_something_wrong_in_it(kind, trained, tmp_path):
     merge, edit, named = STATES[kind]
@@ -844,6 +846,7 @@ def test_a_full_disk_while_saving(merge, tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_for_the_result_of_training(trained, tmp_path):
     with full_disk(20_000):
         result = command(
@@ -860,6 +863,7 @@ def test_a_full_disk_for_the_result_of_training(trained, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_full_disk_for_a_checkpoint(run, trained, tmp_path):
     before = contents(run)
     metrics = (run / "metrics.jsonl").read_text()
@@ -961,6 +965,7 @@ def test_a_broken_checkpoint_is_skipped_and_kept(kind, run, trained, tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:checkpoint:UserWarning")
 @pytest.mark.parametrize("kind", ["optimizer-with-code", "state-cut"])
 def test_resuming_past_a_broken_checkpoint(kind, stopped_run, trained, tmp_path):
@@ -1021,6 +1026,7 @@ def test_resuming_with_another(kind, run, trained, tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run(run, factored_run_checkpoint, trained, tmp_path):
     before = contents(tmp_path)
     assert_one_line(resume(run, trained, "--max_steps", 6), "use the same settings")
@@ -1033,6 +1039,7 @@ def factored_run_checkpoint(run, trained):
     shutil.copytree(trained / "factored" / "trainer" / "checkpoint-4", run / "trainer" / "checkpoint-4")
 
 
+@pytest.mark.slow
 def test_a_cut_last_line_of_metrics_is_dropped(stopped_run, trained):
     run = stopped_run
     metrics = run / "metrics.jsonl"

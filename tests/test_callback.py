@@ -34,6 +34,7 @@ def arguments(tmp_path, cls=TrainingArguments, **settings):
     return cls(**defaults | settings)
 
 
+@pytest.mark.slow
 def test_metrics_reach_the_history_and_the_reporters(tmp_path):
     model = with_lora(tiny_llama(), r=2, target_modules="all-linear", random_B=False)
     args = arguments(tmp_path, report_to="tensorboard", gradient_accumulation_steps=2, eval_strategy="epoch")
@@ -51,6 +52,7 @@ def test_metrics_reach_the_history_and_the_reporters(tmp_path):
     assert series[tag] == pytest.approx([log["scalora/column_share"] for log in logged[2:]])
 
 
+@pytest.mark.slow
 def test_a_trainer_gives_the_weights_of_a_loop_with_the_engine(tmp_path):
     data, config = tokens(24), ScaLoraConfig(warmup_steps=1, interval=2)
     model, twin = (with_lora(tiny_llama(), r=2, target_modules="all-linear") for _ in range(2))
@@ -69,6 +71,7 @@ def test_a_trainer_gives_the_weights_of_a_loop_with_the_engine(tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_sft_trainer_with_its_own_peft_config(causal_folder, tmp_path):
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(causal_folder),
@@ -107,6 +110,7 @@ def dpo(causal_folder, tmp_path):
     return trainer
 
 
+@pytest.mark.slow
 def test_dpo_with_a_dense_remainder_takes_a_reference_model_or_is_refused(dpo, causal_folder):
     separate = dpo("dense", ref_model=AutoModelForCausalLM.from_pretrained(causal_folder))
     separate.train()
@@ -117,6 +121,7 @@ def test_dpo_with_a_dense_remainder_takes_a_reference_model_or_is_refused(dpo, c
         dpo("dense").train()
 
 
+@pytest.mark.slow
 def test_dpo_with_a_factored_remainder_has_the_untouched_model_as_its_reference(dpo, causal_folder):
     trainer = dpo("factored", arguments={"max_steps": 52})
     trainer.train()
@@ -130,6 +135,7 @@ def test_dpo_with_a_factored_remainder_has_the_untouched_model_as_its_reference(
         assert not torch.equal(trainer.model(input_ids=ids).logits.log_softmax(-1), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "first"),
     [({"warmup_steps": 6}, 7), ({"warmup_steps": 2, "interval": 5}, 7), ({"warmup_steps": 5}, None)],
@@ -147,6 +153,7 @@ def test_a_run_too_short_to_rescale_is_said_when_it_begins(settings, first, tmp_
     assert all(f"the first rescale is at step {first};" in text for text in texts)
 
 
+@pytest.mark.slow
 def test_training_twice_attaches_once_each_time(tmp_path):
     model = with_lora(tiny_llama(), r=2, target_modules="all-linear")
     callback = ScaLoraCallback(ScaLoraConfig(warmup_steps=0))

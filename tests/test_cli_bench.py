@@ -26,6 +26,7 @@ def case(**settings):
     return Case(**(defaults | {"merge": "auto", "device": "cpu"} | settings))
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_in_every_case_beside_lora_and_a_rescale_beside_its_floor(tmp_path):
     axes = ["--rank", "4", "--rank", "8", "--dtype", "float32", "--dtype", "bfloat16"]
     methods = ["--method", "scalora", "--method", "scalora:2", "--method", "dora", "--method", "relora"]
@@ -51,6 +52,7 @@ def test_every_method_is_measured_in_every_case_beside_lora_and_a_rescale_beside
         assert "<svg" in (tmp_path / name).read_text()
 
 
+@pytest.mark.slow
 def test_peak_memory_is_each_methods_own(tmp_path):
     # Full fine-tuning keeps two moments and a gradient for each weight, 12 bytes, and AdamW's step takes two copies
     # more; LoRA keeps next to nothing.
@@ -91,6 +93,7 @@ def test_a_disturbed_step_does_not_count_and_a_rescale_does():
     assert row.middle_half == (1.0, 5.0)
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_rescale_are_those_of_the_clock():
     setting = case(width=256, layers=2)
     contender = Contender("scalora", setting.base(), setting)
@@ -173,6 +176,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(arguments, message, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_matrix_scaling_with_pair_adamw_is_a_contender(tmp_path):
     result = CliRunner().invoke(
         app,

@@ -203,6 +203,7 @@ def test_without_tuning_seeds_the_whole_grid_is_run_on_all_seeds(write_study, tr
     assert started["threads"] == "1"
 
 
+@pytest.mark.slow
 def test_tuning_seeds_choose_the_rate_that_is_then_run_and_share_cells_with_the_seeds(write_study, trainer):
     study = write_study()
     result = scalora("compare", study, "--tuning_seeds", "[0, 1]")
@@ -215,6 +216,7 @@ def test_tuning_seeds_choose_the_rate_that_is_then_run_and_share_cells_with_the_
     assert json.loads(Path("study/environment.json").read_text())["threads"] == [1]  # nothing was run with two
 
 
+@pytest.mark.slow
 def test_as_many_runs_at_a_time_as_cores_hold(write_study, trainer, monkeypatch):
     study = write_study(learning_rates=[1e-3])
     for cores, threads, expected in ((3, 1, 3), (5, 2, 2), (1, 1, 1)):
@@ -298,6 +300,7 @@ def most_at_once(cells):
     return max(sum(other["began"] <= one["began"] < other["ended"] for other in cells) for one in cells)
 
 
+@pytest.mark.slow
 def test_a_finished_study_is_not_run_again_and_a_longer_one_only_where_it_is_longer(write_study, trainer):
     study = write_study(learning_rates=[1e-3])
     assert scalora("compare", study).exit_code == 0
@@ -323,6 +326,7 @@ def test_a_finished_cell_of_another_config_is_an_error_and_nothing_is_run(write_
     assert {path: path.read_bytes() for path in Path("study").rglob("*") if path.is_file()} == content
 
 
+@pytest.mark.slow
 def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(write_study, trainer):
     methods = {"bad": {"method": "lora", "lora": {"r": 13}}, "lora": {}}
     study = write_study(methods=methods, learning_rates=[1e-3])
@@ -397,6 +401,7 @@ def test_a_metric_that_the_evaluations_do_not_give_stops_at_the_first_run(write_
     assert len(finished()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_ends_the_running_and_keeps_the_finished(which, write_study, trainer):
     study = write_study(methods={"lora": {}, "slow": {"method": "lora", "lora": {"r": 14}}})
@@ -485,6 +490,7 @@ FASTER = {"lora": {}, "fast": {"method": "lora", "lora": {"r": 17}}, "full": {}}
 SHARES = [0.75, 0.5]
 
 
+@pytest.mark.slow
 def test_shares_of_the_steps_are_run_at_the_best_rate_by_all_but_the_baseline(write_study, trainer):
     study = write_study(methods=FASTER, step_shares=SHARES, tuning_seeds=[0], seeds=[1])
     result = scalora("compare", study, "--run.training.warmup_steps", 2)
@@ -500,6 +506,7 @@ def test_shares_of_the_steps_are_run_at_the_best_rate_by_all_but_the_baseline(wr
     assert half | {"output_dir": whole["output_dir"]} == whole
 
 
+@pytest.mark.slow
 def test_the_table_says_at_which_share_of_the_steps_a_method_is_level(write_study, trainer):
     study = write_study(methods=FASTER, step_shares=SHARES, learning_rates=[2e-3], metric="eval_accuracy")
     result = scalora("compare", study)
@@ -519,6 +526,7 @@ def test_the_table_says_at_which_share_of_the_steps_a_method_is_level(write_stud
     assert before.stdout.split("## Scores")[1] == other
 
 
+@pytest.mark.slow
 def test_shares_can_be_added_to_a_finished_study_and_one_that_is_missing_is_run_again(write_study, trainer):
     study = write_study(learning_rates=[1e-3])
     assert scalora("compare", study).exit_code == 0
@@ -570,6 +578,7 @@ def test_the_table_is_made_anew_without_running_anything(write_study, trainer):
     assert "4 of 4 runs finished" in wanted
 
 
+@pytest.mark.slow
 def test_real_runs_killed_after_the_first_go_on_from_there(write_study, encoder_folder):
     study = write_study(learning_rates=[1e-3], seeds=[1])
     command = [sys.executable, "-m", "scalora", "compare", str(study), "--cores", "1", "--metric", "eval_accuracy"]

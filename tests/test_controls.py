@@ -143,6 +143,7 @@ def test_a_restart_takes_the_gradients_singular_vectors_and_forgets_the_moments(
     engine.detach()
 
 
+@pytest.mark.slow
 def test_every_control_learns():
     for make_engine in (normalising, forgetting, OracleRestarts):
         model = with_lora(TwoLayers(), random_B=False, **TARGETS)

@@ -174,6 +174,7 @@ def attached(model, optimizer="adamw", **config):
     return ScaLora(model, optimizer, ScaLoraConfig(**{"warmup_steps": 0, "merge": "dense"} | config)), optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_convolutions_train_as_linear_layers_on_patches_do(case):
     config = dict(CASES[case])
@@ -190,6 +191,7 @@ def test_convolutions_train_as_linear_layers_on_patches_do(case):
     assert wanted["scalora/merge_norm"] > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["dense", "factored"])
 def test_a_run_with_convolutions_is_saved_loaded_exported_and_merged(merge, tmp_path):
     model = adapted(torch.float32)

@@ -86,6 +86,7 @@ def test_a_cell_of_a_csv_file_is_the_text_that_was_written(table, form):
         assert rows_of(path) == [dict(zip(names, row, strict=True)) for row in rows]
 
 
+@pytest.mark.slow
 @QUICK
 @given(tables(VALUES), st.booleans(), st.sampled_from(["lines", "list", "indented list"]))
 def test_a_value_of_a_json_file_has_the_type_that_was_written(table, ascii_only, form):

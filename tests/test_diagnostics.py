@@ -72,6 +72,7 @@ def chosen_kind(residuals):
     return kinds[0]
 
 
+@pytest.mark.slow
 def test_what_is_chosen_is_the_best_positive_scaling_that_the_mode_allows():
     found = {}
     for seed in range(60):

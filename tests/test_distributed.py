@@ -21,6 +21,8 @@ from scalora.model.remainder_layer import REMAINDER
 from scalora.rivals.controls import OracleRestarts
 from scalora.start import random_start
 
+pytestmark = pytest.mark.slow
+
 PROCESSES, STEPS, BATCH = 2, 6, 4
 
 

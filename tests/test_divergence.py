@@ -86,6 +86,7 @@ def break_at(step, what, monkeypatch):
     monkeypatch.setattr(training, "_adapt", adapt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "settings", "step"),
     [
@@ -108,6 +109,7 @@ def test_what_is_not_finite_stops_the_run(what, settings, step, write_config, tm
         assert len(lines(tmp_path / "run")) in range(1, step + 1)
 
 
+@pytest.mark.slow
 def test_the_last_good_checkpoint_is_named_and_none_is_written_after_it(write_config, tmp_path, monkeypatch):
     break_at(4, "weight", monkeypatch)
     result = scalora("train", write_config(training={"save_strategy": "steps", "save_steps": 2, "logging_steps": 10}))
@@ -117,6 +119,7 @@ def test_the_last_good_checkpoint_is_named_and_none_is_written_after_it(write_co
     assert all(tensor.isfinite().all() for tensor in load_file(good / "scalora_state.safetensors").values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut off", "not finite"])
 def test_a_checkpoint_that_is_no_good_is_not_named(damage, write_config, tmp_path, monkeypatch):
     def on_save(self, args, state, control, **kwargs):
@@ -136,6 +139,7 @@ def test_a_checkpoint_that_is_no_good_is_not_named(damage, write_config, tmp_pat
     assert "checkpoint-2'" in diverged(result, tmp_path / "run", 5)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_not_finite_is_said_and_the_finite_model_is_kept(write_config, tmp_path, monkeypatch):
     evaluation = tmp_path / "eval.jsonl"
     evaluation.write_text(json.dumps(pairs(1)[0]) + "\n")
@@ -177,6 +181,7 @@ def test_a_mask_may_be_infinite_and_nothing_else(value):
     assert first_not_finite(model) == "weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "first"),
     [({"warmup_steps": 6}, 7), ({"warmup_steps": 10}, 11), ({"warmup_steps": 0, "interval": 7}, 7)],

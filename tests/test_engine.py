@@ -56,6 +56,7 @@ class Probe:
         self.seen += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_200_rescales_keep_the_function(dtype, bound, dropout):
@@ -74,6 +75,7 @@ def test_200_rescales_keep_the_function(dtype, bound, dropout):
     assert probe.worst < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["dense", "factored"])
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_every_kind_of_layer_keeps_the_function(use_rslora, merge):
@@ -105,6 +107,7 @@ def test_every_kind_of_layer_keeps_the_function(use_rslora, merge):
     torch.testing.assert_close(merged(tokens), live, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_language_models_train_and_gain_rank(make):
     model = with_lora(make(), random_B=False, r=2, target_modules="all-linear")
@@ -125,6 +128,7 @@ def test_language_models_train_and_gain_rank(make):
     assert sum(shares) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_engine_is_the_reference():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(9, 14, bias=False))
@@ -164,6 +168,7 @@ def run(model, x, y, steps, config=None, lr=1e-2):
     return engine
 
 
+@pytest.mark.slow
 def test_with_rescaling_off_the_run_is_lora_bit_for_bit():
     x, y = regression()
     attached, plain = (with_lora(TwoLayers(), r=3, target_modules=TWO, random_B=False) for _ in range(2))
@@ -173,6 +178,7 @@ def test_with_rescaling_off_the_run_is_lora_bit_for_bit():
         assert torch.equal(p, q), name
 
 
+@pytest.mark.slow
 def test_the_total_update_outgrows_r_and_loras_does_not():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(40, 30, bias=False))
@@ -185,6 +191,7 @@ def test_the_total_update_outgrows_r_and_loras_does_not():
     assert ranks["lora"] <= 4 < ranks["scalora"]
 
 
+@pytest.mark.slow
 def test_smoothness_is_the_target_norm_of_the_base_learning_rate():
     x, y = regression()
     direct, through_L = (with_lora(TwoLayers(), r=3, lora_alpha=6, target_modules=TWO) for _ in range(2))
@@ -303,6 +310,7 @@ def one_step(model, tokens, **settings):
     return model(input_ids=tokens).logits
 
 
+@pytest.mark.slow
 def test_a_dense_model_is_saved_as_a_state_that_nothing_takes_for_an_adapter(tmp_path):
     tokens = torch.randint(0, 64, (4, 10), generator=torch.Generator().manual_seed(0))
     model = with_lora(tiny_llama(), r=2, target_modules="all-linear")

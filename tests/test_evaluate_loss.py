@@ -123,6 +123,7 @@ def test_arguments_that_don_t_fit_the_data_are_refused(tokenizer):
         )
 
 
+@pytest.mark.slow
 def test_the_command_gives_the_loss_that_training_logged(causal_folder, write_jsonl, tmp_path):
     data, config = write_jsonl("data.jsonl", PAIRS), tmp_path / "config.yaml"
     training = {

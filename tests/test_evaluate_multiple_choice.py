@@ -50,6 +50,7 @@ texts = st.lists(words, max_size=4).flatmap(lambda parts: st.sampled_from([" ", 
 bordered = st.tuples(st.sampled_from(["", " ", "  ", "\n"]), texts, st.sampled_from(["", " ", "\n"])).map("".join)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "begins"])
 def test_the_choice_is_the_harnesss_choice(kind, tokenizer):
     tokenizer = variant(tokenizer, kind)

@@ -111,11 +111,13 @@ def close(found, wanted, tolerance):
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_fused_experts_train_as_separate_ones_do(name):
     check_equal_trajectories(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_fused_experts_train_as_separate_ones_do_in_all_modes(case, monkeypatch):
     settings = dict(CASES[case])
@@ -125,6 +127,7 @@ def test_fused_experts_train_as_separate_ones_do_in_all_modes(case, monkeypatch)
     check_equal_trajectories("mixtral", 1e-7 if case == "compressed" else 1e-10, **settings)
 
 
+@pytest.mark.slow
 def test_the_comparison_would_notice_experts_that_are_mixed_up(monkeypatch):
     def by_rows(lora_B, experts):  # as the rows of lora_A are laid out
         return lora_B.view(len(lora_B), experts, -1).permute(1, 0, 2)
@@ -158,6 +161,7 @@ def test_an_expert_without_tokens_is_left_alone_and_counted_as_such():
     assert metrics["scalora/nonfinite"] == metrics["scalora/exploding"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["matrix", "auto"])
 def test_a_rescale_of_experts_leaves_the_function_as_it_is(mode):
     for name in MODELS:
@@ -189,6 +193,7 @@ def give_gradients(whole, parts, seed):
             parts.get_parameter(name).grad = parameter.grad.clone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("merge", ["dense", "dense_8bit", "stochastic"])
@@ -253,6 +258,7 @@ def says(model):
     return model.eval()(input_ids=batch(99, rows=2, length=9)).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run_with_experts_is_saved_loaded_exported_and_merged(trained, name, tmp_path):
     model, folder, state = trained[name]
@@ -282,6 +288,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_run_with_experts_that_is_resumed_goes_on_as_if_it_had_not_stopped(case, tmp_path):
     def run():
@@ -417,6 +424,7 @@ class Launches(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["columns", "matrix"])
 def test_a_rescale_takes_as_many_operations_for_few_experts_as_for_many(case):
     config = {"mode": "matrix", "optimizer": "pairs"} if case == "matrix" else {}

@@ -71,6 +71,7 @@ def test_a_relative_path_is_loaded_from_anywhere(spelling, base, tmp_path, monke
         )
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_pinned_to_the_commit_that_was_loaded(tmp_path):
     for number, (revision, wanted) in enumerate([(None, "c0ffee"), ("v2", "v2")]):
         model = tiny_llama()
@@ -160,6 +161,7 @@ def run(causal_folder, write_jsonl, tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_names_and_takes_another_name(run, tmp_path):
     assert named_in(run / "adapter") == (str(tmp_path / "models" / "base"), None)
     result = command("export", run)
@@ -181,6 +183,7 @@ def test_the_command_says_what_it_names_and_takes_another_name(run, tmp_path):
     assert "leave it out" in refused.stderr
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_gguf_base_names_none_and_says_how_to_load_it(run, tmp_path, monkeypatch):
     from scalora.runs import finished_run
 

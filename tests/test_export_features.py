@@ -53,6 +53,7 @@ LLAMAS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["dense", "factored"])
 @pytest.mark.parametrize("settings", LLAMAS.values(), ids=LLAMAS)
 def test_every_setting_of_peft_is_in_the_exports(settings, merge, tmp_path):

@@ -91,6 +91,7 @@ def trained(causal_folder, tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("merge", "dtype"), [("dense", "bfloat16"), ("factored", "bfloat16"), ("dense", "float32")])
 def test_the_last_checkpoint_of_a_trainer_as_adapter_and_as_model(merge, dtype, trained, causal_folder, tmp_path):
     folder, live = trained(merge, dtype)
@@ -110,6 +111,7 @@ def test_the_last_checkpoint_of_a_trainer_as_adapter_and_as_model(merge, dtype, 
         assert json.loads((tmp_path / name / "export.json").read_text())["state"] == str(folder / "checkpoint-6")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_cut_off_is_skipped_and_one_can_be_named(trained, causal_folder, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(trained("dense", "float32")[0], folder)
@@ -126,6 +128,7 @@ def test_a_checkpoint_that_was_cut_off_is_skipped_and_one_can_be_named(trained, 
     assert "no whole checkpoint" in result.stderr
 
 
+@pytest.mark.slow
 def test_what_is_no_state_or_several_is_refused_in_one_line(trained, causal_folder, tmp_path):
     folder, _ = trained("factored", "bfloat16")
     for name in ("first", "second"):
@@ -162,6 +165,7 @@ def test_evaluate_says_that_a_state_is_no_model(trained, tmp_path):
         assert f"`scalora export {path} --to merged`" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_base_that_has_gone_is_asked_for(causal_folder, tmp_path):
     shutil.copytree(causal_folder, tmp_path / "base")
     save_trained(lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base")), tmp_path / "saved")
@@ -174,6 +178,7 @@ def test_a_base_that_has_gone_is_asked_for(causal_folder, tmp_path):
     assert config["base_model_name_or_path"] == str(tmp_path / "moved")
 
 
+@pytest.mark.slow
 def test_somebodys_own_config_file_is_not_taken_for_a_run(trained, tmp_path):
     project = tmp_path / "project"
     shutil.copytree(trained("factored", "bfloat16")[0], project / "out")
@@ -183,6 +188,7 @@ def test_somebodys_own_config_file_is_not_taken_for_a_run(trained, tmp_path):
     exported(project / "out" / "checkpoint-3", "--output", tmp_path / "checkpoint")
 
 
+@pytest.mark.slow
 def test_a_classifier_keeps_its_head_and_its_classes(encoder_folder, tmp_path):
     names = {0: "red", 1: "blue", 2: "green"}
     settings = {"num_labels": 3, "ignore_mismatched_sizes": True}
@@ -199,6 +205,7 @@ def test_a_classifier_keeps_its_head_and_its_classes(encoder_folder, tmp_path):
     torch.testing.assert_close(logits(adapted), live, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_loaded_as_it_was_in_training(tokenizer, tmp_path):
     # bitsandbytes needs at least one quantisation block, 64 inputs, in each row.
     base = tiny_llama(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, pad_token_id=1).bfloat16()
@@ -228,6 +235,7 @@ def test_a_model_without_a_class_of_its_own_is_left_to_python(tmp_path):
     assert "does not name its base: give the base with --base" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_state_that_does_not_say_how_its_base_was_loaded_takes_it_from_the_options(causal_folder, tmp_path):
     model = lora(AutoModelForCausalLM.from_pretrained(causal_folder, dtype="bfloat16"))
     save_trained(model, tmp_path / "saved")
@@ -247,6 +255,7 @@ def forget_loading(path):
     write_state(path, content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", ["peft.peft_model.safe_save_file", "scalora.runs.export.write_json"])
 def test_a_kill_while_it_writes_leaves_nothing_that_looks_finished(writer, trained, tmp_path, monkeypatch):
     folder, _ = trained("dense", "float32")

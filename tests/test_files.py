@@ -54,6 +54,7 @@ def test_a_process_killed_at_any_moment_leaves_the_earlier_file_or_the_new_one(e
         assert found == "new" if finished else found in (("earlier", "new") if earlier else (None, "new"))
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_moment_leaves_the_earlier_folder_or_the_new_one(tmp_path, exchange):
     def prepare(number):
         path = tmp_path / str(number) / "folder"

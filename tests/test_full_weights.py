@@ -52,6 +52,7 @@ def adapted_by_lora(run):
     return {name.replace(".lora_A.", ".") for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
     [
@@ -72,6 +73,7 @@ def test_it_trains_the_weights_that_lora_adapts_and_no_others(lora, train, causa
     assert {f"{name}.weight" for name in measured} <= wanted
 
 
+@pytest.mark.slow
 def test_a_classifiers_new_head_is_trained_too(train, encoder_folder):
     settings = {"task": "classification", "model": str(encoder_folder), "lora": {"target_modules": ["query"]}}
     run = train("full", **settings, **ADAPTED)
@@ -156,6 +158,7 @@ def test_what_can_not_be_trained_in_full_is_refused_by_name():
         trained(model, {"target_modules": ["first"]})
 
 
+@pytest.mark.slow
 def test_such_a_run_is_resumed_inspected_and_evaluated_like_any_other(train, causal_folder, tmp_path):
     settings = {"model": str(causal_folder), "lora": {"target_modules": ["q_proj"]}, **ADAPTED}
     training = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
@@ -174,6 +177,7 @@ def test_such_a_run_is_resumed_inspected_and_evaluated_like_any_other(train, cau
     assert loss == pytest.approx(summary(whole)["eval_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_reaches_the_weights_behind_frozen_embeddings(train, causal_folder):
     settings = {"model": str(causal_folder), "lora": {"target_modules": ["q_proj"]}, **ADAPTED}
     weights = []

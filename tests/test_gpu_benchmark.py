@@ -24,6 +24,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
 NOT_NEEDED = ("pydantic", "trl", "datasets", "typer", "rich", "beartype", "pandas", "hypothesis")
 
 
+@pytest.mark.slow
 def test_the_script_runs_at_toy_size_with_torch_and_peft_alone(tmp_path):
     # Python imports this at its start, in every process.
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({NOT_NEEDED}))\n")

@@ -55,6 +55,7 @@ def config(causal_folder, write_jsonl, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(config, tmp_path):
     run = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

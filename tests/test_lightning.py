@@ -119,6 +119,7 @@ def test_automatic_and_manual_optimisation_give_the_weights_of_a_plain_loop(kind
     assert engine.step == 6  # detached
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Module, Manual])
 @pytest.mark.parametrize("kind", KINDS)
 def test_fit_from_a_checkpoint_goes_on_to_the_same_weights(kind, make, tmp_path):

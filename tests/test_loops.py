@@ -250,6 +250,7 @@ def in_place(model, backend):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_shape_checks")  # torch.compile can't trace them
 @pytest.mark.parametrize(
     ("attached", "compiled", "kind", "backend"),

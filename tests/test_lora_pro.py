@@ -128,6 +128,7 @@ def test_layers_without_gradients_are_left_alone():
     assert not torch.equal(used.lora_A, before[2])
 
 
+@pytest.mark.slow
 def test_a_closure_is_called_with_gradients_on_and_its_loss_returned():
     model = with_lora(TwoLayers(), **TARGETS)
     optimizer = create_lora_pro_optimizer(model)

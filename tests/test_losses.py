@@ -139,6 +139,7 @@ CLASSIFIERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("labels", "smoothing"), [(1, 0.0), (3, 0.0), (3, 0.2)])
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_a_step_over_labelled_examples(kind, labels, smoothing, tokenizer, tmp_path):
@@ -151,6 +152,7 @@ def test_a_step_over_labelled_examples(kind, labels, smoothing, tokenizer, tmp_p
     assert_same_steps(make)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("model", "training"),
@@ -191,6 +193,7 @@ def mean_loss(model, data, labels):
     return total / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [None, 1, 3])
 def test_an_evaluation_and_the_first_step_are_the_mean_over_all_examples(labels, tokenizer, tmp_path):
     if labels is None:

@@ -39,6 +39,7 @@ def matrix(**settings) -> ScaLoraConfig:
     return ScaLoraConfig(**{"mode": "matrix", "warmup_steps": 0, **settings})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimum", ["polar", "exact"])
 @pytest.mark.parametrize("merge", ["dense", "factored"])
 def test_two_hundred_rescales_keep_the_function(optimum, merge):
@@ -65,6 +66,7 @@ def test_two_hundred_rescales_keep_the_function(optimum, merge):
     assert worst < (1e-12 if merge == "dense" else 1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimum", ["polar", "exact"])
 def test_fifty_steps_are_those_of_the_dense_reference(optimum):
     model = with_lora(nn.Sequential(nn.Linear(12, 6, bias=False)), dtype=torch.float64, r=3, target_modules=["0"])
@@ -137,6 +139,7 @@ def test_from_pefts_zero_start_the_first_rescales_change_nothing_but_the_factors
     assert engine.metrics()["scalora/matrix_share"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["dense", "factored"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_exported_adapter_is_the_trained_model(tmp_path, merge, dtype):
@@ -335,6 +338,7 @@ def test_a_rescale_of_an_ill_conditioned_factor_keeps_the_function_in_float32(of
     assert float((weight() - before).norm() / before.norm()) < 3e-7
 
 
+@pytest.mark.slow
 def test_lora_alpha_changes_nothing():
     """Rate and target norm take it into account, so that it can't make a good rate bad."""
     outputs = []

@@ -92,6 +92,7 @@ def test_the_optimum_on_the_vectors(name):
     check_is_the_optimum(*case(name))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=80)
 @given(layers())
 def test_the_optimum_is_dense_least_squares_over_symmetric_matrices(layer):

@@ -46,6 +46,7 @@ def classes(write_jsonl):
     return {"train": str(write_jsonl("train.jsonl", rows)), "eval": str(write_jsonl("eval.jsonl", rows[:8]))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_a_language_model_and_is_measured(method, causal_folder, words, tmp_path):
     settings = {"lora": {"r": 4, "lora_alpha": 4}, "track_updates": 2}
@@ -72,6 +73,7 @@ def test_every_method_trains_a_language_model_and_is_measured(method, causal_fol
         assert line["norm"] == pytest.approx(float(merged.norm()), rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_a_classifier(method, encoder_folder, classes, tmp_path):
     settings = {"training": {"eval_strategy": "steps", "eval_steps": STEPS // 2}, "save_model": method == "lora"}
@@ -88,6 +90,7 @@ def test_every_method_trains_a_classifier(method, encoder_folder, classes, tmp_p
         assert not {"model", "adapter", "delta"} & {path.name for path in run.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_rank_of_loras_update_stays_at_r_and_scaloras_does_not(causal_folder, words, tmp_path):
     ranks = {}
     for method in ("lora", "scalora"):
@@ -100,6 +103,7 @@ def test_the_rank_of_loras_update_stays_at_r_and_scaloras_does_not(causal_folder
     assert min(ranks["scalora"]) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["random", "oracle"])
 def test_scalora_can_start_away_from_zero_without_changing_the_function(start, causal_folder, words, tmp_path):
     first = {}
@@ -114,6 +118,7 @@ def test_scalora_can_start_away_from_zero_without_changing_the_function(start, c
     assert first[start][1] > 1.2 * first["zero"][1]
 
 
+@pytest.mark.slow
 def test_trainable_parameters_are_counted(causal_folder, words, tmp_path):
     settings = {"lora": {"r": 2, "target_modules": ["q_proj"]}, "save_model": False}
     result, run = train(tmp_path, model=str(causal_folder), method="lora", data=words, **settings)
@@ -142,6 +147,7 @@ def test_a_wrong_method_or_option_is_one_line(settings, message, causal_folder, 
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_every_method_sees_the_same_batches(causal_folder, words, tmp_path, monkeypatch):
     from trl import SFTTrainer
 

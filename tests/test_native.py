@@ -182,6 +182,7 @@ def train(use_native, steps=30, base=None, dtype=torch.float32, **config):
     return model, optimizer, engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["dense", "factored"])
 def test_a_run_is_the_same_with_them(merge):
     (plain, plain_optimizer, plain_engine), (model, optimizer, engine) = (
@@ -242,6 +243,7 @@ def test_a_run_goes_on_without_what_it_began_with():
     assert any("lora_A" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_no_number_of_operations_grows_with_the_layers():
     config = ScaLoraConfig(warmup_steps=0, native=True)
     few, many = rescale(2, config).count, rescale(6, config).count
@@ -260,6 +262,7 @@ def build_elsewhere(folder, **environment):
     )
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_says_what_to_do_and_leaves_nothing(tmp_path):
     result = build_elsewhere(tmp_path, CXX="/nowhere/c++")
     assert result.returncode == 1
@@ -270,6 +273,7 @@ def test_without_a_compiler_it_says_what_to_do_and_leaves_nothing(tmp_path):
     assert not list((tmp_path / "scalora" / "native").iterdir())
 
 
+@pytest.mark.slow
 def test_what_a_killed_build_left_is_not_waited_for_and_the_path_stays(tmp_path):
     (tmp_path / "scalora" / "native" / "tmpkilled").mkdir(parents=True, mode=0o700)
     result = build_elsewhere(tmp_path, PATH="/usr/bin:/bin")
@@ -277,6 +281,7 @@ def test_what_a_killed_build_left_is_not_waited_for_and_the_path_stays(tmp_path)
     assert len(list((tmp_path / "scalora" / "native").glob("*.so"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["scalora", "scalora/native"])
 def test_nothing_is_loaded_from_where_others_can_write(tmp_path, place):
     assert build_elsewhere(tmp_path).returncode == 0
@@ -291,6 +296,7 @@ def test_nothing_is_loaded_from_where_others_can_write(tmp_path, place):
     assert "other users" in build_elsewhere(tmp_path).stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_train_takes_the_setting(causal_folder, write_jsonl, tmp_path):
     data = {"train": str(write_jsonl("train.jsonl", pairs(24)))}
     losses = {}
@@ -320,6 +326,7 @@ def test_train_refuses_it_without_a_compiler_before_it_loads_the_model(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_bench_measures_them(tmp_path):
     small = ["--width", "64", "--layers", "1", "--sequence", "8", "--batch", "1", "--rounds", "1", "--device", "cpu"]
     result = command("bench", *small, "--method", "scalora", "--no-memory", "--native", "--output", tmp_path)

@@ -205,12 +205,14 @@ def test_what_can_not_be_compiled_is_named_and_not_tried_again(as_if_interpreted
     assert "RuntimeError: ptxas is missing)" in str(recwarn[0].message)
 
 
+@pytest.mark.slow
 def test_a_tensor_on_a_cpu_is_not_for_triton(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(one_pass, "_launch", lambda *_: pytest.fail("launched"))
     assert merged()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [EightBitRemainder, partial(StochasticRemainder, name="1")])
 def test_kinds_of_remainders_are_not_mixed_in_a_launch(as_if_interpreted, monkeypatch, other):
     monkeypatch.setattr(one_pass, "_launch", lambda *_: pytest.fail("launched"))

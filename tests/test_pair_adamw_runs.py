@@ -67,6 +67,7 @@ def logs(tmp_path):
     return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"optimizer": "pair_adamw"}, {"scalora": {"mode": "matrix"}}])
 def test_one_switch_sets_optimizer_and_mode(settings, config, optimizers, tmp_path):
     result = scalora("train", config(**settings))
@@ -78,6 +79,7 @@ def test_one_switch_sets_optimizer_and_mode(settings, config, optimizers, tmp_pa
     assert shares[-1] == 1
 
 
+@pytest.mark.slow
 def test_with_lora_it_is_another_optimizer_and_nothing_else(config, optimizers, tmp_path):
     result = scalora("train", config(method="lora", optimizer="pair_adamw"))
     assert result.exit_code == 0, result.output
@@ -85,6 +87,7 @@ def test_with_lora_it_is_another_optimizer_and_nothing_else(config, optimizers, 
     assert not any("scalora/rescales" in log for log in logs(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_matrix_run_resumes(config, tmp_path):
     path = config(optimizer="pair_adamw", training={"save_strategy": "steps", "save_steps": 2})
     assert scalora("train", path).exit_code == 0
@@ -115,6 +118,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(settings, words, confi
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"optimizer": "pair_adamw"}, {"scalora": {"mode": "auto"}}])
 @pytest.mark.parametrize(("given", "rate"), [({}, None), ({"head_learning_rate": 0.03}, 0.03)])
 def test_the_head_has_the_rate_that_it_is_given(settings, given, rate, config, classification, optimizers):
@@ -127,6 +131,7 @@ def test_the_head_has_the_rate_that_it_is_given(settings, given, rate, config, c
     assert rates[0] == 1e-3
 
 
+@pytest.mark.slow
 def test_a_trainer_of_ones_own_takes_it_with_its_model(tmp_path):
     model = with_lora(tiny_llama(), random_B=False, r=2, target_modules="all-linear")
     rows = [{"input_ids": list(range(8)), "labels": list(range(8))} for _ in range(8)]

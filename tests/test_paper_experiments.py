@@ -42,6 +42,7 @@ def test_the_risk_is_the_mean_over_inputs_drawn_as_in_training():
     assert (torch.stack(draws).mean() - noise) / problem._start == pytest.approx(problem.risk(student), rel=0.03)
 
 
+@pytest.mark.slow
 def test_lora_stops_at_the_best_of_its_rank_and_scalora_goes_below_it():
     floor = problems.LinearProblem(10).floor[4]
     lora, scalora, full = only(LORA, 0.16), only(SCALORA, 0.64), only(FULL, 0.02)
@@ -52,6 +53,7 @@ def test_lora_stops_at_the_best_of_its_rank_and_scalora_goes_below_it():
     assert full.risks[-1] < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", [FULL, LORA, SCALORA], ids=lambda setting: setting.method)
 def test_a_copy_does_not_see_its_neighbours_not_even_one_that_diverges(setting):
     alone = only(setting, 0.04, steps=40)
@@ -66,11 +68,13 @@ def test_a_start_keeps_the_function(start):
     assert only(setting, 1e-9, steps=10).risks == pytest.approx([1] * 10, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_nonzero_start_lets_lora_reach_twice_its_rank():
     ranks = {start: only(replace(LORA, start=start), 0.1).numerical_rank for start in ("zero", "random")}
     assert ranks == {"zero": 4, "random": 8}
 
 
+@pytest.mark.slow
 def test_shares_are_of_the_scaling_that_was_taken():
     settings = (replace(SCALORA, mode="column"), replace(SCALORA, mode="scalar"), LORA)
     column, scalar, plain = (only(setting, 0.32, steps=40) for setting in settings)
@@ -81,11 +85,13 @@ def test_shares_are_of_the_scaling_that_was_taken():
     assert math.isnan(plain.column_share)
 
 
+@pytest.mark.slow
 def test_a_normalised_column_has_the_target_norm():
     setting = replace(SCALORA, method="normalised columns")
     assert only(setting, 0.04, steps=40).column_norm == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_a_grid_grows_until_its_best_is_inside():
     log = []
     tuned = bench.Search(problems.LinearProblem, 30, [0], rates=3, extensions=8).rate(
@@ -97,6 +103,7 @@ def test_a_grid_grows_until_its_best_is_inside():
     assert tuned.risk == min(tuned.tried.values())
 
 
+@pytest.mark.slow
 def test_a_grid_that_may_not_grow_says_that_its_best_is_its_last():
     search = bench.Search(problems.LinearProblem, 20, [0], rates=3, extensions=0, value_extensions=0)
     tuned = search.rate_and_value(SCALORA, "target_norm", [0.125, 0.25], 1e-4, [])
@@ -105,6 +112,7 @@ def test_a_grid_that_may_not_grow_says_that_its_best_is_its_last():
     assert set(tuned.by_value) == {0.125, 0.25}
 
 
+@pytest.mark.slow
 def test_the_command_writes_runs_a_table_and_a_figure_of_every_experiment(tmp_path):
     synthetic.main(["--small", "--output", str(tmp_path)])
     for name in synthetic.EXPERIMENTS:

@@ -542,6 +542,7 @@ def test_everything_that_peft_has_is_tested_or_known_to_be_harmless(listed, test
 DOORS = sorted({door for table in (PEFT_MODEL, LORA_MODEL, FUNCTIONS) for door in table.values()} | set(MORE), key=str)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
 def test_what_peft_does_with_a_trained_model_is_right_or_refused(run, door):
     door(run)

@@ -96,6 +96,7 @@ def benchmark_module():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "Lion", "SGD", "RMSprop", "Adagrad"])
 @pytest.mark.parametrize("spread", [3.0, 30.0])
 def test_a_rescale_errs_less_than_8_bits_do_without_one(benchmark_module, name, spread):
@@ -104,6 +105,7 @@ def test_a_rescale_errs_less_than_8_bits_do_without_one(benchmark_module, name, 
     assert 0 < transport < quantisation < 0.4
 
 
+@pytest.mark.slow
 def test_engine_with_8_bits_trains_as_with_32(benchmark_module):
     exact, quantised = (benchmark_module.engine_loss(bits, "scalora", seed=0, steps=120) for bits in (32, 8))
     assert quantised == pytest.approx(exact, rel=0.01)

@@ -105,6 +105,7 @@ def library(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_is_pretrained_on_prose_and_written_with_code_to_learn(library, tmp_path, monkeypatch):
     out = tmp_path / "out"
     write(prose_to_code, monkeypatch, out, "--steps", 30)
@@ -128,6 +129,7 @@ def test_a_model_is_pretrained_on_prose_and_written_with_code_to_learn(library, 
         assert len(ids) < tokenizer.model_max_length
 
 
+@pytest.mark.slow
 def test_a_model_pretrained_twice_is_the_same(library, tmp_path, monkeypatch):
     for folder in ("one", "two"):
         write(prose_to_code, monkeypatch, tmp_path / folder, "--steps", 2)

@@ -75,6 +75,7 @@ def grpo(model, folder, tmp_path, callback, beta=0.1, peft_config=None):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precomputed", [False, True])
 def test_from_sft_to_dpo_on_one_adapter_the_reference_is_the_model_that_sft_made(precomputed, causal_folder, tmp_path):
     model = fine_tuned(causal_folder, "factored")
@@ -103,6 +104,7 @@ def test_from_sft_to_dpo_on_one_adapter_the_reference_is_the_model_that_sft_made
     close(says(loaded), sft)
 
 
+@pytest.mark.slow
 def test_from_sft_to_grpo_on_one_adapter_the_reference_is_the_model_that_sft_made(causal_folder, tmp_path):
     model = fine_tuned(causal_folder, "factored")
     sft, callback = says(model), ScaLoraCallback(SHORT)
@@ -120,6 +122,7 @@ def new_adapter():
     return LoraConfig(r=2, target_modules=TARGETS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [dpo, grpo])
 def test_on_a_float32_base_auto_is_factored_where_the_reference_is_the_model_itself(make, causal_folder, tmp_path):
     model, callback = AutoModelForCausalLM.from_pretrained(causal_folder), ScaLoraCallback(SHORT)
@@ -132,6 +135,7 @@ def test_on_a_float32_base_auto_is_factored_where_the_reference_is_the_model_its
         assert torch.equal(says(trainer.model), untouched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [dpo, grpo])
 def test_a_dense_remainder_is_refused_before_training_where_the_reference_is_the_model_itself(
     make, causal_folder, tmp_path
@@ -145,6 +149,7 @@ def test_a_dense_remainder_is_refused_before_training_where_the_reference_is_the
         make(fine_tuned(causal_folder, "dense"), causal_folder, tmp_path, ScaLoraCallback(SHORT))
 
 
+@pytest.mark.slow
 def test_without_a_reference_auto_is_dense_on_a_float32_base(causal_folder, tmp_path):
     model, callback = AutoModelForCausalLM.from_pretrained(causal_folder), ScaLoraCallback(SHORT)
     grpo(model, causal_folder, tmp_path, callback, beta=0.0, peft_config=new_adapter()).train()

@@ -308,6 +308,7 @@ def test_the_warmup_is_plain_lora(refactorer, steps_done):
     assert same == [True] * plain_steps + [False] * (5 - plain_steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refactorer", [GradientRefactorer, ScalarRefactorer])
 def test_it_learns_from_an_unbalanced_adapter_with_which_plain_lora_diverges(refactorer):
     losses = []
@@ -349,6 +350,7 @@ def trainer(model, folder, **settings):
     return Trainer(model, arguments, train_dataset=data, callbacks=method.callbacks())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [RefLora, RefLoraS])
 def test_a_trainer_gives_the_weights_of_a_loop_with_the_refactorer(cls, tmp_path):
     model, twin = (with_lora(tiny_llama(), r=2, target_modules="all-linear", random_B=False) for _ in range(2))
@@ -364,6 +366,7 @@ def test_a_trainer_gives_the_weights_of_a_loop_with_the_refactorer(cls, tmp_path
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [RefLora, RefLoraS])
 def test_a_resumed_run_ends_where_one_that_did_not_stop_ends(cls, tmp_path):
     straight, resumed = (with_lora(tiny_llama(), r=2, target_modules="all-linear", random_B=False) for _ in range(2))

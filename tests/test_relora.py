@@ -192,6 +192,7 @@ def trainer(tmp_path, method, **settings):
     return made, callbacks[0]
 
 
+@pytest.mark.slow
 def test_a_trainer_restarts_by_optimizer_steps_and_its_whole_model_is_the_merged_one(tmp_path):
     method = ReLora(interval=2, restart_warmup_steps=1)
     made, callback = trainer(tmp_path, method, learning_rate=1e-2)
@@ -212,6 +213,7 @@ class StopAfterThree(TrainerCallback):
         control.should_training_stop = state.global_step == 3
 
 
+@pytest.mark.slow
 def test_a_trainer_that_has_stopped_leaves_the_optimizer_alone(tmp_path):
     made, callback = trainer(tmp_path, ReLora(interval=2, restart_warmup_steps=1))
     made.add_callback(StopAfterThree())
@@ -220,6 +222,7 @@ def test_a_trainer_that_has_stopped_leaves_the_optimizer_alone(tmp_path):
     assert callback.restarts.restarts == 1
 
 
+@pytest.mark.slow
 def test_what_needs_a_checkpoint_of_the_base_is_refused(tmp_path):
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
     made, _ = trainer(tmp_path, ReLora(), **best)

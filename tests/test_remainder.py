@@ -16,6 +16,7 @@ from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, add_to_
 WIDTH = 96
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_thousand_dense_merges_in_half_precision_drift_no_more_than_one_rounding(dtype):
     engine, replay = train(dtype, "dense", width=WIDTH)
@@ -28,6 +29,7 @@ def test_a_thousand_dense_merges_in_half_precision_drift_no_more_than_one_roundi
     assert drift(replay.layer.frozen_remainder.exact(weight), replay.weight) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_thousand_factored_merges_drift_less_than_a_ten_thousandth():
     engine, replay = train(torch.bfloat16, "factored", width=WIDTH, remainder_rank=WIDTH)
     assert engine.metrics()["scalora/rescales"] == 1000
@@ -36,6 +38,7 @@ def test_a_thousand_factored_merges_drift_less_than_a_ten_thousandth():
     assert engine.metrics()["scalora/discarded"] < 1e-5
 
 
+@pytest.mark.slow
 def test_what_a_cap_discards_is_what_is_missing_and_is_reported():
     engine, replay = train(torch.bfloat16, "factored", width=WIDTH, steps=200, remainder_rank=8)
     with pytest.warns(UserWarning, match="remainder_rank=8 is too small"):
@@ -50,6 +53,7 @@ def test_what_a_cap_discards_is_what_is_missing_and_is_reported():
     assert 0.2 * metrics["scalora/discarded"] < missing < 5 * metrics["scalora/discarded"]
 
 
+@pytest.mark.slow
 def test_the_original_model_is_underneath_a_factored_remainder_bit_for_bit():
     model = with_lora(tiny_llama(), r=2, target_modules="all-linear")
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
@@ -78,6 +82,7 @@ def quantised(tmp_path):
     return load
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_base_trains_and_stays_as_it_is(kind, quantised):
     base = quantised(kind)

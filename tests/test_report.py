@@ -206,6 +206,7 @@ def over_seeds(function, *places):
     return values.mean(0), values.std(0, ddof=1) / np.sqrt(len(SEEDS))
 
 
+@pytest.mark.slow
 def test_evaluation_loss_is_the_mean_over_seeds_at_the_best_rate(study):
     axes = loss_by_steps(study).axes[0]
     for method, rate in (("lora", 1e-3), ("full", 5e-4), ("scalora", 1e-3)):
@@ -446,6 +447,7 @@ def run_output(run_folder, tmp_path_factory):
     return output, *page_of(run_folder, output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["study_output", "run_output"])
 def test_the_page_needs_nothing_from_outside(kind, request):
     _, page, _ = request.getfixturevalue(kind)
@@ -458,6 +460,7 @@ def test_the_page_needs_nothing_from_outside(kind, request):
     assert all(value.startswith(("#", "data:")) for value in references)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["study_output", "run_output"])
 def test_every_id_is_there_once_and_every_reference_has_its_id(kind, request):
     _, page, _ = request.getfixturevalue(kind)
@@ -540,6 +543,7 @@ def test_figures_use_the_colours_of_the_page(study_output):
         assert "currentColor" in drawing
 
 
+@pytest.mark.slow
 def test_the_same_data_gives_the_same_bytes(tmp_path):
     folder = write_run(tmp_path / "run", method="lora", inspected=False)
     once, _ = page_of(folder, tmp_path / "once")
@@ -550,6 +554,7 @@ def test_the_same_data_gives_the_same_bytes(tmp_path):
     assert all((tmp_path / "again" / "figures" / path.name).read_bytes() == path.read_bytes() for path in written)
 
 
+@pytest.mark.slow
 def test_the_report_lands_in_the_folder_and_replaces_an_earlier_one(tmp_path):
     folder = write_run(tmp_path / "run", method="lora", tracked=False)
     assert command("report", folder).exit_code == 0
@@ -592,6 +597,7 @@ def test_a_run_that_was_measured_only_at_its_end_shows_its_spectrum(tmp_path):
     assert "track_updates: 20" in page
 
 
+@pytest.mark.slow
 def test_what_a_study_lacks_is_said_with_the_command_that_gives_it(tmp_path):
     folder = write_study(tmp_path / "study", methods=("lora", "dora"), tracked=False)
     page, said = page_of(folder, tmp_path / "output")
@@ -647,6 +653,7 @@ def test_a_runs_page_begins_with_what_it_reached_and_what_it_cost(run_output):
     assert "scalora on somewhere/model, sft, 240 steps" in page
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_has_the_facts_that_there_are(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "summary.json").unlink()
@@ -674,6 +681,7 @@ def verdict_of(tmp_path, scores, baseline="lora", seeds=SEEDS):
 LORA = [0.70, 0.71, 0.72]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scores", "says"),
     [
@@ -711,12 +719,14 @@ def test_a_study_says_what_is_best_and_whether_it_is_more_than_noise(scores, say
     assert ("Against lora" in facts) == (best != "lora")
 
 
+@pytest.mark.slow
 def test_a_study_of_one_seed_has_no_noise_to_compare_with(tmp_path):
     verdict, facts = verdict_of(tmp_path, {"lora": LORA, "scalora": [0.8, 0.8, 0.8]}, seeds=[1])
     assert "+0.1, from one seed, which can&#39;t be told from noise." in verdict
     assert facts["Against lora"][0] == "+0.1"
 
 
+@pytest.mark.slow
 def test_a_studys_facts_compare_the_costs_with_the_baselines(tmp_path):
     _, facts = verdict_of(tmp_path, {"lora": LORA, "scalora": [0.80, 0.81, 0.83]})
     assert facts["Time per step"] == ("140 ms", "lora: 50 ms")

@@ -66,6 +66,7 @@ def keep(page, name):
         page.screenshot(path=Path(os.environ["SCREENSHOTS"]) / f"{name}.png", full_page=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAWN)
 def test_nothing_but_the_page_is_fetched_and_nothing_is_complained_of(kind, visit, pages):
     page = visit(kind)
@@ -73,6 +74,7 @@ def test_nothing_but_the_page_is_fetched_and_nothing_is_complained_of(kind, visi
     assert [url for url in page.seen if not url.startswith("data:")] == [pages[kind].as_uri()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAWN)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
@@ -215,6 +217,7 @@ def test_the_colour_scheme_changes_page_and_figures(kind, visit):
     assert all(one != other for one, other in zip(light, dark, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAWN)
 def test_numbers_open_below_their_figure(kind, visit):
     page = visit(kind)
@@ -225,6 +228,7 @@ def test_numbers_open_below_their_figure(kind, visit):
     keep(page, f"{kind}-open")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAWN)
 def test_it_prints_light_from_a_dark_desktop(kind, visit):
     page = visit(kind, "dark")

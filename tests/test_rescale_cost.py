@@ -65,6 +65,7 @@ def rescale(layers, config=None, **settings):
     return operations
 
 
+@pytest.mark.slow
 def test_the_number_of_operations_does_not_grow_with_the_layers_save_one_merge_for_each_weight():
     few, many = rescale(2).count, rescale(6).count
     linear_layers = 7
@@ -73,6 +74,7 @@ def test_the_number_of_operations_does_not_grow_with_the_layers_save_one_merge_f
     assert few == many
 
 
+@pytest.mark.slow
 def test_factored_remainders_of_all_layers_are_compressed_together():
     # The second rescale's columns are too many.
     config = ScaLoraConfig(warmup_steps=0, merge="factored", remainder_rank=3)
@@ -110,6 +112,7 @@ def meta_model(monkeypatch):
     return with_lora(tiny_llama().to("meta"), r=4, target_modules="all-linear", random_B=False).to("meta")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["dense", "factored"])
 @pytest.mark.parametrize("skipping", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,6 +157,7 @@ class BlockingCopies(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_step_of_matrix_scaling_waits_for_the_device_neither_way(meta_model):
     optimizer = PairAdamW(meta_model, lr=1e-3)
     ScaLora(meta_model, optimizer, ScaLoraConfig(warmup_steps=0, mode="matrix"))

@@ -68,6 +68,7 @@ def assert_same(one, other):
         assert torch.equal(one[key], other[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", MERGES)
 def test_a_resumed_trainer_ends_with_the_same_weights(merge, tmp_path):
     alone = trainer(tmp_path / "alone", merge)
@@ -83,6 +84,7 @@ def test_a_resumed_trainer_ends_with_the_same_weights(merge, tmp_path):
     assert second.state.log_history[-2]["scalora/rescales"] == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", MERGES)
 def test_the_best_model_is_loaded_at_the_end(merge, tmp_path):
     run = trainer(tmp_path, merge, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
@@ -93,6 +95,7 @@ def test_the_best_model_is_loaded_at_the_end(merge, tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_cut_off_is_set_aside_and_the_one_before_is_used(tmp_path):
     trainer(tmp_path).train()
     for name in ("optimizer.pt", "scalora_state.safetensors"):
@@ -113,6 +116,7 @@ def test_a_checkpoint_that_was_cut_off_is_set_aside_and_the_one_before_is_used(t
     assert resumed.state.global_step == 8
 
 
+@pytest.mark.slow
 def test_whole_checkpoints_of_the_model_alone_are_kept_and_not_resumed_from(tmp_path):
     trainer(tmp_path, save_only_model=True).train()
     before = contents(tmp_path)
@@ -138,6 +142,7 @@ def test_a_checkpoint_that_another_process_sets_aside_meanwhile_is_no_error(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["incomplete-checkpoint-3"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_cut_off_is_refused_by_name(tmp_path):
     trainer(tmp_path).train()
     (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
@@ -145,6 +150,7 @@ def test_a_checkpoint_that_was_cut_off_is_refused_by_name(tmp_path):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [6, 8])  # within an epoch, and at the end of one
 def test_a_trainer_that_resumes_at_its_last_step_trains_no_further(steps, tmp_path):
     first = trainer(tmp_path, max_steps=steps)
@@ -160,12 +166,14 @@ def test_a_trainer_that_resumes_at_its_last_step_trains_no_further(steps, tmp_pa
     assert second.state.global_step == steps + 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_base_is_refused(tmp_path):
     trainer(tmp_path).train()
     with pytest.raises(StateError, match="fingerprint"):
         trainer(tmp_path, base_seed=1).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_callback_that_came_too_late_to_resume_says_so(tmp_path):
     trainer(tmp_path, "factored").train()
     run = trainer(tmp_path, callbacks=[])
@@ -175,6 +183,7 @@ def test_a_callback_that_came_too_late_to_resume_says_so(tmp_path):
         run.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_plain_lora_checkpoint_is_not_taken_for_one_of_scalora(tmp_path):
     trainer(tmp_path, callbacks=[]).train()
     run = trainer(tmp_path)
@@ -203,6 +212,7 @@ def loop(merge, optimizer_class, steps, engine_folder=None, save_at=None):
     return model, engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
 def test_the_engines_own_state_brings_everything_back(merge, optimizer, tmp_path):
@@ -252,6 +262,7 @@ def test_a_model_takes_its_own_state_dict(merge):
     assert_same(weights(fresh), weights(model))
 
 
+@pytest.mark.slow
 def test_the_command_resumes(causal_folder, write_jsonl, tmp_path):
     rows = [{"prompt": f"say: {WORDS[i % 10]}", "completion": f" {WORDS[i % 7]}"} for i in range(40)]
     train = write_jsonl("train.jsonl", rows)
@@ -297,6 +308,7 @@ def test_the_command_resumes(causal_folder, write_jsonl, tmp_path):
     assert "not the folder of a run" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", MERGES)
 def test_killed_runs_resume_to_the_same_weights(merge):
     script = Path(__file__).parents[1] / "benchmarks" / "kill_and_resume.py"

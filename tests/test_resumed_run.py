@@ -118,6 +118,7 @@ def test_what_would_make_it_another_run_is_refused_by_name(word, finished, tmp_p
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_one_run_with_one_record(trained, stopped, tmp_path):
     run = tmp_path / "run"
     saved = read(run, "trainer/checkpoint-2/trainer_state.json")["stateful_callbacks"]["scalora.runs"]["attributes"]
@@ -163,6 +164,7 @@ def test_a_finished_run_is_left_as_it_is(finished, tmp_path):
         assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["scalora", "lora"])
 def test_a_run_stopped_after_its_last_step_trains_no_further(method, causal_folder, tmp_path, monkeypatch):
     # Not the end of an epoch, after which the Trainer has no next step to take.
@@ -187,6 +189,7 @@ def test_a_run_stopped_after_its_last_step_trains_no_further(method, causal_fold
     assert all(tensor.isfinite().all() for tensor in adapter.values())
 
 
+@pytest.mark.slow
 def test_a_longer_run_keeps_the_earlier_results_and_says_what_its_schedule_was(finished, tmp_path):
     run = tmp_path / "run"
     before = contents(run)
@@ -213,6 +216,7 @@ def test_other_data_under_the_same_name_are_refused(stopped, tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_step_may_be_put_together_from_other_batches(trained, stopped, tmp_path):
     words = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2)
     result = scalora("train", stopped, "--resume", *words)
@@ -237,6 +241,7 @@ def test_checkpoints_without_an_optimizer_can_t_be_resumed_from(stopped, tmp_pat
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_run_from_before_totals_were_kept_says_what_its_summary_leaves_out(stopped, tmp_path):
     path = tmp_path / "run" / "trainer" / "checkpoint-2" / "trainer_state.json"
     state = json.loads(path.read_text())

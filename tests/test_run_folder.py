@@ -165,6 +165,7 @@ def test_an_empty_name_is_no_folder(tmp_path, monkeypatch):
         begin("")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_process_killed_at_any_moment_loses_neither_run(exchange, tmp_path, monkeypatch):
     if not exchange:
@@ -189,6 +190,7 @@ def test_a_process_killed_at_any_moment_loses_neither_run(exchange, tmp_path, mo
             assert not exchange
 
 
+@pytest.mark.slow
 def test_a_new_folder_of_a_killed_process_can_be_used(tmp_path):
     for folder, finished in killed_everywhere(lambda number: tmp_path / str(number) / "run", begin):
         if not finished:
@@ -222,6 +224,7 @@ def config(causal_folder, write_jsonl, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_second_run_into_a_folder_is_refused_until_the_first_ends_however_it_ends(config, tmp_path):
     first = os.fork()
     if not first:
@@ -262,6 +265,7 @@ def fail_in_loading(monkeypatch):
     monkeypatch.setattr(training, "load_base", load)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [fail_in_training, fail_in_loading])
 def test_a_run_that_takes_no_step_leaves_everything_as_it_was(failure, config, tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "run"
@@ -282,6 +286,7 @@ def test_a_run_that_takes_no_step_leaves_everything_as_it_was(failure, config, t
     assert kept == {name.removeprefix("run/"): kind for name, kind in before.items() if name != "run"}
 
 
+@pytest.mark.slow
 def test_the_home_folder_is_meant_wherever_a_folder_is_named(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "here").mkdir()

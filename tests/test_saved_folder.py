@@ -115,6 +115,7 @@ def test_a_readme_of_the_users_is_left_alone(base, tmp_path):
         assert (tmp_path / merge / "README.md").read_text() == "my notes"
 
 
+@pytest.mark.slow
 def test_a_readme_of_scalora_is_replaced(base, tmp_path):
     saved(base, tmp_path)
     path = tmp_path / "README.md"

@@ -172,6 +172,7 @@ def test_the_help_of_train_lists_every_own_key_with_type_default_and_meaning():
         assert re.search(rf" {section}: Any field of .*? Defaults: .*? see `scalora config --all`\.", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_command_prints_a_config_that_train_takes(task, causal_folder, encoder_folder, write_jsonl, tmp_path):
     printed = scalora("config", "--task", task)

@@ -341,6 +341,7 @@ def test_the_folder_and_the_numbers_of_a_study(tmp_path, monkeypatch, write_json
 # --- nothing is done ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_senseless_value_leaves_an_earlier_run_alone(causal_folder, write_jsonl, tmp_path):
     content = {
         "model": str(causal_folder),

@@ -157,6 +157,7 @@ def test_one_pass_under_what_torch_does_with_functions(way, in_two_passes):
     assert_close(results(model, x, ways.get(way, twice)), expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.usefixtures("without_shape_checks")
 def test_one_pass_compiled_is_one_graph_whatever_columns_are_added(autocast):
@@ -175,6 +176,7 @@ def test_one_pass_compiled_is_one_graph_whatever_columns_are_added(autocast):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_gradients_of_gradients():
     model = attached(TwoLayers().double(), dtype=torch.float64)
     x, parameters = inputs(torch.float64), trainable(model)

@@ -142,6 +142,7 @@ def answers(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERS)
 def test_help_and_config_load_no_library(name, answers):
     code, output, errors, loaded = answers[name]

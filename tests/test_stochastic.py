@@ -164,6 +164,7 @@ def test_layers_draw_their_own_numbers_and_a_copy_the_same():
     assert [pair.remainder.name_hash for pair in find_lora_pairs(copy.deepcopy(model))] == [first, second]
 
 
+@pytest.mark.slow
 def test_no_memory_of_the_weights_size_is_taken():
     weight = torch.zeros(1 << 9, 1 << 13, dtype=torch.bfloat16)
     remainder = StochasticRemainder(weight, transposed=False, name="layer")
@@ -248,6 +249,7 @@ def test_a_conversion_rounds_once_and_merges_go_on():
     assert ((weight.float() - before.float() - 1).abs() <= torch.finfo(torch.bfloat16).eps * 2).all()
 
 
+@pytest.mark.slow
 def test_exports_hold_the_update_of_the_rounded_weights(tmp_path):
     base = tiny_llama(tie_word_embeddings=False).bfloat16()
     model = with_adapter_in_float32(

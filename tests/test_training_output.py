@@ -85,6 +85,7 @@ def on_a_terminal(*command):
     return output
 
 
+@pytest.mark.slow
 def test_ten_steps_take_less_than_forty_lines(write_config):
     done = subprocess.run(
         [sys.executable, "-m", "scalora", "train", str(write_config())],
@@ -109,6 +110,7 @@ def test_ten_steps_take_less_than_forty_lines(write_config):
         assert noise not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_terminal_has_one_progress_display_at_a_time(write_config):
     config = write_config(training={"eval_strategy": "steps", "eval_steps": 5})
     output = on_a_terminal(sys.executable, "-m", "scalora", "train", str(config))
@@ -127,6 +129,7 @@ def test_a_terminal_has_one_progress_display_at_a_time(write_config):
     assert next_commands(plain.replace("\r", ""))
 
 
+@pytest.mark.slow
 def test_the_summary_shows_what_summary_json_holds_and_the_next_commands_work(write_config, tmp_path):
     config = write_config(training={"eval_strategy": "steps", "eval_steps": 5, "max_steps": 60, "logging_steps": 20})
     printed = trained(config).stdout
@@ -165,6 +168,7 @@ def test_the_summary_shows_what_summary_json_holds_and_the_next_commands_work(wr
         assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "results", "commands"),
     [
@@ -182,6 +186,7 @@ def test_only_what_is_there_and_applies_is_shown(settings, results, commands, wr
     assert ("evaluation loss" in shown) == ("data" not in settings)
 
 
+@pytest.mark.slow
 def test_divergence_is_said_once_and_logged_as_it_is(write_config, tmp_path):
     result = scalora("train", write_config(training={"learning_rate": 1e38}))
     assert result.exit_code == 1
@@ -196,6 +201,7 @@ def test_divergence_is_said_once_and_logged_as_it_is(write_config, tmp_path):
     assert losses[1:] == [None]
 
 
+@pytest.mark.slow
 def test_examples_that_are_cut_off_or_left_out_are_counted(write_config, write_jsonl):
     words = " red blue green pink"
     cut_off = [{"prompt": "say:", "completion": words} for _ in range(3)]
@@ -208,6 +214,7 @@ def test_examples_that_are_cut_off_or_left_out_are_counted(write_config, write_j
     ]
 
 
+@pytest.mark.slow
 def test_texts_that_are_cut_off_are_counted(encoder_folder, write_config, write_jsonl):
     texts = [{"text": " red" * (100 if i < 3 else 4), "label": i % 2} for i in range(12)]
     data = {"train": str(write_jsonl("texts.jsonl", texts)), "eval": None}
@@ -217,6 +224,7 @@ def test_texts_that_are_cut_off_are_counted(encoder_folder, write_config, write_
     ]
 
 
+@pytest.mark.slow
 def test_examples_beyond_the_models_maximum_are_said(write_config, write_jsonl):
     train = write_jsonl("long.jsonl", [*pairs(10), {"prompt": "say:" + " red" * 80, "completion": " red"}])
     config = write_config(data={"train": str(train)}, training={"max_steps": 2})
@@ -224,6 +232,7 @@ def test_examples_beyond_the_models_maximum_are_said(write_config, write_jsonl):
     assert line.startswith("warning: 1 of 11 train examples are longer than the tokenizer's model_max_length=64")
 
 
+@pytest.mark.slow
 def test_weights_that_a_model_lacks_are_named(causal_folder, write_config, tmp_path):
     shutil.copytree(causal_folder, tmp_path / "base")
     weights = load_file(tmp_path / "base" / "model.safetensors")
@@ -236,6 +245,7 @@ def test_weights_that_a_model_lacks_are_named(causal_folder, write_config, tmp_p
     ]
 
 
+@pytest.mark.slow
 def test_a_skipped_checkpoint_is_said_when_training_resumes(write_config, tmp_path):
     config = write_config(training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2})
     assert not warnings_in(trained(config).stderr)
@@ -246,6 +256,7 @@ def test_a_skipped_checkpoint_is_said_when_training_resumes(write_config, tmp_pa
     assert re.match(r"warning: checkpoint '.*checkpoint-4' is set aside as 'incomplete-checkpoint-4'", aside)
 
 
+@pytest.mark.slow
 def test_a_remainder_that_is_discarded_is_said(write_config):
     scalora_settings = {"warmup_steps": 1, "merge": "factored", "remainder_rank": 2}
     result = trained(write_config(scalora=scalora_settings, training={"max_steps": 12, "learning_rate": 5e-2}))
@@ -287,6 +298,7 @@ def test_messages_are_as_before_afterwards(capsys):
         assert logging.getLogger(name).filter(logging.makeLogRecord({"msg": message}))
 
 
+@pytest.mark.slow
 def test_a_file_that_cant_be_read_is_one_line(write_config, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": ')
     config = write_config(data={"train": str(tmp_path / "bad.jsonl")})

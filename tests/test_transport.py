@@ -60,6 +60,7 @@ def scale_adapter(model):
     return A, B
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_scaled_at_step_k_equals_scaled_from_the_start(name):
     cls, settings = OPTIMIZERS[name]
@@ -148,6 +149,7 @@ def double_default():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.usefixtures("double_default")
 @pytest.mark.parametrize("form", ["step = compile(optimizer.step)", "optimizer.step = compile(optimizer.step)"])

@@ -385,6 +385,7 @@ def train(folder, **settings):
     return summary, lines(folder / "run"), losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["scalora", "dora"])
 def test_a_run_is_measured_by_default_and_trains_as_it_does_without(method, causal_folder, write_jsonl, tmp_path):
     settings = {

@@ -74,6 +74,7 @@ def test_every_way_to_write_a_float(number, form):
         assert read == float(text)
 
 
+@pytest.mark.slow
 @given(st.integers())
 def test_every_way_to_write_an_integer(number):
     for form in ("{}", "{:_}", "{:#x}", "{:#o}", "{:#b}"):
@@ -121,6 +122,7 @@ def test_words_times_and_dates_are_texts(text):
     assert parsed_overrides(["--key", text]) == [("key", text)]
 
 
+@pytest.mark.slow
 @given(content)
 def test_what_is_written_reads_back_the_same_here_and_elsewhere(value):
     text = yaml_dump({"key": value})
