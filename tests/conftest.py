@@ -15,6 +15,10 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+if not torch.cuda.is_available():
+    # Else every process that imports DeepSpeed says on standard output that it has found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 torch.set_num_threads(1)  # there is a worker for each core, and tiny models gain nothing from more
 
 # DeepSpeed compiles an operation at its first start.
