@@ -13,8 +13,8 @@ from scalora.bench.settings import Parallel
 from scalora.config import Merge
 from scalora.model.adapters import LoraPair, by_rank, by_shape
 from scalora.model.memory import Memory
-from scalora.parallel import runs
-from scalora.parallel.buckets import BUCKET, alike, gathered_of
+from scalora.parallel import buckets, runs
+from scalora.parallel.buckets import alike, gathered_of
 from scalora.parallel.layout import in_buckets
 from scalora.parallel.traffic import (
     Collective,
@@ -100,25 +100,25 @@ def rescale_collectives(pairs: list[LoraPair], merge: Merge, parallel: Parallel,
     if parallel == "ddp":
         return []
     if parallel != "fsdp2":
-        buckets_of_zero = [
+        together = [
             bucket
             for of_rank in by_rank(pairs)
             for bucket in in_buckets(by_shape(of_rank), _gathered_by_zero, runs.BUCKET)
         ]
         return rescale_of_zero(
-            [[_gathered_by_zero(pair) for of_shape in bucket for pair in of_shape] for bucket in buckets_of_zero]
+            [[_gathered_by_zero(pair) for of_shape in bucket for pair in of_shape] for bucket in together]
         )
 
     def matrices(pair: LoraPair) -> list[tuple[int, int]]:
         return gathered_of(pair, whole_B=pair.transposed or merge == "factored")
 
-    buckets = in_buckets(
+    together = in_buckets(
         alike(pairs, lambda pair: pair.transposed),
         lambda pair: _SINGLE * of_gather(processes, matrices(pair), most_of_layer(matrices(pair)))[1],
-        BUCKET,
+        buckets.BUCKET,
     )
     return rescale_of_shards(
-        processes, [[(pair.r, matrices(pair)) for of_shape in bucket for pair in of_shape] for bucket in buckets]
+        processes, [[(pair.r, matrices(pair)) for of_shape in bucket for pair in of_shape] for bucket in together]
     )
 
 

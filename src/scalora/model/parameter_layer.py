@@ -7,7 +7,7 @@ one around the other, and that module is the base layer of all of them. Checked 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scalora.model.layers import configured_scaling, stored_transposed, weight_key
 from scalora.model.remainder_forward import factors_for_a_pass
@@ -35,24 +35,6 @@ class ParameterRemainderLayer(RemainderLayer):
             first = torch.cat([first, left.to(first)], dim=-1)
             second = torch.cat([second, right.mT.to(second)], dim=-2)
         return first, second, scaling
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The base layer, after unloading this layer and those nested in it, for PEFT's `unload`, `merge_and_unload`.
-
-        Args:
-            merge: whether to merge adapters first.
-            safe_merge: as in `merge`.
-            adapter_names: as in `merge`.
-
-        Raises:
-            ChangedBaseError: the original base layer was asked for.
-        """
-        base: nn.Module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        if isinstance(inner := self.base_layer, ParameterRemainderLayer):
-            return inner.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        return base
 
     @property
     def base_weight_name(self) -> str:

@@ -48,8 +48,7 @@ def check_present(pairs: list[LoraPair], optimizer: Optimizer) -> None:
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for pair in pairs:
-        if not pair.is_sharded:  # with FSDP2 the layers hold whole ones at times
-            _check_layer(pair)
+        _check_layer(pair)
         for key, factor in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
             if id(factor) not in held:
                 raise ValueError(
@@ -59,16 +58,12 @@ def check_present(pairs: list[LoraPair], optimizer: Optimizer) -> None:
 
 
 def _check_layer(pair: LoraPair) -> None:
-    found: list[tuple[str, Tensor, Tensor]] = [
-        (key, own, now)
-        for key, own, now in zip(
-            ("lora_A", "lora_B"), (pair.lora_A, pair.lora_B), factors_of(pair.layer, pair.adapter), strict=True
-        )
-    ]
+    lora_A, lora_B = factors_of(pair.layer, pair.adapter)
+    found: list[tuple[str, Tensor, Tensor]] = [("lora_A", pair.lora_A, lora_A), ("lora_B", pair.lora_B, lora_B)]
     if isinstance(pair.remainder, DenseRemainder):
         found.append(("base weight", pair.weight, getattr(pair.layer.get_base_layer(), weight_key(pair.layer))))
     for key, own, now in found:
-        if own is not now:
+        if own is not now and not pair.is_sharded:  # with FSDP2 the layers hold whole ones at times
             refuse(
                 pair.name,
                 f"its {key} has been replaced by another parameter since ScaLoRA was attached",

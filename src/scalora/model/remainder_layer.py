@@ -296,7 +296,7 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base layer, for PEFT's `unload` and `merge_and_unload`.
+        """The base layer, after unloading layers that are nested in this one, for PEFT's `unload`, `merge_and_unload`.
 
         Args:
             merge: whether to merge adapters first.
@@ -310,6 +310,8 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
             self._refuse("unload()")
         if merge:
             self.merge_for_good(safe_merge, adapter_names)
+        if isinstance(nested := self.base_layer, RemainderLayer):  # of another parameter of the same module
+            return nested.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         base: nn.Module = self.get_base_layer()
         return base
 

@@ -109,7 +109,7 @@ class Whole:
         Args:
             shapes: all layers.
         """
-        return with_gradients(shapes)
+        return list(filter(None, ([pair for pair in pairs if pair.has_gradients] for pairs in shapes)))
 
     def begin(self, shapes: Shapes) -> None:
         """Everything is here.
@@ -209,15 +209,6 @@ def ranks_in(shapes: Shapes) -> list[Shapes]:
         shapes: the layers, those of one rank beside each other.
     """
     return [list(of_rank) for _, of_rank in groupby(shapes, key=lambda pairs: rank_key(pairs[0]))]
-
-
-def with_gradients(shapes: Shapes) -> Shapes:
-    """The layers that have gradients.
-
-    Args:
-        shapes: all layers.
-    """
-    return list(filter(None, ([pair for pair in pairs if pair.has_gradients] for pairs in shapes)))
 
 
 def in_buckets(shapes: Shapes, bytes_of: Callable[[LoraPair], int], limit: int) -> list[Shapes]:

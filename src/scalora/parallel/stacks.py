@@ -15,10 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scalora.maths.scaling import Grams
 from scalora.model.adapters import LoraPair, by_rank, by_shape
 from scalora.model.matrices import stack_of_A, stack_of_B
-from scalora.parallel.layout import Shapes, Share, in_buckets, over_columns, over_rows, with_gradients
+from scalora.parallel.layout import Shapes, Share, Whole, in_buckets, over_columns, over_rows
 from scalora.rescale.changes import Factors, Part
 from scalora.rescale.optimizers import MATRIX, Kind
 
@@ -27,8 +26,10 @@ from scalora.rescale.optimizers import MATRIX, Kind
 _BUCKET = 1 << 28
 
 
-class Stacks:
-    """Every process has everything, and layers are stacks of matrices. Layers without gradients take no part.
+class Stacks(Whole):
+    """Every process has everything, and layers are stacks of matrices.
+
+    Layers without gradients take no part. An expert that saw no token has a gradient of zeros, and is left alone.
 
     Args:
         optimizer: the optimizer of the factors.
@@ -36,40 +37,8 @@ class Stacks:
     """
 
     def __init__(self, optimizer: Optimizer, kinds: Mapping[str, Kind]) -> None:
-        self._optimizer = optimizer
+        super().__init__(optimizer)
         self._kinds = kinds
-
-    def taking_part(self, shapes: Shapes) -> Shapes:
-        """The layers that have gradients. An expert that saw no token has a gradient of zeros, and is left alone.
-
-        Args:
-            shapes: all layers.
-        """
-        return with_gradients(shapes)
-
-    def begin(self, shapes: Shapes) -> None:
-        """Everything is here.
-
-        Args:
-            shapes: not used.
-        """
-
-    def shares(self, shapes: Shapes) -> list[Share]:
-        """The tensors of each expert.
-
-        Args:
-            shapes: the layers that take part.
-        """
-        return [self._share(pairs) for pairs in shapes]
-
-    def total(self, grams: list[Grams], shapes: Shapes) -> list[Grams]:
-        """What this process has summed.
-
-        Args:
-            grams: the sums of this process.
-            shapes: not used.
-        """
-        return grams
 
     def _share(self, pairs: list[LoraPair]) -> Share:
         parts = _Parts(self._optimizer, self._kinds)
