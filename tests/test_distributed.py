@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from models import tiny_llama, trainable, with_lora
-from test_fsdp import results_of
+from processes import results_of
 from test_fsdp import start as join
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel

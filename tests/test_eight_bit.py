@@ -7,8 +7,8 @@ import torch
 from drift import drift, train
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Mixed, take_random_steps, tiny_llama, trainable, with_adapter_in_float32, with_lora
-from test_stochastic import HALVES, trained
+from models import Mixed, trainable, with_adapter_in_float32, with_lora
+from test_stochastic import HALVES, exports_hold, trained
 from torch import nn
 
 import scalora
@@ -264,23 +264,7 @@ def test_embeddings_and_transposed_weights_take_merges():
 
 @pytest.mark.slow
 def test_exports_hold_the_exact_update(tmp_path):
-    base = tiny_llama(tie_word_embeddings=False).bfloat16()
-    model = with_adapter_in_float32(
-        with_lora(copy.deepcopy(base), r=2, target_modules="all-linear", random_B=False, dtype=torch.bfloat16)
-    )
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=0, merge="dense_8bit"))
-    take_random_steps(model, optimizer, 6)
-    model.save_pretrained(tmp_path / "saved")
-    scalora.export_adapter(copy.deepcopy(base), tmp_path / "saved", tmp_path / "adapter", rtol=1e-5)
-    merged_model = scalora.export_merged(copy.deepcopy(base), tmp_path / "saved", tmp_path / "merged")
-    weights = dict(merged_model.named_parameters())
-    for pair in engine.pairs:
-        key = pair.name.removeprefix("base_model.model.") + ".weight"
-        wanted = pair.remainder.exact(pair.weight).double() + pair.scaling * pair.lora_B.double() @ pair.lora_A.double()
-        assert (weights[key].double() - wanted).norm() < 1e-6 * wanted.norm()
-    again = scalora.load_model(copy.deepcopy(base), tmp_path / "saved")
-    for pair, own in zip(find_lora_pairs(again), engine.pairs, strict=True):
+    for pair, own in exports_hold(tmp_path, "dense_8bit", lambda pair: pair.remainder.exact(pair.weight)):
         assert type(pair.remainder) is EightBitRemainder
         assert torch.equal(pair.weight, own.weight)
         assert torch.equal(pair.remainder.rounded_off, own.remainder.rounded_off)

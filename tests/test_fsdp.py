@@ -6,10 +6,7 @@ Each number of processes is started once and runs all its cases, because startin
 import os
 import re
 import shutil
-import socket
-import time
 import warnings
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -19,12 +16,12 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from models import Mixed, tiny_llama, trainable, with_lora
-from torch import multiprocessing, nn
+from models import tiny_llama, trainable, with_lora
+from processes import BATCH, Collectives, Layers, data, results_of, worst
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 from scalora import (
@@ -37,7 +34,6 @@ from scalora import (
     UnsupportedOptimizerError,
     optimal_start,
 )
-from scalora.bench import several_gpus
 from scalora.bench.several_gpus import rescale_collectives
 from scalora.model.adapters import find_lora_pairs
 from scalora.parallel import buckets
@@ -49,24 +45,12 @@ from scalora.saving.state_file import SHARDED_STATE, STATE_FILE, read_state
 
 pytestmark = pytest.mark.slow
 
-STEPS, BATCH, SECONDS = 50, 8, 150
+STEPS = 50
 BUCKET = buckets.BUCKET
 
 # Ranks below the number of processes, and not divisible by it; each rank of a model has collectives of its own.
 ODD = {"r": 3, "rank_pattern": {"linear": 1, "extra": 1}}
 EVEN = {"r": 4, "rank_pattern": {"conv1d": 2, "extra": 2}}
-
-
-class Layers(nn.Module):
-    """`Mixed`, whose rows no number of processes divides, and one more layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.mixed = Mixed(vocabulary=21, width=11)
-        self.extra = nn.Linear(3, 5)
-
-    def forward(self, tokens):
-        return self.extra(torch.tanh(self.mixed(tokens)))
 
 
 def adapted(dtype=torch.float64, ranks=ODD):
@@ -86,11 +70,6 @@ def sharded(model, processes, *, hsdp=False, **settings):
             fully_shard(module, mesh=mesh, **settings)
     fully_shard(model, mesh=mesh, **settings)
     return model
-
-
-def data(index):
-    generator = torch.Generator().manual_seed(index)
-    return torch.randint(0, 21, (BATCH, 6), generator=generator), torch.randn(BATCH, 6, 5, generator=generator)
 
 
 OPTIMIZERS = {
@@ -189,11 +168,6 @@ def effective(engine):
             weight = weight + pair.remainder.dense()
         weights[pair.name] = weight
     return weights
-
-
-def worst(found, wanted):
-    assert found.keys() == wanted.keys()
-    return max(((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted)
 
 
 def resumed(rank, processes, folder, **settings):
@@ -332,20 +306,6 @@ def trainers(folder):
     return results
 
 
-class Collectives(TorchDispatchMode):
-    """Collects the names of collectives, and the bytes that each of them leaves in a process."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
-            tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-            self.seen.append((func.name().split("::")[1].split(".")[0], sum(t.nbytes for t in tensors)))
-        return func(*args, **(kwargs or {}))
-
-
 def without_gradients(processes):
     """Of a rescale for which no process has a gradient."""
     model = sharded(with_lora(tiny_llama(), r=4, target_modules="all-linear"), processes)
@@ -384,7 +344,7 @@ def counted(processes):
     """Collectives of a rescale, what happens in which order, and what `scalora estimate` says."""
     results = {}
     for name, (make, merge, bucket) in COUNTED.items():
-        buckets.BUCKET = several_gpus.BUCKET = bucket
+        buckets.BUCKET = bucket
         model = sharded(make(), processes)
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
 
@@ -399,7 +359,7 @@ def counted(processes):
             optimizer.step()
         said = rescale_collectives(find_lora_pairs(make()), merge, "fsdp2", processes)
         results[name] = {"seen": counting.seen, "said": [tuple(collective) for collective in said]}
-    buckets.BUCKET = several_gpus.BUCKET = BUCKET
+    buckets.BUCKET = BUCKET
     return results
 
 
@@ -554,26 +514,6 @@ def process(rank, processes, folder, port):
     dist.destroy_process_group()
 
 
-def results_of(processes, folder, work=process):
-    """What processes have saved, each under its number, that do some work within `SECONDS`."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    # From a process that has imported everything, which takes longer than the cases.
-    forkserver.set_forkserver_preload([work.__module__])
-    started = multiprocessing.start_processes(
-        work, (processes, str(folder), port), nprocs=processes, join=False, start_method="forkserver"
-    )
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not started.join(timeout=1):
-            assert time.monotonic() < deadline, f"{processes} processes hang"
-    finally:
-        for child in started.processes:
-            child.kill()
-    return [torch.load(folder / f"{processes}-{rank}.pt", weights_only=False) for rank in range(processes)]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fsdp")
@@ -581,12 +521,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_four(folder):
-    return results_of(4, folder)
+    return results_of(4, folder, process)
 
 
 @pytest.fixture(scope="module")
 def of_two(folder, of_four):
-    return results_of(2, folder)  # resumes what four have saved
+    return results_of(2, folder, process)  # resumes what four have saved
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Sharded checkpoints: every process writes its part; any number of processes goes on from it, whole or not at all."""
 
 import os
-import resource
 import shutil
-import signal
 import warnings
 from pathlib import Path
 
@@ -12,7 +10,8 @@ import torch
 import torch.distributed as dist
 from models import tiny_llama, trainable
 from peft import PeftModel
-from test_fsdp import Run, adapted, effective, in_a_trainer, results_of, sharded, start, worst
+from processes import full_disk, results_of, worst
+from test_fsdp import Run, adapted, effective, in_a_trainer, sharded, start
 from test_fsdp_wrappers import in_sft
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -121,14 +120,9 @@ def failures(rank, processes, folder):
     run.engine.save(folder / "failing", sharded=True)
     before, messages = bits(run.engine), {}
     run.steps(2, 3)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if rank == 1:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
-    with pytest.raises(OSError, match="shards can't be written") as error:
+    with full_disk(rank == 1), pytest.raises(OSError, match="shards can't be written") as error:
         run.engine.save(folder / "failing", sharded=True)
     messages["disk full"] = str(error.value)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     dist.barrier()
     messages["left"] = sorted(path.name for path in (folder / "failing").iterdir())
     run.engine.load(folder / "failing")

@@ -12,7 +12,8 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from models import tiny_llama, trainable, with_lora
 from peft import LoraConfig, get_peft_model
-from test_fsdp import BATCH, adapted, data, effective, full, in_a_trainer, results_of, sharded, start, worst
+from processes import BATCH, data, results_of, worst
+from test_fsdp import adapted, effective, full, in_a_trainer, sharded, start
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard

@@ -7,17 +7,14 @@ they do. DeepSpeed is imported in those processes only.
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import warnings
-from multiprocessing import forkserver
 
 import pytest
 import torch
 from conftest import needs_deepspeed
-from torch import multiprocessing
+from processes import results_of, worst
 from zero_processes import (
     BUCKET,
     CASES,
@@ -50,29 +47,9 @@ PLAIN = {key: value for key, value in CASES["ZeRO-3, every step"].items() if key
 RESUMED = ("ZeRO-2", "ZeRO-3", "ZeRO-2, bfloat16", "ZeRO-3, bfloat16")
 
 
-def results_of(processes, folder):
+def run_by_deepspeed(processes, folder):
     os.environ |= {"DS_ACCELERATOR": "cpu", "DEEPSPEED_LOG_LEVEL": "error"}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    # From a process that has imported everything, which takes longer than the cases.
-    forkserver.set_forkserver_preload(["zero_processes", "deepspeed"])
-    started = multiprocessing.start_processes(
-        process, (processes, str(folder), port), nprocs=processes, join=False, start_method="forkserver"
-    )
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not started.join(timeout=1):
-            assert time.monotonic() < deadline, f"{processes} processes hang"
-    finally:
-        for child in started.processes:
-            child.kill()
-    return [torch.load(folder / f"{processes}-{rank}.pt", weights_only=False) for rank in range(processes)]
-
-
-def worst(found, wanted):
-    assert found.keys() == wanted.keys()
-    return max(((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted)
+    return results_of(processes, folder, process, seconds=SECONDS, preload=["deepspeed"])
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +59,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_four(folder):
-    return results_of(4, folder)
+    return run_by_deepspeed(4, folder)
 
 
 @pytest.fixture(scope="module")
 def of_two(folder, of_four):
-    return results_of(2, folder)  # resumes what four have saved
+    return run_by_deepspeed(2, folder)  # resumes what four have saved
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 import gc
 import os
-import resource
-import signal
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +11,9 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from experts import tiny
-from models import Mixed, tiny_llama, trainable, with_lora
+from models import tiny_llama, trainable, with_lora
+from processes import BATCH, Collectives, Layers, data, full_disk
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 from scalora import (
@@ -34,20 +32,8 @@ from scalora.parallel import runs
 from scalora.parallel.zero import zero_of
 from scalora.saving.peft_model import ShardedModelError
 
-STEPS, BATCH = 22, 8
+STEPS = 22
 BUCKET = runs.BUCKET
-
-
-class Layers(nn.Module):
-    """`Mixed`, whose rows no number of processes divides, and one more layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.mixed = Mixed(vocabulary=21, width=11)
-        self.extra = nn.Linear(3, 5)
-
-    def forward(self, tokens):
-        return self.extra(torch.tanh(self.mixed(tokens)))
 
 
 def adapted(dtype=torch.float32, ranks=None, **settings):
@@ -62,11 +48,6 @@ def adapted(dtype=torch.float32, ranks=None, **settings):
         if "lora_" not in name:
             parameter.data = parameter.data.to(dtype)
     return model
-
-
-def data(index):
-    generator = torch.Generator().manual_seed(index)
-    return torch.randint(0, 21, (BATCH, 6), generator=generator), torch.randn(BATCH, 6, 5, generator=generator)
 
 
 def deep(model, optimizer, processes, *, stage, clip=0.0, accumulate=1, half=None, **zero):
@@ -229,20 +210,6 @@ HALVES = [
     (3, torch.float16, "dense"),
     (3, torch.float16, "stochastic"),
 ]
-
-
-class Collectives(TorchDispatchMode):
-    """Collects the names of collectives, and the bytes that each of them leaves in a process."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
-            tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-            self.seen.append((func.name().split("::")[1].split(".")[0], sum(t.nbytes for t in tensors)))
-        return func(*args, **(kwargs or {}))
 
 
 def rescaled(processes, dtype, merge, stage=None):
@@ -529,14 +496,9 @@ def failures(rank, processes, folder):
     dist.barrier()
     before, messages = effective(run.engine), {}
     run.steps(2, 3)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if rank == 0:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
-    with pytest.raises(OSError, match="File too large") as error:
+    with full_disk(rank == 0), pytest.raises(OSError, match="File too large") as error:
         run.engine.save(folder / "failing")
     messages["disk full"] = str(error.value)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     dist.barrier()
     now = effective(run.engine)
     with pytest.raises(StateError) as unreadable:
