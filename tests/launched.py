@@ -56,10 +56,14 @@ def launch(folder, *words, processes=2, shards=False, seconds=120, before=None, 
         error = failed
     (last,) = logs.glob("*/attempt_0")
     printed = {
-        kind: [(last / str(rank) / f"{kind}.log").read_text() for rank in range(processes)]
-        for kind in ("stdout", "stderr")
+        kind: [_read(last / str(rank) / f"{kind}.log") for rank in range(processes)] for kind in ("stdout", "stderr")
     }
     return error, printed["stdout"], printed["stderr"]
+
+
+def _read(file):
+    # A process that is ended because another one failed may not have got as far as to open it.
+    return file.read_text() if file.exists() else ""
 
 
 def start_deepspeed():
