@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
+from accelerate.utils import DeepSpeedSequenceParallelConfig
 from datasets import Dataset
 from experts import tiny
 from models import tiny_llama, trainable, with_lora
@@ -277,6 +279,8 @@ ZERO = {
     "ZeRO-3, offloaded, persistent": {"stage": 3, **OFFLOADED},
     "ZeRO-2, bfloat16": {"stage": 2, "bf16": True},
     "ZeRO-3, bfloat16": {"stage": 3, "bf16": True, "merge": "factored"},
+    # Last: what Ulysses puts in the place of attention stays there.
+    "ZeRO-3, sequences": {"stage": 3, "stage3_param_persistence_threshold": 0, "sequences": True},
     "without": None,
 }
 
@@ -287,6 +291,7 @@ def in_a_trainer(folder, name, per_process, *, steps=6, resume=None, merge="dens
     half = bool(zero and zero.pop("bf16", False))
     merge = zero.pop("merge", merge) if zero else merge
     cpu_adam = bool(zero and zero.pop("cpu_adam", False))  # Accelerate's default with an optimizer on the CPU
+    sequences = bool(zero and zero.pop("sequences", False))
     model = with_lora(
         tiny_llama(num_hidden_layers=1), r=3, target_modules=["q_proj", "down_proj"], modules_to_save=None
     )
@@ -305,13 +310,19 @@ def in_a_trainer(folder, name, per_process, *, steps=6, resume=None, merge="dens
             "zero_optimization": zero,
         }
         settings["ddp_backend"] = "gloo"
+    if sequences:  # each process has half of the positions of the same examples
+        handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
+        settings["parallelism_config"] = ParallelismConfig(sp_backend="deepspeed", sp_size=2, sp_handler=handler)
+        per_process *= 2
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=per_process, use_cpu=True, bf16=half,
         gradient_accumulation_steps=2, max_grad_norm=0.5, report_to="none", save_steps=3,
-        dataloader_pin_memory=False, disable_tqdm=True, logging_steps=1, learning_rate=1e-2, **settings,
+        dataloader_pin_memory=False, disable_tqdm=True, logging_steps=1, learning_rate=1e-2,
+        adam_epsilon=1e-5, **settings,
     )  # fmt: skip
     callback = ScaLoraCallback(ScaLoraConfig(warmup_steps=1, merge=merge))
-    examples = Dataset.from_list([{"input_ids": row, "labels": row} for row in TEXTS])
+    positions = {"position_ids": list(range(len(TEXTS[0])))}  # Ulysses asks for them
+    examples = Dataset.from_list([{"input_ids": row, "labels": row} | positions for row in TEXTS])
     trainer = Trainer(model, arguments, train_dataset=examples, callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume)
     engine = callback.engine
@@ -344,7 +355,7 @@ def trainers(folder, processes):
         whole = in_a_trainer(folder / f"{name} {processes}", name, 8 // processes)
         results[name] = {"whole": whole}
         dist.barrier()
-        if "offloaded" not in name and processes == 2 and name != "ZeRO-1":
+        if "offloaded" not in name and "sequences" not in name and processes == 2 and name != "ZeRO-1":
             checkpoint = folder / f"{name} {processes}" / "checkpoint-3"
             results[name]["resumed"] = in_a_trainer(checkpoint.parent, name, 8 // processes, resume=str(checkpoint))
     return results
