@@ -1,7 +1,6 @@
 """Small models on disk and data files, made once for each worker."""
 
 import importlib.util
-import inspect
 import json
 import os
 import shutil
@@ -41,14 +40,8 @@ def pairs(count):
 
 
 @pytest.fixture
-def without_shape_checks(monkeypatch):
+def without_shape_checks():
     """As users run the library: for its own errors about shapes, and for torch.compile, which traces calls."""
-    from scalora.model import shared_pass  # here, because what is imported above is not checked
-
-    # It can't trace even a check that is switched off where autograd calls the function.
-    for name in ("forward", "setup_context", "backward"):
-        method = inspect.unwrap(getattr(shared_pass._SharedPass, name))
-        monkeypatch.setattr(shared_pass._SharedPass, name, staticmethod(method))
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -12,6 +12,8 @@ def checked(function):
     beartype looks at a random item of each list. jaxtyping gives this only functions with an empty body.
     """
     check = beartype(function)
+    if random.getrandbits not in (check.__kwdefaults__ or {}).values():
+        return check  # of no list: reading and restoring the state would take longer than the check
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
