@@ -8,18 +8,16 @@ import signal
 import sys
 import threading
 from datetime import timedelta
-from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from processes import start_forkserver
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import scalora.runs.evaluate
-import scalora.runs.train  # noqa: F401 - imported before processes are started
 from scalora.cli import app
 from scalora.engine import ScaLora
 from scalora.runs import stopping
@@ -43,7 +41,7 @@ def launch(folder, *words, processes=2, shards=False, seconds=120, before=None, 
     """
     logs = Path(folder)
     logs.mkdir(parents=True, exist_ok=True)
-    _start_forkserver()
+    start_forkserver()
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id="test", max_restarts=0, monitor_interval=0.1, start_method="forkserver",
@@ -110,20 +108,6 @@ def _kill_before(owner, name, step_of, signal_number=signal.SIGKILL, kill=None):
         return method(self, *args, **kwargs)
 
     setattr(owner, name, killed)
-
-
-def _start_forkserver():
-    """Start the process that processes are forked from, with this module imported."""
-    forkserver.set_forkserver_preload([__name__])
-    earlier = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # all that it looks for modules in, up to Python 3.12
-    try:
-        forkserver.ensure_running()
-    finally:
-        if earlier is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = earlier
 
 
 def process(words, shards, seconds, before, environment):

@@ -1,8 +1,10 @@
 """What the tests of several processes share: starting them, the model that they train, and what they send."""
 
+import os
 import resource
 import signal
 import socket
+import sys
 import time
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -59,13 +61,26 @@ def full_disk(here):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
-def results_of(processes, folder, work, *, seconds=150, preload=()):
+def start_forkserver():
+    """Start the process that processes are forked from, which has imported what takes longest: once in a worker."""
+    forkserver.set_forkserver_preload(["preloaded"])
+    earlier = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # all that it looks for modules in, up to Python 3.12
+    try:
+        forkserver.ensure_running()
+    finally:
+        if earlier is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = earlier
+
+
+def results_of(processes, folder, work, *, seconds=150):
     """What processes have saved, each under its number, that do some work within so many seconds."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    # From a process that has imported everything, which takes longer than the cases.
-    forkserver.set_forkserver_preload([work.__module__, *preload])
+    start_forkserver()
     started = multiprocessing.start_processes(
         work, (processes, str(folder), port), nprocs=processes, join=False, start_method="forkserver"
     )

@@ -49,7 +49,7 @@ RESUMED = ("ZeRO-2", "ZeRO-3", "ZeRO-2, bfloat16", "ZeRO-3, bfloat16")
 
 def run_by_deepspeed(processes, folder):
     os.environ |= {"DS_ACCELERATOR": "cpu", "DEEPSPEED_LOG_LEVEL": "error"}
-    return results_of(processes, folder, process, seconds=SECONDS, preload=["deepspeed"])
+    return results_of(processes, folder, process, seconds=SECONDS)
 
 
 @pytest.fixture(scope="module")
