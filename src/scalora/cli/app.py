@@ -21,6 +21,7 @@ from scalora.config import Dtype, Merge
 from scalora.parallel.job import is_first, leave, let_the_first_speak, let_the_lost_be_named
 from scalora.runs.errors import DivergedError
 from scalora.runs.messages import only_relevant_messages
+from scalora.runs.tasks import Task
 
 # Click's own, of which newer versions of typer carry a copy.
 _UsageError: Any = typer.BadParameter.__base__
@@ -163,19 +164,18 @@ def train(
     _in_one_line(run, debug)
 
 
-class ConfigTask(str, Enum):
-    """The tasks of a run."""
-
-    sft = "sft"
-    classification = "classification"
-    regression = "regression"
+ConfigTask = Enum("ConfigTask", {name: name for name in get_args(Task)}, type=str)  # type: ignore[misc]
+"""The tasks of a run."""
 
 
 @app.command()
 def config(
     task: Annotated[
         ConfigTask,
-        typer.Option(help="sft: a causal language model. classification, regression: a model with one label per text."),
+        typer.Option(
+            help="sft, dpo, kto, orpo, grpo: a causal language model. classification, regression: a model with one label "
+            "per text. reward: a model that scores answers."
+        ),
     ] = ConfigTask.sft,
     method: Annotated[
         str | None, typer.Option(help="Fine-tuning method, whose options are added (default: scalora).")
@@ -406,7 +406,7 @@ def inspect(
         typer.Option(
             min=0,
             help="Training batches for the gradient by which the next step is judged; 0 leaves that out. The gradients "
-            "of all selected layers are in memory at once, as in full fine-tuning; --layers selects fewer.",
+            "of all selected layers are in memory at once, as in full fine-tuning; --layers selects fewer. Left out for grpo.",
         ),
     ] = 8,
     rank: Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from scalora.runs.config_keys import COMMON_KEYS, Key, Section, config_sections, our_defaults, value_text, yaml_text
-from scalora.runs.settings import Task
+from scalora.runs.tasks import Task
 
 _WIDTH = 80
 

@@ -344,7 +344,8 @@ def _check_cells(study: Study) -> None:
         for split, name in (("train", settings.data.train), ("eval", settings.data.eval)):
             if name is None:
                 raise InputError(f"methods.{method}: data.{split} is missing; a study needs data.train and data.eval")
-            data[name] = "train" if split == "train" else "eval"
+            if not (split == "train" and settings.data.streaming):
+                data |= dict.fromkeys([name] if isinstance(name, str) else name, split)
     _check_step_shares(study)
     from scalora.runs.data import load_examples  # loads torch, so after all else has been checked
 
