@@ -21,7 +21,6 @@ from scalora.config import Dtype, Merge
 from scalora.parallel.job import is_first, leave, let_the_first_speak, let_the_lost_be_named
 from scalora.runs.errors import DivergedError
 from scalora.runs.messages import only_relevant_messages
-from scalora.runs.tasks import Task
 
 # Click's own, of which newer versions of typer carry a copy.
 _UsageError: Any = typer.BadParameter.__base__
@@ -164,8 +163,17 @@ def train(
     _in_one_line(run, debug)
 
 
-ConfigTask = Enum("ConfigTask", {name: name for name in get_args(Task)}, type=str)  # type: ignore[misc]
-"""The tasks of a run."""
+class ConfigTask(str, Enum):
+    """The tasks of a run."""
+
+    sft = "sft"
+    classification = "classification"
+    regression = "regression"
+    dpo = "dpo"
+    kto = "kto"
+    orpo = "orpo"
+    reward = "reward"
+    grpo = "grpo"
 
 
 @app.command()
@@ -173,8 +181,8 @@ def config(
     task: Annotated[
         ConfigTask,
         typer.Option(
-            help="sft, dpo, kto, orpo, grpo: a causal language model. classification, regression: a model with one label "
-            "per text. reward: a model that scores answers."
+            help="sft, dpo, kto, orpo, grpo: a causal language model. classification, regression: a model with one "
+            "label per text. reward: a model that scores answers."
         ),
     ] = ConfigTask.sft,
     method: Annotated[
@@ -406,7 +414,8 @@ def inspect(
         typer.Option(
             min=0,
             help="Training batches for the gradient by which the next step is judged; 0 leaves that out. The gradients "
-            "of all selected layers are in memory at once, as in full fine-tuning; --layers selects fewer. Left out for grpo.",
+            "of all selected layers are in memory at once, as in full fine-tuning; --layers selects fewer. Left out "
+            "for grpo.",
         ),
     ] = 8,
     rank: Annotated[

@@ -23,10 +23,10 @@ _FILES = {"model": "model", "adapter": "adapter", "delta": "exact state", "metri
 # Figures of an evaluation that are not scores of the model, or have a line of their own.
 _NOT_SCORES = {"loss", "runtime", "samples_per_second", "steps_per_second", "num_tokens", "entropy"}
 
-# Beginnings of the names of TRL's figures that say how an evaluation went rather than how good the model is.
+# How the names of TRL's figures begin that say how an evaluation went, not how good the model is.
 _DETAILS = (
-    "clip_ratio/", "completions/", "entropy", "frac_", "logits/", "log_odds", "logps/", "mean_token", "nll", "sampling/",
-    "step_time",
+    "clip_ratio/", "completions/", "entropy", "frac_", "logits/", "log_odds", "logps/", "mean_token", "nll",
+    "sampling/", "step_time",
 )  # fmt: skip
 
 _ENDS = 300  # characters shown of each end of a long part of an example
@@ -113,9 +113,7 @@ def show_plan(plan: Plan) -> None:
     if plan.layers:
         method += f", rescales {plan.layers} layers with a {plan.merge} remainder"
     examples = ", ".join(
-        "a stream for train"
-        if plan.run.stream is not None and split == "train"
-        else f"{plan.run.count(split):,} for {split}"
+        f"{'a stream' if plan.run.stream and split == 'train' else format(plan.run.count(split), ',')} for {split}"
         for split in plan.run.examples
     )
     quantised = f", {settings.quantization}" if settings.quantization else ""

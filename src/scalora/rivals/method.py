@@ -43,7 +43,8 @@ class Method:
     before_training: ClassVar[BeforeTraining] = "without_adapter"
     """What the model before training is, which DPO, KTO and GRPO compare the trained one with. without_adapter: the
     model without its adapter. start: the model with the adapter as it starts, because the start is taken off the base.
-    copy: another model, because there is no adapter. lost: it is gone, because training changes the base."""
+    copy: another model, because there is no adapter. lost: nowhere, because training changes the base, or because TRL
+    can't handle the adapter."""
 
     def training_defaults(self) -> dict[str, Any]:
         """Training arguments that the method needs. Those of the user's config take precedence.

@@ -71,8 +71,8 @@ def load_sets(value: str | list[str] | dict[str, float], split: str) -> Examples
             first = sets[0].features.get(column)
             if first is not None and first != rows.features[column]:
                 raise InputError(
-                    f"data {name!r}: the values in column {column!r} are not of the type that they are of in "
-                    f"{names[0]!r} ({_type_name(rows, column)}, and {_type_name(sets[0], column)} there): write them alike"
+                    f"data {name!r}: column {column!r} has another type than in {names[0]!r} "
+                    f"({_type_name(rows, column)}, and {_type_name(sets[0], column)} there): write its values alike"
                 )
     return Examples(concatenate_datasets(sets), SetNames(names, [len(rows) for rows in sets]))
 

@@ -209,6 +209,8 @@ def _trainer(run: PreparedRun, model: nn.Module, scratch: str, limit: TextLimit 
     training = run.settings.training | _WRITES_NOTHING | {"output_dir": scratch} | changes
     if task in ("dpo", "kto"):
         training["precompute_ref_log_probs"] = False  # with weights that there are none of
+    if task == "grpo":
+        training["beta"] = 0.0  # its trainer would copy the adapter, or load the weights
     settings = run.settings.model_copy(update={"training": training})
     arguments = training_arguments(settings, run.method, evaluates="eval" in run.examples)
     # Not files, so that what is made of them is not written to a cache either.
@@ -217,8 +219,9 @@ def _trainer(run: PreparedRun, model: nn.Module, scratch: str, limit: TextLimit 
         warnings.simplefilter("ignore")  # what is truncated of all examples has been said
         make = trainer_maker(settings, run.tokenizer, head, arguments, run.labels, limit)
     options: dict[str, Any] = {"optimizers": (own_optimizer(run.settings, run.method, model, arguments), None)}
-    if task in ("dpo", "kto") and run.method.before_training == "copy":
-        options["ref_model"] = copy.deepcopy(model)  # its trainer would load the weights
+    if task in ("dpo", "kto"):
+        options["ref_model"] = reference = copy.deepcopy(model)  # for the same reason
+        object.__setattr__(reference, "to", lambda *_, **__: reference)  # to a device, which takes weights
     return make(model, **options)
 
 

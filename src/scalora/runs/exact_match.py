@@ -12,8 +12,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scalora.runs.data import require_columns
 from scalora.runs.errors import InputError
+from scalora.runs.formats import require_columns
 from scalora.runs.model_limits import positions, require_known_tokens
 from scalora.runs.prompts import Prompt, equal_length_batches, prompt_tokens, template_options, use_training_tokens
 from scalora.runs.sections import EvaluateSettings

@@ -19,7 +19,7 @@ from scalora.saving.errors import short_repr
 
 _SHOWN = 60  # characters of an example's value that an error shows
 
-# Columns that mean something to TRL besides those with the texts of a conversation. ORPO's trainer knows the last alone.
+# Columns that mean something to TRL besides those with the texts of a conversation.
 _WITH_CONVERSATIONS = ("tools", "chat_template_kwargs")
 
 # Columns that TRL or Transformers would use for sft, and that are not what a text model is trained on here.
@@ -82,10 +82,10 @@ class Format(NamedTuple):
         Raises:
             InputError: a value can't be used.
         """
-        values = {column: example.get(column) for column in self.columns}
+        values: dict[str, Any] = {column: example.get(column) for column in self.columns}
         for column, check in self.checks.items():
             values[column] = check(values[column], where, column)
-        if self.implicit and values["chosen"][0] != values["rejected"][0]:
+        if self.implicit and values["chosen"][:1] != values["rejected"][:1]:
             raise InputError(
                 f"{where}: 'chosen' and 'rejected' begin with different messages, and there is no column 'prompt': let "
                 "both begin with the prompt, or write it in a column of its own"
@@ -115,8 +115,8 @@ def used_columns(examples: Dataset, name: str, data: DataSettings, task: Task) -
 def format_of(examples: Dataset, name: str, data: DataSettings, task: Task) -> Format:
     """Which of TRL's formats examples for a task have.
 
-    For sft the formats are ``messages``, ``prompt`` and ``completion``, and plain text, of which the first is taken that
-    the examples have; a setting ``data.text`` other than the default stands for plain text.
+    For sft the formats are ``messages``, ``prompt`` and ``completion``, and plain text, of which the first is taken
+    that the examples have; a setting ``data.text`` other than the default stands for plain text.
 
     Args:
         examples: the examples, with any columns, of which the first tells whether they are conversations.
@@ -130,7 +130,7 @@ def format_of(examples: Dataset, name: str, data: DataSettings, task: Task) -> F
     have = examples.column_names
     if data.max_tokens is not None:
         raise InputError(f"data.max_tokens={data.max_tokens}: for {task}, set training.max_length instead")
-    refused = {column: f"{task} trains on texts alone" for column in ("image", "images")}
+    refused = dict.fromkeys(("image", "images"), f"{task} trains on texts alone")
     if task == "sft":
         refused |= dict.fromkeys(_TOKENS, "the examples must be texts, which are tokenised here")
     if task == "grpo":

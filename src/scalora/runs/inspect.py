@@ -111,23 +111,23 @@ def inspect_run(
     _require_something(run)
     factors = _logged_factors(run, step)
     # The gradients of GRPO's loss would take new answers, and the user's code that rewards them.
-    judges = batches and run.settings.task != "grpo" and (run.state or run.adapter)
+    judges = batches > 0 and run.settings.task != "grpo" and bool(run.state or run.adapter)
     examples = run.examples() if judges else None
     trained = _trained(run)
     wanted = [layer for layer in trained.layers if matches(layer.name)]
     if not wanted:
         names = ", ".join(layer.name for layer in trained.layers[:_LISTED])
         raise InputError(f"--layers {layers!r} matches none of the {len(trained.layers)} layers ({names}, …)")
-    judges_step = examples is not None and wanted[0].pair is not None
-    if rank is not None and not judges_step:
+    judged = examples if wanted[0].pair is not None else None
+    if rank is not None and judged is None:
         raise InputError(
             f"--rank {rank} is the rank of the oracle for the next step, which can't be computed: the run has no A and "
             "B, its task is grpo, or --batches is 0"
         )
     # Before the gradients: bitsandbytes changes the layout of 4-bit weights when a CPU computes with them.
     rows = [_described(layer, trained.base) for layer in track(wanted, "spectra")]
-    if judges_step:
-        backward = partial(_backward, run, trained.model, examples, batches)
+    if judged is not None:
+        backward = partial(_backward, run, trained.model, judged, batches)
         for row, residual in zip(rows, _residuals(run, trained.model, wanted, backward, rank), strict=True):
             row["residual"] = residual
     return {"step": step, "layers": rows, "factors": factors}

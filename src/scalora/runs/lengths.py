@@ -107,8 +107,8 @@ def require_readable(
         more = f" with the training.max_completion_length={generated} tokens of an answer" if generated else ""
         way_out = "shorten the prompts or that" if generated else "set training.max_length to at most that"
         raise InputError(
-            f"data {name!r}: {too_long:,} of {len(counts):,} sequences{more} are longer than the {longest:,} positions of "
-            f"the model: {way_out}"
+            f"data {name!r}: {too_long:,} of {len(counts):,} sequences{more} are longer than the {longest:,} positions "
+            f"of the model: {way_out}"
         )
 
 
@@ -153,13 +153,13 @@ def _messages(run: PreparedRun, trainer: Trainer, tokenised: Dataset, loaded: in
 
 def _cut(run: PreparedRun, trainer: Trainer, tokenised: Dataset, counts: list[int]) -> int:
     """How many examples have more tokens than allowed, or as many and don't end as examples end."""
-    limit = trainer.args.max_length
+    limit: int = trainer.args.max_length
     more = sum(count > limit for count in counts)  # where the trainer cuts batches
     if run.settings.task not in ("sft", "orpo"):
         return more
     reached = tokenised.select([index for index, count in enumerate(counts) if count == limit])
     if getattr(trainer.args, "truncation_mode", None) == "keep_end":
-        return len(reached)
+        return int(reached.num_rows)
     end = run.tokenizer.eos_token_id
     columns = token_columns(tokenised)
-    return sum(any(len(row[c]) == limit and row[c][-1] != end for c in columns) for row in reached)
+    return len([row for row in reached if any(len(row[c]) == limit and row[c][-1] != end for c in columns)])

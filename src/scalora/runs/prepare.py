@@ -58,7 +58,7 @@ class PreparedRun:
         checkpoint: checkpoint to resume from; None for a run from the start.
         source: where the base model is.
         tokenizer: the base model's tokenizer.
-        examples: the examples by split, ``"train"`` and perhaps ``"eval"``, as they were loaded; of a stream, the first.
+        examples: the examples by split, ``"train"`` and perhaps ``"eval"``, as they were loaded; the first of a stream.
         stream: the training data, if they are streamed.
         arguments: the trainer's arguments.
         labels: names of the classes in order; None for other tasks than classification.
@@ -274,8 +274,8 @@ def method_of(settings: Settings) -> Method:
     if needs_reference(settings.task, settings.training):
         if cls.before_training == "lost":
             raise InputError(
-                f"method {settings.method!r} can't train task {settings.task!r}: the loss compares the model with the one "
-                "before training, which is gone after the first merge; take another method"
+                f"method {settings.method!r} can't train task {settings.task!r}: the loss compares the model with the "
+                "one before training, which the method does not keep; take another method"
             )
         if issubclass(cls, ScaLoraMethod):
             options["config"] = _keeping_the_base(options["config"], settings.task)
@@ -286,11 +286,11 @@ def method_of(settings: Settings) -> Method:
 
 
 def _keeping_the_base(config: ScaLoraConfig, task: str) -> ScaLoraConfig:
-    """The settings for a task whose reference is the model without its adapter: ``auto`` is factored, as in the engine."""
+    """The settings where the reference is the model without its adapter: ``auto`` is factored, as in the engine."""
     if config.merge in MERGES_INTO_THE_BASE:
         raise InputError(
-            f"scalora.merge={config.merge!r}: it changes the base weights, and task {task!r} compares the model with them: "
-            "set it to factored or auto"
+            f"scalora.merge={config.merge!r}: it changes the base weights, and task {task!r} compares the model with "
+            "them: set it to factored or auto"
         )
     return replace(config, merge="factored")
 

@@ -68,7 +68,8 @@ def _executed(name: str) -> Any:
     # Under a name by which pickle and dataclasses find it again, and which hides no other module.
     module_name = f"scalora_rewards_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:

@@ -31,8 +31,8 @@ class DataSettings(StrictModel):
         False,
         description="Read the training data while training, instead of all of them before it: for sets that don't fit "
         "the memory or disk. Needs training.max_steps, because a stream has no length, and weights if there are "
-        "several sets. What is checked before training is their first examples. Not for classification and regression, "
-        "whose labels must be known before, and not for orpo.",
+        "several sets. What is checked before training is their first examples. Not for classification and "
+        "regression, whose labels must be known before, and not for orpo.",
     )
     shuffle_buffer: int = Field(
         1000,
@@ -50,9 +50,9 @@ class DataSettings(StrictModel):
     max_tokens: int | None = Field(
         None,
         gt=0,
-        description="Tokens of a text that are kept (classification and regression; other tasks have training.max_length). "
-        "null: 512, because memory grows with the square of it. Never more than the model and its tokenizer allow. A "
-        "warning says how many texts are truncated.",
+        description="Tokens of a text that are kept (classification and regression; other tasks have "
+        "training.max_length). null: 512, because memory grows with the square of it. Never more than the model and "
+        "its tokenizer allow. A warning says how many texts are truncated.",
     )
     similar_labels: Literal["refuse", "merge", "separate"] = Field(
         "refuse",
@@ -63,7 +63,7 @@ class DataSettings(StrictModel):
     @field_validator("train", "eval", mode="before")
     @classmethod
     def _names(cls, value: Any, info: ValidationInfo) -> Any:
-        """One error for the field, where a union would report one for each of its types; and paths as shells take them."""
+        """One error, where a union would report one for each of its types; and paths as shells take them."""
         if value is None:
             return None
         if isinstance(value, str):
@@ -86,8 +86,8 @@ class RewardSettings(StrictModel):
     file: str | None = Field(
         None,
         description="Python file with functions that reward answers. It is executed. Each is called as TRL calls its "
-        "own, with prompts, completions and the columns of the data by name, each a list with one entry per answer, and "
-        "returns one number per answer. null: pattern.",
+        "own, with prompts, completions and the columns of the data by name, each a list with one entry per answer, "
+        "and returns one number per answer. null: pattern.",
     )
     functions: list[str] = Field(
         default=[], description="Names of the functions in the file whose rewards are added up. Required with file."
@@ -97,12 +97,13 @@ class RewardSettings(StrictModel):
     )
     pattern: str | None = Field(
         None,
-        description="Regular expression in place of a file. The reward is 1 if it matches anywhere in an answer, else 0.",
+        description="Regular expression in place of a file. The reward is 1 if it matches anywhere in an answer, "
+        "else 0.",
     )
     answer: str | None = Field(
         None,
-        description="Column with the right answers: the reward of pattern is 1 only if what it matches first, its first "
-        "group or the whole match if it has no group, is the right answer, without white space at the ends.",
+        description="Column with the right answers: the reward of pattern is 1 only if what it matches first, its "
+        "first group or the whole match if it has no group, is the right answer, without white space at the ends.",
     )
 
     @field_validator("file")

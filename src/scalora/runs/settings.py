@@ -44,9 +44,9 @@ class Settings(StrictModel):
         "sft",
         description="sft: supervised fine-tuning of a causal language model. classification and regression: a model "
         "with a head for one label per text. dpo and orpo: a causal language model on pairs of a preferred and a "
-        "rejected answer; kto: on answers that are good or bad. reward: a model with a head that scores answers, on such "
-        "pairs. grpo: a causal language model on rewards of its own answers. All but classification and regression are "
-        "trained by TRL.",
+        "rejected answer; kto: on answers that are good or bad. reward: a model with a head that scores answers, on "
+        "such pairs. grpo: a causal language model on rewards of its own answers. All but classification and "
+        "regression are trained by TRL.",
     )
     method: str = Field("scalora", description=f"Fine-tuning method: {', '.join(METHODS)}.")
     method_options: dict[str, Any] = Field(
@@ -63,9 +63,10 @@ class Settings(StrictModel):
     head_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate of the new head (classification, regression and reward). null: training.learning_rate, "
-        "and ten times that with the optimizer pair_adamw, whose rates are those of full fine-tuning. A head that "
-        "learns too slowly can hide what a method does: give all methods of a comparison the same.",
+        description="Peak learning rate of the new head (classification, regression and reward). null: "
+        "training.learning_rate, and ten times it with the optimizer pair_adamw, whose rates are those of full "
+        "fine-tuning. A head that learns too slowly can hide what a method does: give all methods of a comparison the "
+        "same.",
     )
     dtype: Dtype = Field(
         "float32",
@@ -104,8 +105,9 @@ class Settings(StrictModel):
     )
     training: dict[str, Any] = Field(
         default_factory=dict,
-        description="Any field of transformers.TrainingArguments (classification and regression), or of TRL's class for the "
-        "task: trl.SFTConfig, DPOConfig, KTOConfig, RewardConfig, GRPOConfig, trl.experimental.orpo.ORPOConfig.",
+        description="Any field of transformers.TrainingArguments (classification and regression), or of TRL's class "
+        "for the task: trl.SFTConfig, DPOConfig, KTOConfig, RewardConfig, GRPOConfig or "
+        "trl.experimental.orpo.ORPOConfig.",
     )
     evaluate: EvaluateSettings = Field(
         default_factory=EvaluateSettings, description="How `scalora evaluate` scores a model."

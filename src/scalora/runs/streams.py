@@ -1,4 +1,4 @@
-"""Reads training data while training: rows of files or of the hub one by one, checked, mixed and shuffled as they come."""
+"""Reads training data while training: rows of files or of the hub, checked, mixed and shuffled as they come."""
 
 from __future__ import annotations
 

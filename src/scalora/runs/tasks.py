@@ -47,8 +47,8 @@ RATE_SHARES: Mapping[Task, float] = {
     **dict.fromkeys(("dpo", "kto", "orpo", "grpo"), 1e-2),
     "reward": 1e-1,
 }
-"""The default learning rate of a method, as a share of its default for sft. It makes LoRA's ten times TRL's defaults for
-DPO, KTO, ORPO and GRPO (1e-6), which are meant for full fine-tuning, and TRL's default for reward models (1e-4)."""
+"""The default learning rate of a method, as a share of its default for sft. It makes LoRA's ten times TRL's defaults
+for DPO, KTO, ORPO and GRPO (1e-6), which are meant for full fine-tuning, and TRL's default for reward models (1e-4)."""
 
 
 def needs_reference(task: Task, training: Mapping[str, Any]) -> bool:

@@ -55,6 +55,7 @@ from scalora.runs.sharding import check_processes, measures_updates, models_are_
 from scalora.runs.special_tokens import require_vocabulary
 from scalora.runs.stopping import stops_noted
 from scalora.runs.tasks import WITH_HEAD
+from scalora.runs.trl_trainers import forget_copy
 from scalora.runs.update_spectra import UPDATES_FILE, UpdateSpectra
 from scalora.runs.whole_run import WholeRun
 from scalora.saving.attach import attach
@@ -233,6 +234,7 @@ def _backward(make_trainer: Callable[..., Trainer], model: nn.Module) -> None:
     batches, items = trainer.get_batch_samples(loader, GRADIENT_BATCHES, trainer.args.device)
     for batch in batches:
         trainer.compute_loss(model, trainer._prepare_inputs(batch), num_items_in_batch=items).backward()
+    forget_copy(model)  # made of an adapter that has not got its start yet
 
 
 def _run(run: PreparedRun, trainer: Trainer, spectra: UpdateSpectra | None, folder: Path) -> dict[str, Any]:

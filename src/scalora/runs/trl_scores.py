@@ -35,7 +35,7 @@ _SCORES: Mapping[Task, Mapping[str, str]] = {
     "orpo": _PAIRS,
     "kto": {name: metric for name, metric in _PAIRS.items() if name != "accuracy"},
     "reward": {"loss": "loss", "accuracy": "accuracy", "margin": "margin"},
-    "grpo": {"reward": "reward", "reward_std": "reward_std"},
+    "grpo": {"reward": "reward"},
 }
 """What TRL calls the scores of each task."""
 
@@ -53,11 +53,11 @@ def trl_scores(
             ``model``, which dpo and kto compare the model with.
 
     Returns:
-        The scores by name: for dpo and orpo the ``"loss"``, the share of the pairs whose preferred answer has the higher
-        reward (``"accuracy"``), the mean difference of the two rewards (``"margin"``), and the means of both
+        The scores by name: for dpo and orpo the ``"loss"``, the share of the pairs whose preferred answer has the
+        higher reward (``"accuracy"``), the mean difference of the two rewards (``"margin"``), and the means of both
         (``"chosen"``, ``"rejected"``); for kto the same without the share; for reward the loss, the share and the
-        difference; for grpo the mean ``"reward"`` of new answers, its mean standard deviation over the answers to a prompt,
-        and the mean of each function. Besides the number of examples that ``training.max_length`` leaves out.
+        difference; for grpo the mean ``"reward"`` of new answers, and that of each function. Besides the number of
+        examples that ``training.max_length`` leaves out, as ``"left_out"``.
 
     Raises:
         InputError: an example, a training argument or the rewards can't be used, or a score is of sft alone.
@@ -66,8 +66,8 @@ def trl_scores(
     for metric in settings.evaluate.metrics:
         if metric != "loss":
             raise InputError(
-                f"evaluate.metrics: {metric!r} is a score of sft models; task {task!r} has {', '.join(_SCORES[task])}: leave "
-                "evaluate.metrics out"
+                f"evaluate.metrics: {metric!r} is a score of sft models; task {task!r} has "
+                f"{', '.join(_SCORES[task])}: leave evaluate.metrics out"
             )
     data = trl_examples(examples.rows, name, settings.data, task)
     require_trl_tokens(tokenizer, task, settings.training, conversations=is_conversational(data))
@@ -91,7 +91,8 @@ def trl_scores(
         left_out = made * len(data) - len(trainer.eval_dataset)
     scores = {score: found[f"eval_{key}"] for score, key in _SCORES[task].items() if f"eval_{key}" in found}
     if task == "grpo":
-        scores |= {function.__name__: found[f"eval_rewards/{function.__name__}/mean"] for function in rewards}
+        names = [f"rewards/{function.__name__}" for function in rewards]
+        scores |= {name: found[f"eval_{name}/mean"] for name in names}
     return scores | ({"left_out": left_out} if left_out else {})
 
 

@@ -139,8 +139,18 @@ def trl_trainer(settings: Settings, method: type[Method], rewards: list[Callable
             trainer = cls(model, **options)
         except (NotImplementedError, TypeError) as error:
             raise InputError(f"task {settings.task!r}: {error}") from error
-        if method.before_training == "without_adapter" and isinstance(model, PeftModel) and _COPY in model.peft_config:
-            model.delete_adapter(_COPY)
+        if method.before_training == "without_adapter":
+            forget_copy(model)
         return trainer
 
     return make
+
+
+def forget_copy(model: nn.Module) -> None:
+    """Delete the copy of an adapter that TRL has made for reference, so that it is the model without its adapter.
+
+    Args:
+        model: the model that TRL's trainer was given; modified if there is a copy.
+    """
+    if isinstance(model, PeftModel) and _COPY in model.peft_config:
+        model.delete_adapter(_COPY)

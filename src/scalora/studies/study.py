@@ -337,7 +337,7 @@ def _check_cells(study: Study) -> None:
         raise InputError("run.method: the study sets it from `methods`; leave it out")
     _refuse_what_the_study_sets("run", study.run)
     _run_settings({"method": "full"} | study.run, "run: ")
-    data = {}
+    data: dict[str, str] = {}
     for method, overrides in study.methods.items():
         _refuse_what_the_study_sets(f"methods.{method}", overrides or {})
         settings = study.cell(method, study.rates(method)[0], study.seeds[0]).settings
