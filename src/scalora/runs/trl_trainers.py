@@ -17,10 +17,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer
-from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer
+from trl import DPOTrainer, KTOTrainer, RewardTrainer
 
 from scalora.rivals.method import Method
 from scalora.runs.errors import InputError
+from scalora.runs.grpo import ResumableGrpo
 from scalora.runs.head_rate import RatedHead
 from scalora.runs.settings import Settings
 from scalora.runs.tasks import CLASSES
@@ -101,7 +102,7 @@ class _Reward(_OverExamples, RatedHead, RewardTrainer):  # type: ignore[misc]
     pass
 
 
-class _Grpo(_OverExamples, GRPOTrainer):  # type: ignore[misc]
+class _Grpo(_OverExamples, ResumableGrpo):
     pass
 
 
