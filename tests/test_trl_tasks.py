@@ -66,7 +66,8 @@ ANSWERS = {"num_generations": 4, "max_completion_length": 4, "per_device_eval_ba
 def write_config(tmp_path, task, model, train, **more):
     """A config of the task; keys of `more` with a dict are added to the section."""
     config = {
-        "model": str(model), "task": task, "output_dir": str(tmp_path / "run"), "scalora": {"warmup_steps": 1}, "lora": LORA,
+        "model": str(model), "task": task, "output_dir": str(tmp_path / "run"),
+        "scalora": {"warmup_steps": 1}, "lora": LORA,
         "data": {"train": train if isinstance(train, (list, dict)) else str(train)},
         "training": TRAINING | {"max_steps": 4} | (ANSWERS if task == "grpo" else {}),
     }  # fmt: skip

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from scalora.runs.data_files import SUFFIXES, read_examples
 from scalora.runs.errors import InputError
 from scalora.runs.formats import require_columns, require_texts, used_columns
+from scalora.runs.json_values import JsonValue
 from scalora.runs.labels import ClassIndex, class_names_in, number
 from scalora.runs.messages import without_message
 from scalora.runs.model_limits import TextLimit
@@ -60,20 +61,16 @@ def load_sets(value: str | list[str] | dict[str, float], split: str) -> Examples
         split: the split to take from hub datasets.
 
     Raises:
-        InputError: a set can't be read, or the values in a column of one are of another type than in the first.
+        InputError: a set can't be read, or a column has values that can't be put together with those of another set.
     """
     names = set_names(value)
     sets = [load_examples(name, split) for name in names]
     if len(sets) == 1:
         return Examples(sets[0], names[0])
-    for name, rows in zip(names, sets, strict=True):
-        for column in rows.column_names:
-            first = sets[0].features.get(column)
-            if first is not None and first != rows.features[column]:
-                raise InputError(
-                    f"data {name!r}: column {column!r} has another type than in {names[0]!r} "
-                    f"({_type_name(rows, column)}, and {_type_name(sets[0], column)} there): write its values alike"
-                )
+    for column in dict.fromkeys(column for rows in sets for column in rows.column_names):
+        types = [rows.features[column] for rows in sets if column in rows.column_names]
+        if any(type_ != types[0] for type_ in types):
+            sets = [_with_any_values(rows, column, name) for name, rows in zip(names, sets, strict=True)]
     return Examples(concatenate_datasets(sets), SetNames(names, [len(rows) for rows in sets]))
 
 
@@ -97,9 +94,15 @@ def set_names(value: str | list[str] | dict[str, float]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def _type_name(rows: Dataset, column: str) -> str:
-    feature = rows.features[column]
-    return str(getattr(feature, "dtype", None) or type(feature).__name__)
+def _with_any_values(rows: Dataset, column: str, name: str) -> Dataset:
+    """The examples with a column of values of any type, of which the check of rows says more."""
+    if column not in rows.column_names or isinstance(rows.features[column], JsonValue):
+        return rows
+    try:
+        values = [JsonValue().encode_example(value) for value in rows[column][:]]
+    except TypeError as error:
+        raise InputError(f"data {name!r}: column {column!r} has another type than in other sets: {error}") from None
+    return rows.remove_columns(column).add_column(column, values, feature=JsonValue())
 
 
 def local_path(name: str) -> Path | None:
