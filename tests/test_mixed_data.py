@@ -63,7 +63,7 @@ def test_errors_name_the_set_and_its_own_row(causal_folder, write_jsonl, tmp_pat
     assert f"data {str(bad)!r}, row 2: column 'completion' is ' '" in refused("train", config)
     for value, words in (
         ({str(good): 0}, "the weight of"),
-        ([], "must be a file or hub id, a list of them, or names with weights"),
+        ([], "write a file or hub id, or a list of them, or names with weights"),
         ({"a.jsonl": "much"}, "must be a number above 0"),
     ):
         assert words in refused("train", write_config(tmp_path, "sft", causal_folder, value))

@@ -11,7 +11,7 @@ _WIDTH = 80
 
 _HEADER = """\
 # A config for `scalora train`: the keys with their defaults. Set model and
-# data.train; any other line can be changed or deleted.
+# data.train (and reward for grpo); any other line can be changed or deleted.
 #
 # Keys on the command line take precedence over the file:
 #   scalora train run.yaml --model MODEL --data.train FILE --lora.r 16

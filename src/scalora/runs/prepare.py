@@ -174,6 +174,7 @@ def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -
     defaults = TRAINING_DEFAULTS | {
         "output_dir": str(trainer_folder(settings)),
         "eval_strategy": "epoch" if evaluates else "no",
+        "remove_unused_columns": settings.task != "orpo",  # whose trainer sets it, and warns
         "bf16": bf16,  # TRL's True would make a CPU run bfloat16
         "dataloader_pin_memory": torch.cuda.is_available(),  # it only warns without an accelerator
     }
@@ -188,8 +189,6 @@ def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -
         raise InputError(f"method={settings.method!r}: {error}") from None
     if settings.task == "sft" and settings.data.text != "text":
         defaults["dataset_text_field"] = settings.data.text
-    if settings.task == "orpo":
-        defaults["remove_unused_columns"] = False  # its trainer sets it, and warns
     if settings.task == "grpo":
         defaults["reward_weights"] = settings.reward.weights
     try:

@@ -77,7 +77,7 @@ class DataSettings(StrictModel):
                     raise PydanticCustomError("weight", "the weight of {name} must be a number above 0", {"name": name})
             return {expanded_field(str(name)): float(weight) for name, weight in value.items()}
         mixed = ", or names with weights" if info.field_name == "train" else ""
-        raise PydanticCustomError("names", "must be a file or hub id, a list of them{mixed}", {"mixed": mixed})
+        raise PydanticCustomError("names", "write a file or hub id, or a list of them{mixed}", {"mixed": mixed})
 
 
 class RewardSettings(StrictModel):
