@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from scalora.runs.errors import InputError
 from scalora.runs.rewards import reward_functions
 from scalora.runs.sections import RewardSettings
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 REWARDS = """\
 def long(completions, number, **others):
     return [len(text) / 10 + n for text, n in zip(completions, number)]
@@ -418,3 +420,16 @@ def test_a_tokenizer_without_a_template_takes_no_conversations(task, causal_fold
     if task == "reward":
         (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
         scalora("train", config, "--training.chat_template_path", tmp_path / "chat.jinja", "--dry-run")
+
+
+@pytest.mark.parametrize("task", list(ROWS))
+def test_the_recipe_of_each_task_is_a_config_that_train_takes(task, causal_folder, write_jsonl, tmp_path):
+    rows = [row | {"answer": "1"} for row in asked(8)] if task == "grpo" else ROWS[task](8)
+    path = write_jsonl("rows.jsonl", rows)
+    words = ["--model", causal_folder, "--data.eval", path, "--output_dir", tmp_path / "run", "--use_cpu", "true"]
+    train = json.dumps({str(path): 3, str(write_jsonl("more.jsonl", rows)): 1}) if task == "reward" else path
+    limit = "max_completion_length" if task == "grpo" else "max_length"
+    said = scalora(
+        "train", RECIPES / f"{task}.yaml", *words, "--data.train", train, f"--training.{limit}", 32, "--dry-run"
+    )
+    assert "example 1" in said
