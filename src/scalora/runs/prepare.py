@@ -174,7 +174,6 @@ def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -
     defaults = TRAINING_DEFAULTS | {
         "output_dir": str(trainer_folder(settings)),
         "eval_strategy": "epoch" if evaluates else "no",
-        "remove_unused_columns": settings.task != "orpo",  # whose trainer sets it, and warns
         "bf16": bf16,  # TRL's True would make a CPU run bfloat16
         "dataloader_pin_memory": torch.cuda.is_available(),  # it only warns without an accelerator
     }

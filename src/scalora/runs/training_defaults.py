@@ -30,7 +30,6 @@ DEPENDENT_DEFAULTS: dict[str, tuple[Any, str]] = {
     "bf16": (True, "true on a GPU that supports bfloat16, else false"),
     "dataloader_pin_memory": (True, "true with a CUDA GPU, else false"),
     "dataset_text_field": ("text", "data.text"),
-    "remove_unused_columns": (True, "true, for orpo false, which its trainer needs"),
     "task_type": ("CAUSAL_LM", "SEQ_CLS for classification, regression and reward, else CAUSAL_LM"),
 }
 """The other defaults, which `scalora.runs.prepare` sets: an example of a value, and what it depends on."""

@@ -23,6 +23,7 @@ from scalora.rivals.method import Method
 from scalora.runs.errors import InputError
 from scalora.runs.grpo import ResumableGrpo
 from scalora.runs.head_rate import RatedHead
+from scalora.runs.messages import without_message
 from scalora.runs.settings import Settings
 from scalora.runs.tasks import CLASSES
 
@@ -137,7 +138,9 @@ def trl_trainer(settings: Settings, method: type[Method], rewards: list[Callable
 
     def make(model: nn.Module, **options: Any) -> Trainer:
         try:
-            trainer = cls(model, **options)
+            # It would say that it has set what it needs.
+            with without_message("trl.experimental.orpo.orpo_trainer", "you should set `remove_unused_columns=False`"):
+                trainer = cls(model, **options)
         except (NotImplementedError, TypeError) as error:
             raise InputError(f"task {settings.task!r}: {error}") from error
         if method.before_training == "without_adapter":
