@@ -21,7 +21,8 @@ the default. An unknown key stops the run, and the error names the nearest known
 
 - `scalora config > run.yaml` writes the file below, which is complete once `model` and `data.train` are set.
 - `scalora config --task classification` (or `regression`) writes it for those tasks, whose `training` section has the
-  fields of `transformers.TrainingArguments`.
+  fields of `transformers.TrainingArguments`; `--task dpo` (`kto`, `orpo`, `reward`, `grpo`) for those of TRL's other
+  trainers, with the fields of TRL's class and a learning rate of their own. GRPO needs `reward` too.
 - `scalora config --method NAME` adds the options of another method, and has its learning rate.
 - `scalora config --all` adds the keys of `lora` and `training` that are left out here.
 - `scalora train --help` lists the keys too.

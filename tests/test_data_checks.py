@@ -27,11 +27,13 @@ from transformers import (
 from typer.testing import CliRunner
 
 from scalora.cli import app
-from scalora.runs.data import label_names, load_examples, sft_examples, tokenized_for_classification
+from scalora.runs.data import label_names, load_examples, tokenized_for_classification
 from scalora.runs.errors import InputError
+from scalora.runs.formats import trl_examples
 from scalora.runs.model_limits import TextLimit, positions, text_limit
 from scalora.runs.prepare import prepare
-from scalora.runs.settings import DataSettings, load_settings
+from scalora.runs.sections import DataSettings
+from scalora.runs.settings import load_settings
 
 LIMIT = TextLimit(64, 64)
 
@@ -273,20 +275,20 @@ def test_what_can_not_be_trained_on_is_named(kind, tmp_path):
     good = [USABLE[column] for column in USABLE if column in row and "row 2" in named]
     examples = columns_of([*good, row], tmp_path)
     with pytest.raises(InputError) as caught:
-        sft_examples(examples, "d", DataSettings())
+        trl_examples(examples, "d", DataSettings(), "sft")
     assert named in str(caught.value)
 
 
 def test_a_column_of_texts_that_is_asked_for_is_used(tmp_path):
     examples = columns_of([{"messages": CHAT, "story": "once"}], tmp_path)
-    assert sft_examples(examples, "d", DataSettings(text="story")).column_names == ["story"]
+    assert trl_examples(examples, "d", DataSettings(text="story"), "sft").column_names == ["story"]
     with pytest.raises(InputError, match="no column 'tale'; it has messages, story"):
-        sft_examples(examples, "d", DataSettings(text="tale"))
+        trl_examples(examples, "d", DataSettings(text="tale"), "sft")
 
 
 def test_numbers_in_a_csv_file_are_texts_to_train_on(tmp_path):
     (tmp_path / "sums.csv").write_text("prompt,completion\n1 plus 1,2\n1 plus 2,03\n")
-    rows = sft_examples(load_examples(str(tmp_path / "sums.csv"), "train"), "d", DataSettings())
+    rows = trl_examples(load_examples(str(tmp_path / "sums.csv"), "train"), "d", DataSettings(), "sft")
     assert list(rows) == [{"prompt": "1 plus 1", "completion": "2"}, {"prompt": "1 plus 2", "completion": "03"}]
 
 

@@ -5,6 +5,7 @@ import re
 import runpy
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -20,17 +21,20 @@ from scalora.runs import prepare
 from scalora.runs.config_template import config_template, key_list
 from scalora.runs.errors import InputError
 from scalora.runs.prepare import training_arguments
-from scalora.runs.settings import DataSettings, EvaluateSettings, Settings, load_settings, section_fields
+from scalora.runs.sections import DataSettings, EvaluateSettings, RewardSettings
+from scalora.runs.settings import Settings, load_settings, section_fields
+from scalora.runs.tasks import Task
 from scalora.runs.training_defaults import DEPENDENT_DEFAULTS, TRAINING_DEFAULTS
 from scalora.runs.type_words import type_words
 
 ROOT = Path(__file__).parent.parent
-TASKS = ("sft", "classification", "regression")
+TASKS = get_args(Task)
 NEEDED = ("--model", "base", "--data.train", "train.jsonl")
 
 OWN = {
     "": {key: info.description for key, info in Settings.model_fields.items()},
     "data": {key: info.description for key, info in DataSettings.model_fields.items()},
+    "reward": {key: info.description for key, info in RewardSettings.model_fields.items()},
     "evaluate": {key: info.description for key, info in EvaluateSettings.model_fields.items()},
     "scalora": {field.name: field.metadata["help"] for field in dataclasses.fields(ScaLoraConfig)},
 }
@@ -42,7 +46,8 @@ def scalora(*words):
 
 def loaded(tmp_path, text, *words):
     (tmp_path / "run.yaml").write_text(text)
-    return load_settings(tmp_path / "run.yaml", [*NEEDED, *words])
+    rewards = ["--reward.pattern", "a"] if re.search("^task: grpo", text, re.MULTILINE) else []
+    return load_settings(tmp_path / "run.yaml", [*NEEDED, *rewards, *words])
 
 
 def entries(text):
@@ -173,7 +178,7 @@ def test_the_help_of_train_lists_every_own_key_with_type_default_and_meaning():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["sft", "classification", "regression"])
 def test_the_command_prints_a_config_that_train_takes(task, causal_folder, encoder_folder, write_jsonl, tmp_path):
     printed = scalora("config", "--task", task)
     assert printed.exit_code == 0

@@ -169,13 +169,21 @@ class ConfigTask(str, Enum):
     sft = "sft"
     classification = "classification"
     regression = "regression"
+    dpo = "dpo"
+    kto = "kto"
+    orpo = "orpo"
+    reward = "reward"
+    grpo = "grpo"
 
 
 @app.command()
 def config(
     task: Annotated[
         ConfigTask,
-        typer.Option(help="sft: a causal language model. classification, regression: a model with one label per text."),
+        typer.Option(
+            help="sft, dpo, kto, orpo, grpo: a causal language model. classification, regression: a model with one "
+            "label per text. reward: a model that scores answers."
+        ),
     ] = ConfigTask.sft,
     method: Annotated[
         str | None, typer.Option(help="Fine-tuning method, whose options are added (default: scalora).")
@@ -406,7 +414,8 @@ def inspect(
         typer.Option(
             min=0,
             help="Training batches for the gradient by which the next step is judged; 0 leaves that out. The gradients "
-            "of all selected layers are in memory at once, as in full fine-tuning; --layers selects fewer.",
+            "of all selected layers are in memory at once, as in full fine-tuning; --layers selects fewer. Left out "
+            "for grpo.",
         ),
     ] = 8,
     rank: Annotated[

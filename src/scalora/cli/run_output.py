@@ -23,6 +23,12 @@ _FILES = {"model": "model", "adapter": "adapter", "delta": "exact state", "metri
 # Figures of an evaluation that are not scores of the model, or have a line of their own.
 _NOT_SCORES = {"loss", "runtime", "samples_per_second", "steps_per_second", "num_tokens", "entropy"}
 
+# How the names of TRL's figures begin that say how an evaluation went, not how good the model is.
+_DETAILS = (
+    "clip_ratio/", "completions/", "entropy", "frac_", "logits/", "log_odds", "logps/", "mean_token", "nll",
+    "sampling/", "step_time",
+)  # fmt: skip
+
 _ENDS = 300  # characters shown of each end of a long part of an example
 
 
@@ -51,7 +57,7 @@ def _results(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "loss" in scores:
         yield "evaluation loss", _change(summary["first_eval_loss"], scores["loss"], "first and last evaluation")
     for name, value in scores.items():
-        if name not in _NOT_SCORES:
+        if name not in _NOT_SCORES and not name.startswith(_DETAILS):
             yield name.replace("_", " "), _figure(value)
     if "update_rank" in summary:
         adapter = f", with adapters of rank {summary['adapter_rank']}" if "adapter_rank" in summary else ""
@@ -106,7 +112,10 @@ def show_plan(plan: Plan) -> None:
     method = f"{settings.method}; trains {plan.trained:,} parameters ({100 * plan.trained / plan.parameters:.2g}%)"
     if plan.layers:
         method += f", rescales {plan.layers} layers with a {plan.merge} remainder"
-    examples = ", ".join(f"{len(rows):,} for {split}" for split, rows in plan.run.examples.items())
+    examples = ", ".join(
+        f"{'a stream' if plan.run.stream and split == 'train' else format(plan.run.count(split), ',')} for {split}"
+        for split in plan.run.examples
+    )
     quantised = f", {settings.quantization}" if settings.quantization else ""
     print("dry run: nothing is trained or written\n")
     _print_rows(
@@ -120,7 +129,9 @@ def show_plan(plan: Plan) -> None:
             ("run folder", _writes(plan)),
         ]
     )
-    for number, example in enumerate(plan.shown, start=1):
+    number = 0
+    for example in plan.shown:
+        number += example.kind != "rejected"  # the second text of the same example
         _print_example(example, number)
 
 
@@ -135,6 +146,8 @@ def _lengths(lengths: Lengths) -> str:
 
 def _steps(steps: Steps) -> str:
     about = "about " if steps.estimated else ""
+    if steps.per_epoch is None:
+        return f"{steps.total:,} of {steps.batch:,} examples"
     return f"{about}{steps.total:,} of {steps.batch:,} examples; an epoch takes {about}{steps.per_epoch:,}"
 
 
@@ -173,8 +186,8 @@ def _print_rows(rows: list[tuple[str, str]]) -> None:
 def _print_example(example: ShownExample, number: int) -> None:
     """The text, with what is trained on in green on a terminal, in double brackets elsewhere."""
     console = Console(highlight=False)
-    goal = f"label {example.label}"
-    if example.label is None:
+    goal = example.goal
+    if goal is None:
         goal = f"{example.trained} of them trained on ({'in green' if console.is_terminal else '[[…]]'})"
     text = Text()
     for part, trained in example.parts:
@@ -183,5 +196,6 @@ def _print_example(example: ShownExample, number: int) -> None:
             text.append(shown, "bold green")
         else:
             text.append(f"[[{shown}]]" if trained else shown)
-    print(f"\nexample {number}: {example.tokens:,} tokens, {goal}")
+    kind = "" if example.kind is None else f" ({example.kind})"
+    print(f"\nexample {number}{kind}: {example.tokens:,} tokens, {goal}")
     console.print(text, soft_wrap=True)

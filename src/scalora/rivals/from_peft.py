@@ -20,7 +20,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import TrainingArguments
 
 from scalora.model.adapters import LoraPair, find_lora_pairs
-from scalora.rivals.method import Backward, Method, adamw_arguments, require_positive
+from scalora.rivals.method import Backward, BeforeTraining, Method, adamw_arguments, require_positive
 from scalora.start import weight_gradients
 
 
@@ -111,6 +111,7 @@ class Pissa(Method):
     2e-5."""
 
     ordinary_adapter: ClassVar[bool] = False
+    before_training: ClassVar[BeforeTraining] = "start"
 
     def peft_config(self, settings: dict[str, Any]) -> PeftConfig:
         """LoRA with ``init_lora_weights="pissa"``, which decomposes every weight exactly.
@@ -143,6 +144,7 @@ class LoraGa(Method):
     2e-5 with a scaling of 5.7, which moves W about as far."""
 
     ordinary_adapter: ClassVar[bool] = False
+    before_training: ClassVar[BeforeTraining] = "start"
 
     gamma: float = 16.0
     """The initial factors are divided by √gamma. The default is that of the authors' code and of PEFT."""

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
 from scalora.model.adapters import UnsupportedLayerError
-from scalora.rivals.method import Backward, Method, adamw_arguments, require_positive
+from scalora.rivals.method import Backward, BeforeTraining, Method, adamw_arguments, require_positive
 
 IN_BLOCKS = r".*\.\d+\..*"
 """Matches the modules in a transformer's blocks, whose names contain a number; heads, embeddings and poolers lie
@@ -43,6 +43,7 @@ class TrainsBase(Method):
     """The default of the training arguments' class, which is meant for full fine-tuning."""
 
     ordinary_adapter: ClassVar[bool] = False
+    before_training: ClassVar[BeforeTraining] = "copy"
 
     def peft_config(self, settings: dict[str, Any]) -> PeftConfig | None:
         """Train without an adapter.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -19,6 +19,9 @@ from scalora.config import DEFAULT_LEARNING_RATE
 
 Backward = Callable[[nn.Module], None]
 """Runs a few training batches forward and backward through a model, which accumulates gradients in its parameters."""
+
+BeforeTraining = Literal["without_adapter", "start", "copy", "lost"]
+"""Where the model before training can be found in a run."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,12 @@ class Method:
 
     cannot_resume: ClassVar[str | None] = None
     """The reason why a run can't resume from a checkpoint. None: it can."""
+
+    before_training: ClassVar[BeforeTraining] = "without_adapter"
+    """What the model before training is, which DPO, KTO and GRPO compare the trained one with. without_adapter: the
+    model without its adapter. start: the model with the adapter as it starts, because the start is taken off the base.
+    copy: another model, because there is no adapter. lost: nowhere, because training changes the base, or because TRL
+    can't handle the adapter."""
 
     def training_defaults(self) -> dict[str, Any]:
         """Training arguments that the method needs. Those of the user's config take precedence.

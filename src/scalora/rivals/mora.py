@@ -29,7 +29,7 @@ from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import Tensor, nn
 
 from scalora.model.adapters import UnsupportedLayerError
-from scalora.rivals.method import Backward, Method
+from scalora.rivals.method import Backward, BeforeTraining, Method
 
 _ROPE_BASE = 10000.0
 
@@ -39,6 +39,7 @@ class Mora(Method):
     """MoRA. The setting ``r`` under ``lora:`` is the rank at which LoRA would have about as many parameters."""
 
     ordinary_adapter: ClassVar[bool] = False
+    before_training: ClassVar[BeforeTraining] = "lost"  # TRL can't copy what is no pair of factors
 
     def peft_config(self, settings: dict[str, Any]) -> PeftConfig | None:
         """The configuration by which PEFT selects the layers.

@@ -28,7 +28,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from scalora.model.adapters import UnsupportedLayerError, find_lora_pairs
 from scalora.rescale.optimizers import UnsupportedOptimizerError, unwrapped_optimizer
 from scalora.rescale.remainder import DenseRemainder
-from scalora.rivals.method import Method
+from scalora.rivals.method import BeforeTraining, Method
 
 Reset = Literal["magnitude", "random", "zero"]
 
@@ -43,6 +43,7 @@ class ReLora(Method):
 
     cannot_resume: ClassVar[str | None] = "a checkpoint does not contain the base weights that it has merged into"
     ordinary_adapter: ClassVar[bool] = False
+    before_training: ClassVar[BeforeTraining] = "lost"
 
     interval: int = 50
     """Optimizer steps between merges. The default is that of the ReLoRA in MoRA's code (kongds/MoRA), which gives a run

@@ -95,12 +95,13 @@ def check_run_folder(settings: Settings, *, overwrite: bool) -> None:
         raise InputError(f"output_dir {str(folder)!r} is not a run folder: not overwriting it")
     if (reason := why_not_movable(folder)) is not None:
         raise InputError(f"output_dir {str(folder)!r} can't be moved aside for --overwrite: {reason}; choose another")
-    for key, name in (
-        ("model", settings.model),
-        ("data.train", settings.data.train),
-        ("data.eval", settings.data.eval),
-    ):
-        if name is not None and Path(name).exists() and Path(name).resolve().is_relative_to(folder.resolve()):
+    named = [("model", settings.model)]
+    for key, names in (("data.train", settings.data.train), ("data.eval", settings.data.eval)):
+        named += [(key, name) for name in ([names] if isinstance(names, str) else names or [])]
+    if settings.reward.file is not None:
+        named.append(("reward.file", settings.reward.file))
+    for key, name in named:
+        if Path(name).exists() and Path(name).resolve().is_relative_to(folder.resolve()):
             raise InputError(
                 f"{key}={name!r} is in output_dir, which --overwrite moves aside: choose another output_dir"
             )

@@ -17,7 +17,8 @@ from scalora.config import DEFAULT_LEARNING_RATE, LORA_DEFAULTS
 from scalora.rivals import METHODS
 from scalora.runs.errors import InputError
 from scalora.runs.library_fields import UNKNOWN, LibraryField, named_values
-from scalora.runs.settings import Settings, Task, require_method, section_fields
+from scalora.runs.settings import Settings, require_method, section_fields
+from scalora.runs.tasks import RATE_SHARES, Task
 from scalora.runs.training_defaults import DEPENDENT_DEFAULTS, TRAINING_DEFAULTS
 from scalora.runs.type_words import type_words
 from scalora.runs.yaml_file import yaml_dump
@@ -31,6 +32,10 @@ COMMON_KEYS = {
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "max_length",
+        "beta",
+        "loss_type",
+        "num_generations",
+        "max_completion_length",
         "lr_scheduler_type",
         "warmup_steps",
         "weight_decay",
@@ -114,17 +119,19 @@ def config_sections(
     return [top, *sections]
 
 
-def our_defaults(section: str, method: str | None = None) -> dict[str, Any]:
+def our_defaults(section: str, method: str | None = None, task: Task = "sft") -> dict[str, Any]:
     """The keys of ``lora`` or ``training`` for which scalora has a default of its own, whatever the rest of the config.
 
     Args:
         section: name of the section.
         method: method of the run; None is ScaLoRA.
+        task: task of the run.
     """
     if section == "lora":
         return LORA_DEFAULTS
     rate = DEFAULT_LEARNING_RATE if method is None else METHODS[method].learning_rate
-    return TRAINING_DEFAULTS if rate is None else {"learning_rate": rate, **TRAINING_DEFAULTS}
+    share = RATE_SHARES.get(task, 1.0)
+    return TRAINING_DEFAULTS if rate is None else {"learning_rate": rate * share, **TRAINING_DEFAULTS}
 
 
 def value_text(value: Any) -> str:
@@ -159,7 +166,7 @@ def _library_keys(
     names = [name for name in COMMON_KEYS[section] if name in fields]
     if libraries == "all":
         names += [name for name in fields if name not in names]
-    ours = our_defaults(section, method)
+    ours = our_defaults(section, method, task)
     by_method = _set_by_method(section, method)
     keys = []
     for name in names:

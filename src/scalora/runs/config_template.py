@@ -5,13 +5,13 @@ from __future__ import annotations
 import textwrap
 
 from scalora.runs.config_keys import COMMON_KEYS, Key, Section, config_sections, our_defaults, value_text, yaml_text
-from scalora.runs.settings import Task
+from scalora.runs.tasks import Task
 
 _WIDTH = 80
 
 _HEADER = """\
 # A config for `scalora train`: the keys with their defaults. Set model and
-# data.train; any other line can be changed or deleted.
+# data.train (and reward for grpo); any other line can be changed or deleted.
 #
 # Keys on the command line take precedence over the file:
 #   scalora train run.yaml --model MODEL --data.train FILE --lora.r 16

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from scalora.runs.data_files import SUFFIXES, read_examples
 from scalora.runs.errors import InputError
+from scalora.runs.formats import require_columns, require_texts, used_columns
+from scalora.runs.json_values import JsonValue
 from scalora.runs.labels import ClassIndex, class_names_in, number
 from scalora.runs.messages import without_message
 from scalora.runs.model_limits import TextLimit
-from scalora.runs.settings import DataSettings, Task
+from scalora.runs.names import SetNames, listed, row_name
+from scalora.runs.sections import DataSettings
+from scalora.runs.tasks import Task
 from scalora.saving.errors import short_repr
 
 _SHOWN = 60  # characters of an example's value that an error shows
-
-# Columns that mean something to TRL besides those with the texts of a conversation.
-_WITH_CONVERSATIONS = ("tools", "chat_template_kwargs")
-# Columns that TRL or Transformers would use, and that are not what a text model is trained on here.
-_REFUSED = {
-    **dict.fromkeys(("image", "images"), "sft trains on texts alone"),
-    **dict.fromkeys(
-        ("input_ids", "completion_mask", "assistant_masks", "position_ids", "seq_lengths"),
-        "the examples must be texts, which are tokenised here",
-    ),
-}
 
 
 def load_examples(name: str, split: str) -> Dataset:
@@ -43,15 +34,86 @@ def load_examples(name: str, split: str) -> Dataset:
     Raises:
         InputError: the file or dataset is missing, unreadable, empty, or in another format.
     """
-    path = _local(name)
+    path = local_path(name)
     examples = _from_hub(name, split) if path is None else _from_file(path, name)
     if not len(examples):
         raise InputError(f"data {name!r} has no data: no example is in it")
     return examples
 
 
-def _local(name: str) -> Path | None:
-    """The path of a local file or folder; None if the name is a hub id."""
+class Examples(NamedTuple):
+    """The examples of a split.
+
+    Attributes:
+        rows: the examples; of several sets one set after the other, each once.
+        name: file or hub id of the data, or the names of several.
+    """
+
+    rows: Dataset
+    name: str
+
+
+def load_sets(value: str | list[str] | dict[str, float], split: str) -> Examples:
+    """Load the examples of a split, from one set or several.
+
+    Args:
+        value: value of ``data.train`` or ``data.eval``.
+        split: the split to take from hub datasets.
+
+    Raises:
+        InputError: a set can't be read, or a column has values that can't be put together with those of another set.
+    """
+    names = set_names(value)
+    sets = [load_examples(name, split) for name in names]
+    if len(sets) == 1:
+        return Examples(sets[0], names[0])
+    for column in dict.fromkeys(column for rows in sets for column in rows.column_names):
+        types = [rows.features[column] for rows in sets if column in rows.column_names]
+        if any(type_ != types[0] for type_ in types):
+            sets = [_with_any_values(rows, column, name) for name, rows in zip(names, sets, strict=True)]
+    return Examples(concatenate_datasets(sets), SetNames(names, [len(rows) for rows in sets]))
+
+
+def first_examples(examples: Examples, count: int | None) -> Examples:
+    """The first examples of a split.
+
+    Args:
+        examples: the examples.
+        count: how many; None: all.
+    """
+    rows, name = examples
+    return Examples(rows if count is None else rows.select(range(min(count, len(rows)))), name)
+
+
+def set_names(value: str | list[str] | dict[str, float]) -> list[str]:
+    """The names in a value of ``data.train`` or ``data.eval``.
+
+    Args:
+        value: the value.
+    """
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _with_any_values(rows: Dataset, column: str, name: str) -> Dataset:
+    """The examples with a column of values of any type, of which the check of rows says more."""
+    if column not in rows.column_names or isinstance(rows.features[column], JsonValue):
+        return rows
+    try:
+        values = [JsonValue().encode_example(value) for value in rows[column][:]]
+    except TypeError as error:
+        raise InputError(f"data {name!r}: column {column!r} has another type than in other sets: {error}") from None
+    return rows.remove_columns(column).add_column(column, values, feature=JsonValue())
+
+
+def local_path(name: str) -> Path | None:
+    """The path of a local file or folder; None if the name is a hub id.
+
+    Args:
+        name: value of ``data.train`` or ``data.eval``, or a name in it.
+
+    Raises:
+        InputError: no file can have that name.
+    """
     try:
         if (path := Path(name)).exists() or (path := path.expanduser()).exists() or path.suffix.lower() in SUFFIXES:
             return path
@@ -61,6 +123,23 @@ def _local(name: str) -> Path | None:
 
 
 def _from_file(path: Path, name: str) -> Dataset:
+    require_file(path, name)
+    try:
+        return read_examples(path)
+    except (OSError, ValueError, NotImplementedError) as error:  # those of pyarrow are among them
+        raise unreadable(path, name, error) from None
+
+
+def require_file(path: Path, name: str) -> None:
+    """Check that a file of examples is one.
+
+    Args:
+        path: its path.
+        name: what the config calls it.
+
+    Raises:
+        InputError: it is missing or empty, a folder, or of no known format.
+    """
     if path.is_dir():
         raise InputError(f"data file {name!r} does not exist: it is a folder")
     if not path.is_file():
@@ -69,11 +148,18 @@ def _from_file(path: Path, name: str) -> Dataset:
         raise InputError(f"data file {name!r} must end in {', '.join(SUFFIXES)}")
     if not path.stat().st_size:
         raise InputError(f"data file {name!r} is empty")
-    try:
-        return read_examples(path)
-    except (OSError, ValueError, NotImplementedError) as error:  # those of pyarrow are among them
-        kind = path.suffix.lower().removeprefix(".").replace("jsonl", "json")
-        raise InputError(f"data file {name!r} can't be read as {kind}: {error}") from None
+
+
+def unreadable(path: Path, name: str, error: Exception) -> InputError:
+    """The error about a file that can't be read.
+
+    Args:
+        path: the file.
+        name: what the config calls it.
+        error: why not.
+    """
+    kind = path.suffix.lower().removeprefix(".").replace("jsonl", "json")
+    return InputError(f"data file {name!r} can't be read as {kind}: {error}")
 
 
 def _from_hub(name: str, split: str) -> Dataset:
@@ -86,44 +172,6 @@ def _from_hub(name: str, split: str) -> Dataset:
     return loaded[split]
 
 
-def used_columns(examples: Dataset, name: str, data: DataSettings, task: Task) -> list[str]:
-    """The columns that a task uses: for sft those of one of TRL's formats.
-
-    The formats are ``messages``, ``prompt`` and ``completion``, and plain text, of which the first is taken that the
-    examples have; a setting ``data.text`` other than the default stands for plain text.
-
-    Args:
-        examples: the examples, with any columns.
-        name: file or hub id of the data, for errors.
-        data: names of the columns.
-        task: the task.
-
-    Raises:
-        InputError: a column is missing, for sft those of every format; or there is one that can't be used.
-    """
-    have = examples.column_names
-    if task != "sft":
-        columns = [data.text, *([data.text_pair] if data.text_pair else []), data.label]
-        require_columns(examples, name, columns)
-        return columns
-    if data.max_tokens is not None:
-        raise InputError(f"data.max_tokens={data.max_tokens}: for sft, set training.max_length instead")
-    for column, reason in _REFUSED.items():
-        if column in have:
-            raise InputError(f"data {name!r} has a column {column!r}: {reason}; leave the column out")
-    formats = [c for c in (["messages"], ["prompt", "completion"], [data.text]) if set(have) >= set(c)]
-    if formats and data.text != DataSettings.model_fields["text"].default:
-        require_columns(examples, name, [data.text])
-        return [data.text]
-    for columns in formats[:1]:
-        extra = _WITH_CONVERSATIONS if is_conversational(examples.select_columns(columns)) else ()
-        return columns + [column for column in extra if column in have]
-    raise InputError(
-        f"data {name!r} has no column 'messages', no pair 'prompt' and 'completion', and no column {data.text!r}; "
-        f"it has {_listed(have)}"
-    )
-
-
 def warn_about_unused(examples: Dataset, name: str, used: list[str]) -> None:
     """Name the columns that are not used.
 
@@ -133,127 +181,7 @@ def warn_about_unused(examples: Dataset, name: str, used: list[str]) -> None:
         used: the columns that are used.
     """
     if unused := [column for column in examples.column_names if column not in used]:
-        warnings.warn(f"data {name!r}: columns ignored: {_listed(unused)}", stacklevel=2)
-
-
-def sft_examples(examples: Dataset, name: str, data: DataSettings) -> Dataset:
-    """Keep the columns of one of TRL's formats, as `used_columns` finds it, and what TRL uses with conversations.
-
-    Args:
-        examples: the examples, with any columns.
-        name: file or hub id of the data, for errors.
-        data: names of the columns.
-
-    Raises:
-        InputError: the columns of every format are missing, or an example has a value that can't be tokenised.
-    """
-    chosen = examples.select_columns(used_columns(examples, name, data, "sft"))
-    columns = chosen.column_names
-    if not is_conversational(chosen):
-        _require_texts(chosen, name, columns)
-        return chosen
-    for row, example in enumerate(_rows(chosen), start=1):
-        where = f"data {name!r}, row {row:,}"
-        for column in columns:
-            _CHECKS.get(column, _require_conversation)(example[column], where, column)
-    return chosen
-
-
-def is_conversational(examples: Dataset) -> bool:
-    """Whether examples in one of TRL's formats are conversations.
-
-    Args:
-        examples: the examples, of which the first tells.
-    """
-    columns = examples.column_names
-    return "messages" in columns or ("prompt" in columns and isinstance(examples[0]["prompt"], list))
-
-
-def _require_conversation(value: Any, where: str, column: str) -> None:
-    if not _is_conversation(value):
-        raise InputError(
-            f"{where}: column {column!r} is {short_repr(value, _SHOWN)}, not a list of messages with 'role' and "
-            "'content'"
-        )
-    for message in value:
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise InputError(
-                f"{where}: the content of a message in column {column!r} is {short_repr(content, _SHOWN)}, not a text"
-            )
-
-
-def _is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and (message.get("content") is not None or message.get("tool_calls"))
-            for message in value
-        )
-    )
-
-
-def _require_tools(value: Any, where: str, column: str) -> None:
-    tools = value
-    if isinstance(value, str):  # TRL reads it as JSON
-        try:
-            tools = json.loads(value)
-        except ValueError as error:
-            raise InputError(f"{where}: column {column!r} is not JSON: {error}") from None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise InputError(f"{where}: column {column!r} is {short_repr(value, _SHOWN)}, not a list of objects")
-
-
-def _require_arguments(value: Any, where: str, column: str) -> None:
-    if not isinstance(value, dict):  # TRL fails on a missing value too
-        raise InputError(
-            f"{where}: column {column!r} is {short_repr(value, _SHOWN)}, not an object: write {{}} for none"
-        )
-
-
-_CHECKS = {"tools": _require_tools, "chat_template_kwargs": _require_arguments}
-
-
-def _require_texts(examples: Dataset, name: str, columns: list[str]) -> None:
-    for row, example in enumerate(_rows(examples.select_columns(columns)), start=1):
-        for column in columns:
-            value = example[column]
-            if not isinstance(value, str):
-                what = "has no value" if value is None else f"is {short_repr(value, _SHOWN)}, not a text"
-                raise InputError(f"data {name!r}, row {row:,}: column {column!r} {what}")
-            if not value.strip():
-                raise InputError(f"data {name!r}, row {row:,}: column {column!r} is {value!r}: there must be a text")
-
-
-def _rows(examples: Dataset) -> Iterator[dict[str, Any]]:
-    """The examples one by one, of which few are in memory at a time."""
-    for batch in examples.iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
-
-
-def require_columns(examples: Dataset, name: str, columns: list[str]) -> None:
-    """Check that columns exist.
-
-    Args:
-        examples: the examples.
-        name: file or hub id of the data, for the error.
-        columns: names of the columns.
-
-    Raises:
-        InputError: a column is missing; names it and those that exist.
-    """
-    for column in columns:
-        if column not in examples.column_names:
-            raise InputError(f"data {name!r} has no column {column!r}; it has {_listed(examples.column_names)}")
-
-
-def _listed(columns: list[str]) -> str:
-    """Names of columns, in quotes where they would not be seen for what they are."""
-    return ", ".join(column if column == column.strip() and column else repr(column) for column in columns)
+        warnings.warn(f"data {name!r}: columns ignored: {listed(unused)}", stacklevel=2)
 
 
 def label_names(examples: Dataset, name: str, data: DataSettings) -> list[str]:
@@ -311,7 +239,7 @@ def tokenized_for_classification(
             finite number.
     """
     columns = used_columns(examples, name, data, task)[:-1]
-    _require_texts(examples, name, columns)
+    require_texts(examples, name, columns)
     classes = None if labels is None else ClassIndex(labels, data.similar_labels)
 
     def encode(row: dict[str, Any], place: int) -> dict[str, Any]:
@@ -320,7 +248,7 @@ def tokenized_for_classification(
         tokens = len(encoded["input_ids"])
         if limit is not None and tokens > limit.tokens:
             encoded = dict(tokenizer(*texts, truncation=True, max_length=limit.tokens))
-        where = f"data {name!r}, row {place + 1:,}"
+        where = row_name(name, place)
         value = row[data.label]
         goal = number(value, where, data.label) if classes is None else classes.place(value, where, data.label)
         return {**encoded, "labels": goal, _TOKENS: tokens}

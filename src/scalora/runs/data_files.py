@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,48 @@ def read_examples(path: Path) -> Dataset:
     return Dataset.from_file(str(cached))
 
 
+def stream_examples(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the rows of a file of examples one by one, of which few are in memory at a time.
+
+    Args:
+        path: the file, of one of `SUFFIXES`; of JSON, with one object per line.
+
+    Yields:
+        The rows, each with its own keys alone.
+
+    Raises:
+        ValueError: something in the file has no clear meaning; with the row or line.
+        OSError: the file can't be read.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        with pq.ParquetFile(path) as file:
+            _require_distinct(file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=_CHUNK):
+                yield from batch.to_pylist()
+        return
+    reader = _csv_lines if suffix == ".csv" else partial(_json_rows, lists=False)
+    try:
+        with path.open(encoding=_encoding(path), newline="\n") as lines:
+            yield from reader(lines)
+    except UnicodeDecodeError:
+        raise ValueError(_undecodable(path)) from None
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+
+
+def dataset_of(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """Rows as a dataset in memory, with the types that `read_examples` would give their columns.
+
+    Args:
+        rows: the rows.
+
+    Raises:
+        ValueError: a text in a column is none.
+    """
+    return Dataset(_table(iter(rows)))
+
+
 def _digest(path: Path) -> str:
     """Identifies what a file says: its bytes, the format in which they are read, and the code that reads them."""
     digest = hashlib.sha256(path.suffix.lower().encode())
@@ -89,15 +132,12 @@ def _write(table: pa.Table, path: Path) -> None:
 
 def _read_csv(path: Path) -> pa.Table:
     """Commas between columns, the names of which are the first row. Every value is a text."""
-    allowed = csv.field_size_limit(sys.maxsize)
     try:
         # Carriage returns alone end no lines: within a value they may be meant, and without quotes csv refuses them.
         with path.open(encoding=_encoding(path), newline="\n") as file:
-            return _table(_csv_rows(csv.reader(file, strict=True)))
+            return _table(_csv_lines(file))
     except UnicodeDecodeError:
         raise ValueError(_undecodable(path)) from None
-    finally:
-        csv.field_size_limit(allowed)
 
 
 def _read_json(path: Path) -> pa.Table:
@@ -155,6 +195,14 @@ def _undecodable(path: Path) -> str:
     raise AssertionError("the file has changed while it was read")
 
 
+def _csv_lines(lines: Iterator[str]) -> Iterator[dict[str, str]]:
+    allowed = csv.field_size_limit(sys.maxsize)
+    try:
+        yield from _csv_rows(csv.reader(lines, strict=True))
+    finally:
+        csv.field_size_limit(allowed)
+
+
 def _csv_rows(reader: Any) -> Iterator[dict[str, str]]:
     number, blank = 0, None
     try:
@@ -177,12 +225,14 @@ def _csv_rows(reader: Any) -> Iterator[dict[str, str]]:
         raise ValueError(f"row {number + 1} (line {reader.line_num}): {reason}") from None
 
 
-def _json_rows(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+def _json_rows(lines: Iterator[str], *, lists: bool = True) -> Iterator[dict[str, Any]]:
     first = True
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         if first and line.lstrip().startswith("["):
+            if not lists:
+                raise ValueError("a list can't be streamed: write one object per line")
             values = _parsed(line + "".join(lines), number)
             yield from (_object(value, f"row {row}") for row, value in enumerate(values, start=1))
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import tempfile
@@ -23,16 +24,18 @@ from scalora.model.memory import Memory, bytes_of_base, pairs_over_quantised, qu
 from scalora.model.placement import resolve_merge
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.claim import check_unused
-from scalora.runs.lengths import require_readable, token_counts
+from scalora.runs.data import Examples
+from scalora.runs.lengths import require_readable, token_counts, tokenised_head
 from scalora.runs.lora_checks import check_adapted, check_names
 from scalora.runs.messages import without_message
+from scalora.runs.mixing import mixed
 from scalora.runs.model_limits import TextLimit
 from scalora.runs.models import empty_base
 from scalora.runs.optimizer_checks import own_optimizer
 from scalora.runs.prepare import PreparedRun, prepare, trainer_maker, training_arguments
 from scalora.runs.results import result_names
-from scalora.runs.settings import Settings
-from scalora.runs.shown_example import ShownExample, shown_example
+from scalora.runs.settings import Settings, section_fields
+from scalora.runs.shown_example import ShownExample, shown_examples
 from scalora.runs.training_defaults import IN_ONE_PROCESS
 
 _HEAD = 1000  # examples that are tokenised: enough to see their lengths, within seconds
@@ -71,13 +74,13 @@ class Steps:
     """Optimizer steps of a run.
 
     Attributes:
-        per_epoch: steps of an epoch.
+        per_epoch: steps of an epoch; None of a stream, which has no end.
         total: steps of the run.
         batch: examples per step; packed sequences, if examples are packed.
         estimated: whether the number of examples that are left, or sequences, is extrapolated from the first ones.
     """
 
-    per_epoch: int
+    per_epoch: int | None
     total: int
     batch: int
     estimated: bool
@@ -137,7 +140,7 @@ def dry_run(settings: Settings, *, overwrite: bool = False, resume: bool = False
     base_bytes = bytes_of_base(base, quantised, settings.quantization)
     model = _adapted(run, base)
     trainer, uncut = _trainers(run, model)
-    require_readable(trainer.train_dataset, str(settings.data.train), run.tokenizer, trainer.model)
+    require_readable(trainer.train_dataset, run.examples["train"].name, run.tokenizer, trainer)
     scales = isinstance(run.method, ScaLoraMethod)
     pairs = pairs_over_quantised(trainer.model, quantised) if scales else []
     merge = resolve_merge(pairs, *_placement(run)) if pairs else None
@@ -155,7 +158,7 @@ def dry_run(settings: Settings, *, overwrite: bool = False, resume: bool = False
         memory=_memory(run, trainer.model, base_bytes, sum(p.nbytes for p in trained), pairs, merge),
         lengths=_lengths(run, trainer, uncut),
         steps=steps,
-        shown=_shown(run, trainer),
+        shown=shown_examples(run, trainer, _SHOWN),
         results=result_names(run, factored=merge == "factored"),
     )
 
@@ -193,20 +196,41 @@ def _trainers(run: PreparedRun, model: nn.Module) -> tuple[Trainer, Trainer]:
         without_message("transformers.tokenization_utils_base", "Token indices sequence length is longer"),
     ):
         trainer = _trainer(run, model, scratch, run.text_limit)
-        uncut = {"max_length": None, "packing": False} if run.settings.task == "sft" else {}
+        uncut: dict[str, Any] = {}
+        if "max_length" in section_fields("training", run.settings.task):
+            uncut["max_length"] = 2**31 if run.settings.task == "orpo" else None  # ORPO takes None for 512
+        if run.settings.task == "sft":
+            uncut["packing"] = False
         return trainer, _trainer(run, model, scratch, None, **uncut)
 
 
 def _trainer(run: PreparedRun, model: nn.Module, scratch: str, limit: TextLimit | None, **changes: Any) -> Trainer:
+    task = run.settings.task
     training = run.settings.training | _WRITES_NOTHING | {"output_dir": scratch} | changes
+    if task in ("dpo", "kto"):
+        training["precompute_ref_log_probs"] = False  # with weights that there are none of
+    if task == "grpo":
+        training["beta"] = 0.0  # its trainer would copy the adapter, or load the weights
     settings = run.settings.model_copy(update={"training": training})
     arguments = training_arguments(settings, run.method, evaluates="eval" in run.examples)
     # Not files, so that what is made of them is not written to a cache either.
-    head = {split: Dataset(rows.with_format("arrow")[:_HEAD], info=rows.info) for split, rows in run.examples.items()}
+    head = {split: _head(run, split) for split in run.examples}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is truncated of all examples has been said
         make = trainer_maker(settings, run.tokenizer, head, arguments, run.labels, limit)
-    return make(model, optimizers=(own_optimizer(run.settings, run.method, model, arguments), None))
+    options: dict[str, Any] = {"optimizers": (own_optimizer(run.settings, run.method, model, arguments), None)}
+    if task in ("dpo", "kto"):
+        options["ref_model"] = reference = copy.deepcopy(model)  # for the same reason
+        object.__setattr__(reference, "to", lambda *_, **__: reference)  # to a device, which takes weights
+    return make(model, **options)
+
+
+def _head(run: PreparedRun, split: str) -> Examples:
+    """The first examples in the order of training."""
+    rows, name = run.examples[split]
+    if split == "train" and run.stream is None:
+        rows = mixed(rows, name, run.settings.data.train, run.arguments.seed)
+    return Examples(Dataset(rows.with_format("arrow")[:_HEAD], info=rows.info), str(name))
 
 
 def _placement(run: PreparedRun) -> tuple[Merge, int]:
@@ -224,11 +248,11 @@ def _memory(
 
 
 def _lengths(run: PreparedRun, trainer: Trainer, uncut: Trainer) -> Lengths:
-    counts = token_counts(uncut.train_dataset)
+    counts = token_counts(tokenised_head(uncut.train_dataset, run.tokenizer))
     left_out = 0
     limit = None if run.text_limit is None else run.text_limit.tokens
-    if run.settings.task == "sft":
-        packing = trainer.args.packing
+    if hasattr(trainer.args, "max_length"):
+        packing = getattr(trainer.args, "packing", False)
         # Unless the packing strategy is this one, an example that is too long goes on in the next sequence.
         limit = trainer.args.max_length if not packing or trainer.args.packing_strategy == "bfd" else None
         left_out = 0 if packing else len(counts) - len(trainer.train_dataset)
@@ -238,24 +262,20 @@ def _lengths(run: PreparedRun, trainer: Trainer, uncut: Trainer) -> Lengths:
 
 def _steps(run: PreparedRun, trainer: Trainer) -> Steps:
     """As the Trainer counts them, whose own count wants a loader of all examples."""
-    arguments, examples = run.arguments, len(run.examples["train"])
+    arguments, examples = run.arguments, run.count("train")
+    per_device = arguments.train_batch_size * arguments.world_size
+    batch = per_device * arguments.gradient_accumulation_steps
+    if run.stream is not None:
+        return Steps(per_epoch=None, total=arguments.max_steps, batch=batch, estimated=False)
     looked_at = min(examples, _HEAD)
     sequences = round(examples * len(trainer.train_dataset) / looked_at)
-    per_device = arguments.train_batch_size * arguments.world_size
-    batches = sequences // per_device if arguments.dataloader_drop_last else math.ceil(sequences / per_device)
+    if run.settings.task == "grpo":
+        # Whole generations of answers to as many prompts, each of which is trained on num_iterations times.
+        prompts = arguments.generation_batch_size // arguments.num_generations
+        batches = examples // prompts * arguments.steps_per_generation * arguments.num_iterations
+    else:
+        batches = sequences // per_device if arguments.dataloader_drop_last else math.ceil(sequences / per_device)
     per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
-    return Steps(
-        per_epoch=per_epoch,
-        total=total,
-        batch=per_device * arguments.gradient_accumulation_steps,
-        estimated=looked_at < examples and sequences != examples,
-    )
-
-
-def _shown(run: PreparedRun, trainer: Trainer) -> list[ShownExample]:
-    rows = trainer.train_dataset.select(range(min(_SHOWN, len(trainer.train_dataset))))
-    labels: list[str | None] = [None] * len(rows)
-    if run.settings.task != "sft":
-        labels = [run.labels[label] if run.labels else f"{label:g}" for label in rows["labels"]]
-    return [shown_example(row, trainer, run.tokenizer, label) for row, label in zip(rows, labels, strict=True)]
+    estimated = looked_at < examples and sequences != examples
+    return Steps(per_epoch=per_epoch, total=total, batch=batch, estimated=estimated)

@@ -20,12 +20,13 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from scalora.parallel.job import from_all, join
-from scalora.runs.data import is_conversational, load_examples, sft_examples, tokenized_for_classification
+from scalora.runs.data import Examples, first_examples, load_sets, tokenized_for_classification
 from scalora.runs.errors import InputError
 from scalora.runs.exact_match import exact_match_score
+from scalora.runs.formats import is_conversational, trl_examples
 from scalora.runs.lengths import require_readable
 from scalora.runs.losses import CausalTrainer, SequenceTrainer
-from scalora.runs.model_limits import require_known_tokens, require_sft_tokens, text_limit
+from scalora.runs.model_limits import require_known_tokens, require_trl_tokens, text_limit
 from scalora.runs.models import (
     class_names,
     fingerprint,
@@ -42,7 +43,9 @@ from scalora.runs.scores import (
     regression_scores,
 )
 from scalora.runs.settings import Settings
+from scalora.runs.tasks import LABELLED
 from scalora.runs.training_defaults import NOT_TRAINING
+from scalora.runs.trl_scores import trl_scores
 
 # The training arguments that decide which tokens of an evaluation are scored, and by which loss.
 _LOSS_ARGUMENTS = {
@@ -91,14 +94,13 @@ def evaluate(model: str, settings: Settings) -> dict[str, Any]:
     use_cpu = bool(settings.training.get("use_cpu", False))
     join(use_cpu=use_cpu)
     source = resolve_source(model)
-    name = settings.data.eval
-    if name is None:
+    if settings.data.eval is None:
         raise InputError("data.eval is missing: set it to the file to evaluate on")
-    examples = load_examples(name, "test")
-    if settings.evaluate.limit is not None:
-        examples = examples.select(range(min(settings.evaluate.limit, len(examples))))
+    examples, name = first_examples(load_sets(settings.data.eval, "test"), settings.evaluate.limit)
     tokenizer = load_tokenizer(source, settings)
     scores: dict[str, Any] = {"weights": fingerprint(source), "examples": len(examples)}
+    if settings.task not in ("sft", *LABELLED):
+        return scores | trl_scores(source, tokenizer, Examples(examples, name), settings)
     if settings.task == "sft":
         causal = load_causal_model(source, settings)
         if getattr(causal, "hf_quantizer", None) is None:  # one that is quantised has been placed
@@ -131,8 +133,8 @@ def loss_score(
     Raises:
         InputError: an example or a training argument can't be used, or no token is left to score.
     """
-    data = sft_examples(examples, name, settings.data)
-    require_sft_tokens(tokenizer, settings.training, conversations=is_conversational(data))
+    data = trl_examples(examples, name, settings.data, "sft")
+    require_trl_tokens(tokenizer, "sft", settings.training, conversations=is_conversational(data))
     with tempfile.TemporaryDirectory() as scratch:
         trainer = _loss_trainer(model, tokenizer, data, settings, scratch)
         if not len(trainer.eval_dataset):
@@ -140,7 +142,7 @@ def loss_score(
                 f"data {name!r}: none of the {len(data)} examples has a token to score within "
                 f"training.max_length={trainer.args.max_length}"
             )
-        require_readable(trainer.eval_dataset, name, tokenizer, trainer.model)
+        require_readable(trainer.eval_dataset, name, tokenizer, trainer)
         cut = {} if trainer.args.eval_packing else _cut(trainer, len(data), name)
         total, tokens = 0.0, 0
 

@@ -12,11 +12,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scalora.runs.data import require_columns
 from scalora.runs.errors import InputError
+from scalora.runs.formats import require_columns
 from scalora.runs.model_limits import positions, require_known_tokens
 from scalora.runs.prompts import Prompt, equal_length_batches, prompt_tokens, template_options, use_training_tokens
-from scalora.runs.settings import EvaluateSettings, Settings
+from scalora.runs.sections import EvaluateSettings
+from scalora.runs.settings import Settings
 from scalora.runs.track import of_all, share, track
 from scalora.saving.errors import short_repr
 

@@ -13,13 +13,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from scalora.maths.lowrank import DEFAULT_RTOL
 from scalora.runs.base_names import named_base
-from scalora.runs.data import load_examples
+from scalora.runs.data import first_examples, load_sets
 from scalora.runs.errors import InputError
 from scalora.runs.evaluate import loss_score, sequence_scores
 from scalora.runs.finished_run import FinishedRun
 from scalora.runs.run_folder import write_json
 from scalora.runs.saved_folder import SavedFolder, opened
 from scalora.runs.special_tokens import adopt_special_tokens, save_text_settings
+from scalora.runs.tasks import LABELLED
 from scalora.saving.base_name import write_base_name
 from scalora.saving.export import export_adapter, export_merged, load_model
 from scalora.saving.files import atomic_folder
@@ -221,14 +222,15 @@ class _Exporter:
 
 
 def _loss(run: Result, model: Any) -> float | None:
-    """Evaluation loss on the first examples of ``data.eval``; None without evaluation data."""
+    """Evaluation loss on the first examples of ``data.eval``; None without evaluation data, or a loss of one model."""
     if (name := run.settings.data.eval) is None or run.tokenizer is None:
         return None
-    examples = load_examples(name, "test")
-    examples = examples.select(range(min(run.settings.evaluate.limit or _EXAMPLES, len(examples))))
+    if run.settings.task not in ("sft", *LABELLED):
+        return None  # it is computed from a reference, or from answers that are drawn at random
+    examples = first_examples(load_sets(name, "test"), run.settings.evaluate.limit or _EXAMPLES)
     if run.settings.task == "sft":
-        return loss_score(model, run.tokenizer, examples, name, run.settings)["loss"]
-    return sequence_scores(model, run.tokenizer, examples, name, run.settings, run.labels)["loss"]
+        return loss_score(model, run.tokenizer, *examples, run.settings)["loss"]
+    return sequence_scores(model, run.tokenizer, *examples, run.settings, run.labels)["loss"]
 
 
 @torch.no_grad()

@@ -7,17 +7,18 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from peft import prepare_model_for_kbit_training
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from scalora.rivals.method import Method
-from scalora.runs.data import label_names, load_examples
+from scalora.runs.data import Examples, label_names, load_sets
 from scalora.runs.errors import InputError
 from scalora.runs.models import Source, class_names, load_base, load_tokenizer, resolve_source
 from scalora.runs.run_folder import STOPPED_FILE
 from scalora.runs.settings import method_class, run_settings
+from scalora.runs.streams import Stream
+from scalora.runs.tasks import WITH_HEAD
 from scalora.saving.state_file import holds_state
 
 _PROGRESS_OF_CHECKPOINT = "trainer_state.json"
@@ -124,15 +125,19 @@ class FinishedRun:
         saved = self.model or self.folder / "model"
         if (saved / "config.json").is_file():
             return class_names(Source(str(saved), None), self.settings)
-        return label_names(self.examples(), str(self.settings.data.train), self.settings.data)
+        return label_names(*self.examples(), self.settings.data)
 
-    def examples(self) -> Dataset:
-        """The training data.
+    def examples(self) -> Examples:
+        """The training data; of a stream, the first examples.
 
         Raises:
             InputError: the data can't be read.
         """
-        return load_examples(str(self.settings.data.train), "train")
+        if self.settings.data.train is None:
+            raise InputError("data.train is missing from the config of the run")
+        if self.settings.data.streaming:
+            return Stream(self.settings.data, self.settings.task, seed=0).head()
+        return load_sets(self.settings.data.train, "train")
 
     def load(self, source: Source | None = None) -> PreTrainedModel:
         """Load a model with the task, dtype and quantisation of the run.
@@ -144,7 +149,7 @@ class FinishedRun:
             InputError: the model can't be loaded.
         """
         model = load_base(source or self.source, self.settings, self.tokenizer, self.labels)
-        if self.settings.task != "sft" and self.settings.quantization is not None:  # as in training
+        if self.settings.task in WITH_HEAD and self.settings.quantization is not None:  # as in training
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         return model
 

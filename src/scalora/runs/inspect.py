@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
@@ -31,12 +30,14 @@ from scalora.model.update import dense_update, factored_update
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
+from scalora.runs.data import Examples
 from scalora.runs.errors import InputError
 from scalora.runs.finished_run import FinishedRun
 from scalora.runs.model_limits import text_limit
 from scalora.runs.models import Source
 from scalora.runs.prepare import method_of, trainer_maker, training_arguments
 from scalora.runs.run_folder import json_lines
+from scalora.runs.tasks import LABELLED
 from scalora.runs.track import track
 from scalora.runs.train import GRADIENT_BATCHES
 from scalora.runs.training_defaults import NOT_TRAINING
@@ -109,22 +110,24 @@ def inspect_run(
     step = run.step
     _require_something(run)
     factors = _logged_factors(run, step)
-    examples = run.examples() if batches and (run.state or run.adapter) else None
+    # The gradients of GRPO's loss would take new answers, and the user's code that rewards them.
+    judges = batches > 0 and run.settings.task != "grpo" and bool(run.state or run.adapter)
+    examples = run.examples() if judges else None
     trained = _trained(run)
     wanted = [layer for layer in trained.layers if matches(layer.name)]
     if not wanted:
         names = ", ".join(layer.name for layer in trained.layers[:_LISTED])
         raise InputError(f"--layers {layers!r} matches none of the {len(trained.layers)} layers ({names}, …)")
-    judges_step = examples is not None and wanted[0].pair is not None
-    if rank is not None and not judges_step:
+    judged = examples if wanted[0].pair is not None else None
+    if rank is not None and judged is None:
         raise InputError(
             f"--rank {rank} is the rank of the oracle for the next step, which can't be computed: the run has no A and "
-            "B, or --batches is 0"
+            "B, its task is grpo, or --batches is 0"
         )
     # Before the gradients: bitsandbytes changes the layout of 4-bit weights when a CPU computes with them.
     rows = [_described(layer, trained.base) for layer in track(wanted, "spectra")]
-    if judges_step:
-        backward = partial(_backward, run, trained.model, examples, batches)
+    if judged is not None:
+        backward = partial(_backward, run, trained.model, judged, batches)
         for row, residual in zip(rows, _residuals(run, trained.model, wanted, backward, rank), strict=True):
             row["residual"] = residual
     return {"step": step, "layers": rows, "factors": factors}
@@ -348,7 +351,7 @@ def _gradients(layers: list[_Layer], backward: Callable[[], None]) -> dict[str, 
     return gradients
 
 
-def _backward(run: FinishedRun, model: nn.Module, examples: Dataset, batches: int) -> None:
+def _backward(run: FinishedRun, model: nn.Module, examples: Examples, batches: int) -> None:
     """Forward and backward passes over batches of training data, created as in the run."""
     settings = run.settings
     with tempfile.TemporaryDirectory() as scratch:
@@ -357,7 +360,7 @@ def _backward(run: FinishedRun, model: nn.Module, examples: Dataset, batches: in
             Method(),
             evaluates=False,
         )
-        limit = None if settings.task == "sft" else text_limit(settings.data.max_tokens, run.tokenizer, model)
+        limit = None if settings.task not in LABELLED else text_limit(settings.data.max_tokens, run.tokenizer, model)
         trainer = trainer_maker(settings, run.tokenizer, {"train": examples}, arguments, run.labels, limit)(model)
         loader = trainer.get_train_dataloader()
         count = min(batches, len(loader))

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 from scalora.runs.errors import InputError
+from scalora.runs.names import row_name
 from scalora.saving.errors import short_repr
 
 SimilarLabels = Literal["refuse", "merge", "separate"]
@@ -47,7 +48,7 @@ def class_names_in(values: Iterable[Any], name: str, column: str, similar: Simil
     """
     first: dict[_Spelling, int] = {}
     for row, value in enumerate(values, start=1):
-        first.setdefault(_spelling(value, f"data {name!r}, row {row}", column), row)
+        first.setdefault(_spelling(value, row_name(name, row - 1), column), row)
     forms: dict[str, list[_Spelling]] = {}
     for spelling in first:
         forms.setdefault(spelling.name if similar == "separate" else _form(spelling), []).append(spelling)

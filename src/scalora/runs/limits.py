@@ -23,6 +23,7 @@ _STARTS = (True, False, "gaussian", "orthogonal", "mica")
 _SET_BY_THE_RUN = {
     "output_dir": "leave it out, and set output_dir at the top level; checkpoints are in its folder trainer",
     "resume_from_checkpoint": "leave it out, and go on with the run in its own output_dir with --resume",
+    "reward_weights": "leave it out, and set reward.weights",
 }
 
 

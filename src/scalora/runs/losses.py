@@ -19,45 +19,25 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import Optimizer
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from scalora.pair_adamw import PairAdamW
-from scalora.runs.head_rate import HEAD_FACTOR, give_rate, head_parameters
+from scalora.runs.head_rate import RatedHead
 
 _IGNORED = -100  # label of a token that is not predicted
 
 
-class SequenceTrainer(Trainer):  # type: ignore[misc]
+class SequenceTrainer(RatedHead):
     """A trainer for classification and regression, whose losses are means over examples.
 
     Args:
         *args: as for `transformers.Trainer`.
-        head_rate: learning rate of the new head. None: that of everything else; with `scalora.PairAdamW`, ten times it.
-        **kwargs: as for `transformers.Trainer`, without ``compute_loss_func``.
+        **kwargs: as for `RatedHead`, without ``compute_loss_func``.
     """
 
-    def __init__(self, *args: Any, head_rate: float | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)
-        self._head_rate = head_rate
         self._evaluates = False
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """As Transformers does, with the head's learning rate.
-
-        Args:
-            *args: arguments of `transformers.Trainer.create_optimizer`.
-            **kwargs: the same by name.
-        """
-        optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
-        rate = self._head_rate
-        if rate is None and isinstance(optimizer, PairAdamW):
-            rate = HEAD_FACTOR * self.args.learning_rate
-        if rate is not None:
-            give_rate(optimizer, head_parameters(self.model), rate)
-        return optimizer
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers does, with the loss of this process's examples alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyarrow.compute as pc  # type: ignore[import-untyped]
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from scalora.model.layers import whole_shape
 from scalora.runs.errors import InputError
+from scalora.runs.tasks import Task
 
 # Names of the tables in which Transformers' models look up positions.
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
@@ -87,14 +89,21 @@ def text_limit(max_tokens: int | None, tokenizer: PreTrainedTokenizerBase, model
     return TextLimit(wanted if most is None else min(wanted, most), most)
 
 
-def require_known_tokens(tokenised: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+def require_known_tokens(
+    tokenised: Dataset,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: nn.Module,
+    columns: Sequence[str] = ("input_ids",),
+) -> None:
     """Check that a model has an embedding for every token of the examples, and for the padding token.
 
     Args:
-        tokenised: tokenised examples, with a column ``input_ids``.
+        tokenised: tokenised examples.
         name: file or hub id of the data, or what else the examples are, for errors.
         tokenizer: the model's tokenizer.
         model: the model, which may have no weights.
+        columns: the columns with tokens.
 
     Raises:
         InputError: it has no embedding for a token; names the token and the size of the embedding.
@@ -104,7 +113,8 @@ def require_known_tokens(tokenised: Dataset, name: str, tokenizer: PreTrainedTok
         return
     require_known_padding(tokenizer, size)
     for batch in tokenised.with_format("arrow").iter(batch_size=10_000):
-        largest = pc.max(pc.list_flatten(batch["input_ids"])).as_py()
+        found = (pc.max(pc.list_flatten(batch[column])).as_py() for column in columns)
+        largest = max((token for token in found if token is not None), default=None)
         if largest is not None and largest >= size:
             raise InputError(
                 f"data {name!r}: the tokenizer gives the token {tokenizer.convert_ids_to_tokens(largest)!r} the number "
@@ -113,23 +123,27 @@ def require_known_tokens(tokenised: Dataset, name: str, tokenizer: PreTrainedTok
             )
 
 
-def require_sft_tokens(tokenizer: PreTrainedTokenizerBase, training: dict[str, Any], *, conversations: bool) -> None:
+def require_trl_tokens(
+    tokenizer: PreTrainedTokenizerBase, task: Task, training: dict[str, Any], *, conversations: bool
+) -> None:
     """Check that a tokenizer has what TRL writes examples with.
 
     Args:
         tokenizer: the model's tokenizer.
+        task: the task, one that TRL trains.
         training: the training arguments, which may bring what the tokenizer lacks.
         conversations: whether the examples are conversations; else they are texts.
 
     Raises:
         InputError: it has no chat template for conversations, or no end token for texts.
     """
+    brings = task in ("sft", "reward")
     if conversations and tokenizer.chat_template is None and training.get("chat_template_path") is None:
-        raise InputError(
-            "the examples are conversations, and the tokenizer has no chat template: set training.chat_template_path"
-        )
+        way_out = "set training.chat_template_path" if brings else "save one with it, next to the model"
+        raise InputError(f"the examples are conversations, and the tokenizer has no chat template: {way_out}")
     if not conversations and tokenizer.eos_token is None and training.get("eos_token") is None:
-        raise InputError("the tokenizer has no end token, which follows every text: set training.eos_token")
+        way_out = "set training.eos_token" if brings else "save one with it, next to the model"
+        raise InputError(f"the tokenizer has no end token, which follows every text: {way_out}")
 
 
 def require_known_padding(tokenizer: PreTrainedTokenizerBase, size: int) -> None:

@@ -24,6 +24,7 @@ from transformers import (
 from scalora.runs.errors import InputError
 from scalora.runs.model_limits import require_known_padding, vocabulary
 from scalora.runs.settings import Settings
+from scalora.runs.tasks import WITH_HEAD
 from scalora.saving.state_file import holds_state, states_below
 
 _NAMED = 3  # parameters that a warning names
@@ -86,7 +87,7 @@ def load_tokenizer(source: Source, settings: Settings) -> PreTrainedTokenizerBas
 
     Args:
         source: the model.
-        settings: the run's settings, for ``trust_remote_code``, and the tokens that sft sets in ``training``.
+        settings: the run's settings, for ``trust_remote_code``, and the tokens that are set in ``training``.
 
     Raises:
         InputError: there is no tokenizer, it can't be downloaded or read, or it has no token to pad with.
@@ -102,9 +103,10 @@ def load_tokenizer(source: Source, settings: Settings) -> PreTrainedTokenizerBas
         raise InputError(f"the tokenizer of model {source.name!r} can't be read: {error}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    set_by_trl = settings.task == "sft" and (settings.training.keys() & {"pad_token", "eos_token"})
+    set_by_trl = settings.training.keys() & {"pad_token", "eos_token"}
     if tokenizer.pad_token is None and not set_by_trl:
-        way_out = ", or set training.pad_token" if settings.task == "sft" else ""
+        takes_one = settings.task in ("sft", "dpo", "reward")
+        way_out = ", or set training.pad_token" if takes_one else ""
         raise InputError(
             f"the tokenizer of model {source.name!r} has no padding token, and no end token to pad with: save one with "
             f"a pad_token{way_out}"
@@ -158,7 +160,7 @@ def load_classifier(
     *,
     new_head: bool,
 ) -> PreTrainedModel:
-    """Load a sequence classifier, or a model with one output for regression.
+    """Load a sequence classifier, or a model with one output for regression or rewards.
 
     Args:
         source: the model.
@@ -210,7 +212,7 @@ def load_base(
     Raises:
         InputError: it can't be read, or it has no head for the task and `new_head` is False.
     """
-    if settings.task == "sft":
+    if settings.task not in WITH_HEAD:
         return load_causal_model(source, settings)
     return load_classifier(source, settings, tokenizer, labels, new_head=new_head)
 
@@ -233,8 +235,9 @@ def empty_base(
             file can't be quantised again, or bitsandbytes is missing.
     """
     arguments = {key: value for key, value in _common(source, settings).items() if key != "quantization_config"}
-    kind = AutoModelForCausalLM if settings.task == "sft" else AutoModelForSequenceClassification
-    head = {} if settings.task == "sft" else _head(labels) | {"pad_token_id": tokenizer.pad_token_id}
+    causal = settings.task not in WITH_HEAD
+    kind = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    head = {} if causal else _head(labels) | {"pad_token_id": tokenizer.pad_token_id}
     with _readable(source):
         config = AutoConfig.from_pretrained(
             source.name, trust_remote_code=settings.trust_remote_code, **source.arguments, **head
@@ -249,13 +252,13 @@ def empty_base(
 
 
 def class_names(source: Source, settings: Settings) -> list[str] | None:
-    """The classes of a saved classifier in order; None for regression.
+    """The classes of a saved classifier in order; None for other tasks.
 
     Args:
         source: the classifier.
         settings: the run's settings, for ``task`` and ``trust_remote_code``.
     """
-    if settings.task == "regression":
+    if settings.task != "classification":
         return None
     config = AutoConfig.from_pretrained(source.name, trust_remote_code=settings.trust_remote_code)
     return [config.id2label[index] for index in sorted(config.id2label)]
@@ -280,7 +283,7 @@ def fingerprint(source: Source) -> str:
 
 
 def _head(labels: list[str] | None) -> dict[str, Any]:
-    """What a config says of the head of a classifier, or of a regression where there are no labels."""
+    """What a config says of the head of a classifier, or of one output where there are no labels."""
     if labels is None:
         return {"num_labels": 1, "problem_type": "regression"}
     return {

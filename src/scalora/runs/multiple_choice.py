@@ -19,8 +19,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scalora.runs.data import require_columns
 from scalora.runs.errors import InputError
+from scalora.runs.formats import require_columns
 from scalora.runs.model_limits import positions
 from scalora.runs.prompts import (
     Prompt,

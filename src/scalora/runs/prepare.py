@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftConfig
-from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from scalora.config import DEFAULT_WEIGHT_RATE, LORA_DEFAULTS, MERGES_INTO_THE_BASE, ScaLoraConfig
@@ -20,18 +18,12 @@ from scalora.parallel.job import from_first, is_first
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.claim import check_run_folder
-from scalora.runs.data import (
-    is_conversational,
-    label_names,
-    load_examples,
-    sft_examples,
-    tokenized_for_classification,
-    used_columns,
-    warn_about_unused,
-)
+from scalora.runs.data import Examples, label_names, load_sets, tokenized_for_classification, warn_about_unused
 from scalora.runs.errors import InputError
+from scalora.runs.formats import is_conversational, trl_examples, used_columns
 from scalora.runs.losses import CausalTrainer, SequenceTrainer
-from scalora.runs.model_limits import TextLimit, require_sft_tokens, text_limit
+from scalora.runs.mixing import mixed
+from scalora.runs.model_limits import TextLimit, require_trl_tokens, text_limit
 from scalora.runs.models import Source, empty_base, load_tokenizer, resolve_source
 from scalora.runs.optimizer_checks import check_optimizer, uses_pair_adamw
 from scalora.runs.resume import (
@@ -42,24 +34,16 @@ from scalora.runs.resume import (
     settings_changes,
     training_changes,
 )
+from scalora.runs.rewards import reward_digest, reward_functions
 from scalora.runs.run_folder import SUMMARY_FILE, trainer_folder
 from scalora.runs.scores import classification_scores, regression_scores
 from scalora.runs.settings import Settings, method_class, run_settings, training_class
 from scalora.runs.sharding import check_sharding
+from scalora.runs.streams import Stream
+from scalora.runs.tasks import LABELLED, RATE_SHARES, WITH_HEAD, needs_reference
 from scalora.runs.training_defaults import TRAINING_DEFAULTS
+from scalora.runs.trl_trainers import trl_trainer
 from scalora.saving.checkpoints import last_checkpoint
-
-
-class MakeTrainer(Protocol):
-    """Makes a trainer over a run's data."""
-
-    def __call__(self, model: nn.Module, **options: Any) -> Trainer:
-        """Make a trainer.
-
-        Args:
-            model: the model to train.
-            **options: further arguments of the trainer's class, such as ``callbacks``.
-        """
 
 
 @dataclass(frozen=True)
@@ -74,10 +58,11 @@ class PreparedRun:
         checkpoint: checkpoint to resume from; None for a run from the start.
         source: where the base model is.
         tokenizer: the base model's tokenizer.
-        examples: the examples by split, ``"train"`` and perhaps ``"eval"``, as they were loaded.
+        examples: the examples by split, ``"train"`` and perhaps ``"eval"``, as they were loaded; the first of a stream.
+        stream: the training data, if they are streamed.
         arguments: the trainer's arguments.
         labels: names of the classes in order; None for other tasks than classification.
-        text_limit: where texts are truncated; None for sft.
+        text_limit: where texts are truncated; None for the tasks that TRL trains.
         make_trainer: makes the trainer of a model.
         environment: where, with what and on what the run trains, for ``environment.json``.
         changes: what a resumed run does differently, by dotted keys.
@@ -90,14 +75,25 @@ class PreparedRun:
     checkpoint: Path | None
     source: Source
     tokenizer: PreTrainedTokenizerBase
-    examples: dict[str, Dataset]
+    examples: dict[str, Examples]
+    stream: Stream | None
     arguments: TrainingArguments
     labels: list[str] | None
     text_limit: TextLimit | None
-    make_trainer: MakeTrainer
+    make_trainer: partial[Trainer]
     environment: dict[str, Any]
     changes: Mapping[str, Change] = field(default_factory=dict)
     finished: bool = False
+
+    def count(self, split: str) -> int:
+        """The number of examples of an epoch; of a stream, of its first examples.
+
+        Args:
+            split: ``"train"`` or ``"eval"``.
+        """
+        if self.stream is not None and split == "train":
+            return len(self.examples[split].rows)
+        return len(self.make_trainer.keywords[f"{split}_dataset"])
 
 
 def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False) -> PreparedRun:
@@ -124,8 +120,11 @@ def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False
         finished = from_first((Path(settings.output_dir) / SUMMARY_FILE).is_file()) and not is_longer(changes)
         checkpoint = None if finished else from_first(_checkpoint(settings))
     source = resolve_source(settings.model)
-    examples = _examples(settings)
-    environment = environment_of(settings, examples, arguments)
+    stream = Stream(settings.data, settings.task, arguments.seed) if settings.data.streaming else None
+    examples = _examples(settings, stream)
+    environment = environment_of(settings, examples, arguments, streams=stream is not None)
+    if (digest := reward_digest(settings.reward)) is not None:
+        environment["reward"] = digest
     if resume:
         check_same_data(Path(settings.output_dir), environment)
     if isinstance(method, ScaLoraMethod):
@@ -134,13 +133,12 @@ def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False
     tokenizer = load_tokenizer(source, settings)
     labels = None
     if settings.task == "classification":
-        labels = label_names(examples["train"], str(settings.data.train), settings.data)
+        labels = label_names(*examples["train"], settings.data)
     limit = None
-    if settings.task != "sft":
+    if settings.task in LABELLED:
         limit = text_limit(settings.data.max_tokens, tokenizer, empty_base(source, settings, tokenizer, labels))
-    make_trainer = trainer_maker(settings, tokenizer, examples, arguments, labels, limit)
-    for split, rows in examples.items():
-        name = str(getattr(settings.data, split))
+    make_trainer = trainer_maker(settings, tokenizer, examples, arguments, labels, limit, stream)
+    for rows, name in examples.values():
         warn_about_unused(rows, name, used_columns(rows, name, settings.data, settings.task))
     return PreparedRun(
         settings=settings,
@@ -150,6 +148,7 @@ def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False
         source=source,
         tokenizer=tokenizer,
         examples=examples,
+        stream=stream,
         arguments=arguments,
         labels=labels,
         text_limit=limit,
@@ -178,16 +177,19 @@ def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -
         "bf16": bf16,  # TRL's True would make a CPU run bfloat16
         "dataloader_pin_memory": torch.cuda.is_available(),  # it only warns without an accelerator
     }
+    share = RATE_SHARES.get(settings.task, 1.0)
     if uses_pair_adamw(settings, method):
-        defaults["learning_rate"] = DEFAULT_WEIGHT_RATE
+        defaults["learning_rate"] = DEFAULT_WEIGHT_RATE * share
     elif method.learning_rate is not None:
-        defaults["learning_rate"] = method.learning_rate
+        defaults["learning_rate"] = method.learning_rate * share
     try:
         defaults |= method.training_defaults()
     except ImportError as error:
         raise InputError(f"method={settings.method!r}: {error}") from None
     if settings.task == "sft" and settings.data.text != "text":
         defaults["dataset_text_field"] = settings.data.text
+    if settings.task == "grpo":
+        defaults["reward_weights"] = settings.reward.weights
     try:
         # Copies, because it changes the dict of fsdp_config.
         return training_class(settings.task)(**defaults | copy.deepcopy(settings.training))
@@ -198,11 +200,12 @@ def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -
 def trainer_maker(
     settings: Settings,
     tokenizer: PreTrainedTokenizerBase,
-    examples: dict[str, Dataset],
+    examples: dict[str, Examples],
     arguments: TrainingArguments,
     labels: list[str] | None,
     limit: TextLimit | None,
-) -> MakeTrainer:
+    stream: Stream | None = None,
+) -> partial[Trainer]:
     """Check the examples, tokenise those for classification or regression, and return what makes the task's trainer.
 
     Args:
@@ -212,35 +215,40 @@ def trainer_maker(
         arguments: the trainer's arguments.
         labels: names of the classes in order; None for other tasks than classification.
         limit: where texts of classification or regression are truncated; None: nowhere.
+        stream: trains on this in place of ``examples["train"]``, which are its first examples.
 
     Raises:
-        InputError: an example can't be used, or for sft the tokenizer lacks what the examples need.
+        InputError: an example or the rewards can't be used, or the tokenizer lacks what the examples need.
     """
-    if settings.task == "sft":
+    if settings.task in LABELLED:
         data = {
-            split: sft_examples(rows, str(getattr(settings.data, split)), settings.data)
+            split: tokenized_for_classification(*rows, settings.data, settings.task, tokenizer, labels, limit).examples
             for split, rows in examples.items()
         }
-        for rows in data.values():
-            require_sft_tokens(tokenizer, settings.training, conversations=is_conversational(rows))
-        make: MakeTrainer = CausalTrainer
-    else:
-        data = {
-            split: tokenized_for_classification(
-                rows, str(getattr(settings.data, split)), settings.data, settings.task, tokenizer, labels, limit
-            ).examples
-            for split, rows in examples.items()
-        }
-        make = partial(
+        make: Callable[..., Trainer] = partial(
             SequenceTrainer,
             data_collator=DataCollatorWithPadding(tokenizer),
             head_rate=settings.head_learning_rate,
             compute_metrics=regression_scores if labels is None else classification_scores,
         )
+    else:
+        data = {split: trl_examples(*rows, settings.data, settings.task) for split, rows in examples.items()}
+        for rows in data.values():
+            require_trl_tokens(tokenizer, settings.task, settings.training, conversations=is_conversational(rows))
+        make = CausalTrainer
+        if settings.task != "sft":
+            rewards = []
+            if settings.task == "grpo":
+                rewards = reward_functions(settings.reward, data["train"].column_names)
+            make = trl_trainer(settings, method_class(settings), rewards)
+    if stream is not None:
+        train = stream.examples(examples["train"])
+    else:
+        train = mixed(data["train"], examples["train"].name, settings.data.train, arguments.seed)
     return partial(
         make,
         args=arguments,
-        train_dataset=data["train"],
+        train_dataset=train,
         eval_dataset=data.get("eval"),
         processing_class=tokenizer,
     )
@@ -253,21 +261,40 @@ def method_of(settings: Settings) -> Method:
         settings: the run's settings.
 
     Raises:
-        InputError: the options are not the method's.
+        InputError: the options are not the method's, or the task needs the model before training and the method
+            changes it.
     """
     cls = method_class(settings)
     options = dict(settings.method_options)
     if issubclass(cls, ScaLoraMethod):
         mode = {"mode": "matrix"} if settings.optimizer == "pair_adamw" else {}
         options["config"] = ScaLoraConfig.from_dict(mode | settings.scalora)
+    if needs_reference(settings.task, settings.training):
+        if cls.before_training == "lost":
+            raise InputError(
+                f"method {settings.method!r} can't train task {settings.task!r}: the loss compares the model with the "
+                "one before training, which the method does not keep; take another method"
+            )
+        if issubclass(cls, ScaLoraMethod):
+            options["config"] = _keeping_the_base(options["config"], settings.task)
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:
         raise InputError(f"method_options: {error}") from None
 
 
+def _keeping_the_base(config: ScaLoraConfig, task: str) -> ScaLoraConfig:
+    """The settings where the reference is the model without its adapter: ``auto`` is factored, as in the engine."""
+    if config.merge in MERGES_INTO_THE_BASE:
+        raise InputError(
+            f"scalora.merge={config.merge!r}: it changes the base weights, and task {task!r} compares the model with "
+            "them: set it to factored or auto"
+        )
+    return replace(config, merge="factored")
+
+
 def _peft_config(settings: Settings, method: Method) -> PeftConfig | None:
-    task_type = "CAUSAL_LM" if settings.task == "sft" else "SEQ_CLS"
+    task_type = "SEQ_CLS" if settings.task in WITH_HEAD else "CAUSAL_LM"
     try:
         config = method.peft_config({"task_type": task_type, **LORA_DEFAULTS, **settings.lora})
     except (TypeError, ValueError) as error:
@@ -295,11 +322,13 @@ def _checkpoint(settings: Settings) -> Path:
     return checkpoint
 
 
-def _examples(settings: Settings) -> dict[str, Dataset]:
+def _examples(settings: Settings, stream: Stream | None) -> dict[str, Examples]:
     if settings.data.train is None:
         raise InputError("data.train is missing: which file should it train on?")
-    names = {"train": settings.data.train, "eval": settings.data.eval}
-    return {split: load_examples(name, split) for split, name in names.items() if name is not None}
+    found = {"train": load_sets(settings.data.train, "train") if stream is None else stream.head()}
+    if settings.data.eval is not None:
+        found["eval"] = load_sets(settings.data.eval, "eval")
+    return found
 
 
 def _require_mergeable_base(settings: Settings, method: ScaLoraMethod) -> None:

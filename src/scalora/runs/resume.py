@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 
 from scalora.config import ScaLoraConfig
 from scalora.runs.claim import free_name
+from scalora.runs.data import Examples
 from scalora.runs.errors import InputError
 from scalora.runs.run_folder import DIVERGED_FILE, ENVIRONMENT_FILE, STOPPED_FILE, SUMMARY_FILE
 from scalora.runs.settings import Settings
@@ -174,9 +175,13 @@ def check_same_data(folder: Path, environment: Mapping[str, Any]) -> None:
     for split, now in environment["data"].items():
         if (seen := before.get("data", {}).get(split)) is not None and seen != now:
             raise InputError(
-                f"data.{split} has changed since the run to resume began ({seen['examples']} examples then, "
-                f"{now['examples']} now): restore it, or train with --overwrite"
+                f"data.{split} has changed since the run to resume began ({_count(seen)} examples then, "
+                f"{_count(now)} now): restore it, or train with --overwrite"
             )
+    if before.get("reward") != environment.get("reward"):
+        raise InputError(
+            "the file of reward.file has changed since the run to resume began: restore it, or train with --overwrite"
+        )
     key = "examples_per_step"
     if (seen := before.get(key)) is not None and seen != environment[key]:
         raise InputError(
@@ -186,13 +191,16 @@ def check_same_data(folder: Path, environment: Mapping[str, Any]) -> None:
         )
 
 
-def environment_of(settings: Settings, examples: Mapping[str, Dataset], arguments: TrainingArguments) -> dict[str, Any]:
+def environment_of(
+    settings: Settings, examples: Mapping[str, Examples], arguments: TrainingArguments, *, streams: bool = False
+) -> dict[str, Any]:
     """Where, with what and on what a run trains: the content of ``environment.json``.
 
     Args:
         settings: the run's settings.
         examples: the examples by split, as they were loaded.
         arguments: the trainer's arguments.
+        streams: whether the training examples are the first ones of a stream.
     """
     per_process = arguments.train_batch_size * arguments.gradient_accumulation_steps
     return {
@@ -205,7 +213,13 @@ def environment_of(settings: Settings, examples: Mapping[str, Dataset], argument
         "data_seed": settings.training.get("data_seed"),
         "processes": arguments.world_size,
         "examples_per_step": per_process * arguments.world_size,
-        "data": {split: {"examples": len(rows), "sha256": _digest(rows)} for split, rows in examples.items()},
+        "data": {
+            split: {
+                "first_examples" if streams and split == "train" else "examples": len(rows),
+                "sha256": _digest(rows),
+            }
+            for split, (rows, _) in examples.items()
+        },
     }
 
 
@@ -246,6 +260,11 @@ def set_results_aside(folder: Path) -> None:
     for path in results:
         path.rename(aside / path.name)
     print(f"the results so far are now in {str(aside)!r}", file=sys.stderr)
+
+
+def _count(data: Mapping[str, Any]) -> str:
+    """How many examples a run has seen of its data before it trained."""
+    return f"first {data['first_examples']}" if "first_examples" in data else str(data.get("examples"))
 
 
 def _other(key: str, change: Change) -> InputError:

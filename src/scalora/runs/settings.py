@@ -6,11 +6,10 @@ A flag on the command line beats the file, the file beats the default, and an un
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -23,93 +22,18 @@ from scalora.runs.field_values import converted
 from scalora.runs.library_fields import UNKNOWN, LibraryField, dataclass_fields
 from scalora.runs.limits import SHARPER_TYPES, check_limits, check_together
 from scalora.runs.paths import expanded
+from scalora.runs.sections import DataSettings, EvaluateSettings, RewardSettings
 from scalora.runs.strict_model import StrictModel, expanded_field
+from scalora.runs.tasks import CLASSES, LABELLED, Task
 from scalora.runs.yaml_file import parse_yaml, parsed_overrides, read_yaml, refuse_repeated, set_dotted
 
 if TYPE_CHECKING:
     from scalora.rivals.method import Method
 
-Task = Literal["sft", "classification", "regression"]
-
 _MOST_LISTED = 20  # an error lists the known keys of a section with at most so many
 
 # Keys of the section training that hold paths, or paths among other things.
 _PATHS_IN_TRAINING = ("logging_dir", "chat_template_path", "accelerator_config", "deepspeed", "fsdp_config")
-
-
-class DataSettings(StrictModel):
-    """The examples: where they are, and the names of their columns.
-
-    For sft they have a column ``messages``, or ``prompt`` and ``completion``, or plain text in the column `text`.
-    """
-
-    train: str | None = Field(
-        None, description="Training data: jsonl, json, csv or parquet file, or hub id. Required for training."
-    )
-    eval: str | None = Field(
-        None,
-        description="Evaluation data, in the same formats. null: train without evaluation. Required for "
-        "`scalora evaluate`.",
-    )
-    text: str = Field("text", description="Column with the text (classification, regression, and sft on plain text).")
-    text_pair: str | None = Field(
-        None, description="Column with the second text, for tasks on pairs (classification and regression)."
-    )
-    label: str = Field(
-        "label", description="Column with the label: a class name or number (classification) or a number (regression)."
-    )
-
-    max_tokens: int | None = Field(
-        None,
-        gt=0,
-        description="Tokens of a text that are kept (classification and regression; sft has training.max_length). "
-        "null: 512, because memory grows with the square of it. Never more than the model and its tokenizer allow. A "
-        "warning says how many texts are truncated.",
-    )
-    similar_labels: Literal["refuse", "merge", "separate"] = Field(
-        "refuse",
-        description="What labels are that differ in nothing but case or white space (classification). refuse: an "
-        "error, because they are usually meant to be one class. merge: one class. separate: a class each.",
-    )
-
-    @field_validator("train", "eval")
-    @classmethod
-    def _path(cls, value: str | None) -> str | None:
-        return None if value is None else expanded_field(value)
-
-
-class EvaluateSettings(StrictModel):
-    """How `scalora evaluate` scores a model."""
-
-    metrics: list[Literal["loss", "exact_match", "multiple_choice"]] = Field(
-        default=["loss"],
-        min_length=1,
-        description="Scores of an sft model. Only the loss by default, because it needs no columns but those for "
-        "training. Classification and regression always report all of their scores.",
-    )
-    max_new_tokens: int = Field(
-        64,
-        gt=0,
-        description="Maximum length of a generated answer, in tokens. A prompt that does not fit the model's positions "
-        "with it is shortened at its beginning, as in lm-evaluation-harness.",
-    )
-    batch_size: int = Field(16, gt=0, description="Examples per batch. The scores do not depend on it.")
-    limit: int | None = Field(None, gt=0, description="Number of examples to score, from the first. null: all.")
-    answer_pattern: str | None = Field(
-        None,
-        description="Regular expression that extracts the answer from a text, for exact_match, where it first matches: "
-        "its first group, or the whole match if it has no group. An expected answer that it does not match is an "
-        "error, a generated one is wrong. null: the whole text, without white space at its ends.",
-    )
-
-    @field_validator("answer_pattern")
-    @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise PydanticCustomError("pattern", "not a regular expression: {why}", {"why": str(error)}) from None
-        return value
 
 
 class Settings(StrictModel):
@@ -119,7 +43,10 @@ class Settings(StrictModel):
     task: Task = Field(
         "sft",
         description="sft: supervised fine-tuning of a causal language model. classification and regression: a model "
-        "with a head for one label per text.",
+        "with a head for one label per text. dpo and orpo: a causal language model on pairs of a preferred and a "
+        "rejected answer; kto: on answers that are good or bad. reward: a model with a head that scores answers, on "
+        "such pairs. grpo: a causal language model on rewards of its own answers. All but classification and "
+        "regression are trained by TRL.",
     )
     method: str = Field("scalora", description=f"Fine-tuning method: {', '.join(METHODS)}.")
     method_options: dict[str, Any] = Field(
@@ -136,9 +63,10 @@ class Settings(StrictModel):
     head_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate of the new head (classification and regression). null: training.learning_rate, "
-        "and ten times that with the optimizer pair_adamw, whose rates are those of full fine-tuning. A head that "
-        "learns too slowly can hide what a method does: give all methods of a comparison the same.",
+        description="Peak learning rate of the new head (classification, regression and reward). null: "
+        "training.learning_rate, and ten times it with the optimizer pair_adamw, whose rates are those of full "
+        "fine-tuning. A head that learns too slowly can hide what a method does: give all methods of a comparison the "
+        "same.",
     )
     dtype: Dtype = Field(
         "float32",
@@ -164,7 +92,11 @@ class Settings(StrictModel):
     )
     data: DataSettings = Field(
         default_factory=DataSettings,
-        description="The examples. For sft they need a column messages, or prompt and completion, or plain text.",
+        description="The examples. For sft they need a column messages, or prompt and completion, or plain text; for "
+        "other tasks see docs/data.md.",
+    )
+    reward: RewardSettings = Field(
+        default_factory=RewardSettings, description="What is rewarded in generated answers (grpo, which needs it)."
     )
     lora: dict[str, Any] = Field(default_factory=dict, description="Any field of peft.LoraConfig.")
     scalora: dict[str, Any] = Field(
@@ -173,7 +105,9 @@ class Settings(StrictModel):
     )
     training: dict[str, Any] = Field(
         default_factory=dict,
-        description="Any field of trl.SFTConfig (sft) or transformers.TrainingArguments (other tasks).",
+        description="Any field of transformers.TrainingArguments (classification and regression), or of TRL's class "
+        "for the task: trl.SFTConfig, DPOConfig, KTOConfig, RewardConfig, GRPOConfig or "
+        "trl.experimental.orpo.ORPOConfig.",
     )
     evaluate: EvaluateSettings = Field(
         default_factory=EvaluateSettings, description="How `scalora evaluate` scores a model."
@@ -208,8 +142,10 @@ def load_settings(path: Path, overrides: Sequence[str] = (), options: Sequence[s
     """
     content = read_yaml(path, "config")
     given = []
-    for key, value in parsed_overrides(overrides, options):
-        given.append(_dotted(content, key, options))
+    words = list(parsed_overrides(overrides, options))
+    task = next((value for key, value in words if key == "task"), content.get("task"))
+    for key, value in words:
+        given.append(_dotted(task, key, options))
         set_dotted(content, given[-1], value)
     refuse_repeated(given)
     return checked_settings(content)
@@ -265,22 +201,16 @@ def section_fields(section: str, task: Task = "sft", method: str = "scalora") ->
         # ScaLoRA's own settings have a section to themselves.
         return {name: field for name, field in dataclass_fields(*home_of(method)).items() if name != "config"}
     if section == "training":
-        return dataclass_fields(*_TRAINING_CLASSES[task])
+        return dataclass_fields(CLASSES[task].module, CLASSES[task].arguments)
     return dataclass_fields(*_SECTION_CLASSES[section])
 
 
 _SECTION_CLASSES = {"lora": ("peft", "LoraConfig"), "scalora": ("scalora.config", "ScaLoraConfig")}
-_TRAINING_CLASSES: dict[Task, tuple[str, str]] = {
-    "sft": ("trl", "SFTConfig"),
-    "classification": ("transformers", "TrainingArguments"),
-    "regression": ("transformers", "TrainingArguments"),
-}
 
 
 def training_class(task: Task) -> type:
-    """The class of the training arguments: TRL's for sft, else Transformers'."""
-    module, name = _TRAINING_CLASSES[task]
-    cls: type = getattr(import_module(module), name)
+    """The class of the training arguments: TRL's, or Transformers' for classification and regression."""
+    cls: type = getattr(import_module(CLASSES[task].module), CLASSES[task].arguments)
     return cls
 
 
@@ -328,7 +258,47 @@ def check_nested(settings: Settings) -> Settings:
         ScaLoraConfig.from_dict(sections["scalora"])
     except ValueError as error:
         raise InputError(f"scalora: {error}") from None
+    _check_stream(settings)
+    _check_reward(settings.task, settings.reward)
     return settings.model_copy(update=sections)
+
+
+def _check_stream(settings: Settings) -> None:
+    data = settings.data
+    if not data.streaming:
+        return
+    if settings.task in (*LABELLED, "orpo"):
+        why = "TRL's ORPOTrainer takes no streams" if settings.task == "orpo" else "it needs the labels of all examples"
+        raise InputError(f"data.streaming=True: not for task {settings.task!r}, because {why}; leave it out")
+    if settings.training.get("max_steps", -1) == -1:
+        raise InputError("data.streaming=True needs training.max_steps: a stream has no length")
+    if isinstance(data.train, list) and len(data.train) > 1:
+        raise InputError(
+            "data.streaming=True: a stream does not know how long its sets are: give data.train weights, such as "
+            f"{{{', '.join(f'{name}: 1' for name in data.train)}}}"
+        )
+    if settings.training.get("precompute_ref_log_probs"):
+        raise InputError("training.precompute_ref_log_probs=True: not of a stream, which has no end; leave it out")
+
+
+def _check_reward(task: Task, reward: RewardSettings) -> None:
+    given = [key for key, value in reward if value not in (None, [])]
+    if task != "grpo":
+        if given:
+            raise InputError(f"reward.{given[0]}: only task: grpo takes rewards, not {task!r}; leave it out")
+        return
+    if (reward.file is None) == (reward.pattern is None):
+        found = "both are set" if reward.file is not None else "neither is set"
+        raise InputError(f"task 'grpo' needs either reward.file or reward.pattern: {found}")
+    if reward.file is not None and not reward.functions:
+        raise InputError("reward.functions is missing: name the functions of reward.file, such as [good]")
+    if reward.weights is not None and len(reward.weights) != len(reward.functions):
+        raise InputError(
+            f"reward.weights={reward.weights!r}: there must be one for each of reward.functions, which are "
+            f"{len(reward.functions)}"
+        )
+    if reward.answer is not None and reward.pattern is None:
+        raise InputError(f"reward.answer={reward.answer!r}: it belongs to reward.pattern; leave it out")
 
 
 def _checked_value(section: str, field: LibraryField, value: Any) -> Any:
@@ -369,12 +339,11 @@ def require_method(name: str) -> None:
         raise InputError(f"method={name!r}: the methods are {', '.join(METHODS)}{hint}")
 
 
-def _dotted(content: Mapping[str, Any], key: str, options: Sequence[str]) -> str:
+def _dotted(task: Any, key: str, options: Sequence[str]) -> str:
     """A key of the command line with its section; a bare one that is not a top-level one is a training argument."""
     if "." in key or key in Settings.model_fields:
         return key
-    task: Task = "sft" if content.get("task", "sft") == "sft" else "classification"
-    training = section_fields("training", task)
+    training = section_fields("training", task if task in get_args(Task) else "sft")
     if key not in training:
         near = [*_elsewhere(key), *difflib.get_close_matches(f"--{key}", options)]
         hint = f"did you mean {near[0]!r}?" if near else _hint(key, [*Settings.model_fields, *training])
@@ -396,6 +365,7 @@ def _elsewhere(key: str) -> list[str]:
     sections: dict[str, Iterable[str]] = {
         "data": DataSettings.model_fields,
         "evaluate": EvaluateSettings.model_fields,
+        "reward": RewardSettings.model_fields,
         **{section: section_fields(section) for section in ("training", "lora", "scalora")},
     }
     return [f"{section}.{key}" for section, known in sections.items() if key in known]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from scalora.runs.measure import StepClock
 from scalora.runs.messages import without_message
 from scalora.runs.models import load_base
 from scalora.runs.optimizer_checks import own_optimizer
-from scalora.runs.prepare import MakeTrainer, PreparedRun, prepare
+from scalora.runs.prepare import PreparedRun, prepare
 from scalora.runs.progress import TrainingProgress
 from scalora.runs.results import write_results, write_results_of_shards
 from scalora.runs.resume import is_longer, resumed_environment, set_results_aside, warn_about_the_schedule
@@ -54,6 +54,8 @@ from scalora.runs.settings import Settings
 from scalora.runs.sharding import check_processes, measures_updates, models_are_loaded_whole, splits_weights
 from scalora.runs.special_tokens import require_vocabulary
 from scalora.runs.stopping import stops_noted
+from scalora.runs.tasks import WITH_HEAD
+from scalora.runs.trl_trainers import forget_copy
 from scalora.runs.update_spectra import UPDATES_FILE, UpdateSpectra
 from scalora.runs.whole_run import WholeRun
 from scalora.saving.attach import attach
@@ -182,14 +184,14 @@ def _base(run: PreparedRun) -> PreTrainedModel:
     # The Trainer seeds itself only once it has the model, whose new head and adapter are random too.
     set_seed(run.arguments.seed)
     model = load_base(run.source, run.settings, run.tokenizer, run.labels)
-    if run.settings.task != "sft" and run.settings.quantization is not None:
+    if run.settings.task in WITH_HEAD and run.settings.quantization is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
 
 
 def _adapt(run: PreparedRun, base: nn.Module) -> Trainer:
     """A trainer of the base as the method adapts it, which raises whatever attaching ScaLoRA would."""
-    _say(f"preparing {', '.join(f'{len(rows):,} {split} examples' for split, rows in run.examples.items())}")
+    _say(f"preparing {', '.join(_counted(run))}")
     # It would say that an example is too long before TRL cuts it off; `warn_about_lengths` says what is true then.
     check_names(run, base)
     rows = whole_shape(base.get_input_embeddings().weight)[0]  # type: ignore[operator]
@@ -201,9 +203,8 @@ def _adapt(run: PreparedRun, base: nn.Module) -> Trainer:
         trainer = run.make_trainer(model, callbacks=run.method.callbacks())
         # Not given to the constructor, which refuses one with FSDP.
         trainer.optimizer = own_optimizer(run.settings, run.method, model, run.arguments)
-    for split in run.examples:
-        name = str(getattr(run.settings.data, split))
-        require_readable(getattr(trainer, f"{split}_dataset"), name, run.tokenizer, trainer.model)
+    for split, (_, name) in run.examples.items():
+        require_readable(getattr(trainer, f"{split}_dataset"), name, run.tokenizer, trainer)
     warn_about_lengths(run, trainer)
     if isinstance(run.method, ScaLoraMethod):
         require_vocabulary(trainer.model, rows, run.settings.training.get("chat_template_path"))
@@ -213,19 +214,27 @@ def _adapt(run: PreparedRun, base: nn.Module) -> Trainer:
     return trainer
 
 
+def _counted(run: PreparedRun) -> Iterator[str]:
+    for split, (rows, _) in run.examples.items():
+        yield (
+            "a stream of examples" if run.stream is not None and split == "train" else f"{len(rows):,} {split} examples"
+        )
+
+
 def _engine_of_shards(trainer: Trainer) -> ScaLora | None:
     """What has trained a model of which each process has shards; None if the model is whole."""
     engines = (c.engine for c in trainer.callback_handler.callbacks if isinstance(c, ScaLoraCallback))
     return next((engine for engine in engines if engine is not None and engine.is_sharded), None)
 
 
-def _backward(make_trainer: MakeTrainer, model: nn.Module) -> None:
+def _backward(make_trainer: Callable[..., Trainer], model: nn.Module) -> None:
     """A few training batches forward and backward, as training itself would see them."""
     trainer = make_trainer(model)
     loader = iter(trainer.get_train_dataloader())
     batches, items = trainer.get_batch_samples(loader, GRADIENT_BATCHES, trainer.args.device)
     for batch in batches:
         trainer.compute_loss(model, trainer._prepare_inputs(batch), num_items_in_batch=items).backward()
+    forget_copy(model)  # made of an adapter that has not got its start yet
 
 
 def _run(run: PreparedRun, trainer: Trainer, spectra: UpdateSpectra | None, folder: Path) -> dict[str, Any]:

@@ -30,6 +30,6 @@ DEPENDENT_DEFAULTS: dict[str, tuple[Any, str]] = {
     "bf16": (True, "true on a GPU that supports bfloat16, else false"),
     "dataloader_pin_memory": (True, "true with a CUDA GPU, else false"),
     "dataset_text_field": ("text", "data.text"),
-    "task_type": ("CAUSAL_LM", "CAUSAL_LM for sft, else SEQ_CLS"),
+    "task_type": ("CAUSAL_LM", "SEQ_CLS for classification, regression and reward, else CAUSAL_LM"),
 }
 """The other defaults, which `scalora.runs.prepare` sets: an example of a value, and what it depends on."""

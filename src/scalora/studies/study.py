@@ -337,14 +337,15 @@ def _check_cells(study: Study) -> None:
         raise InputError("run.method: the study sets it from `methods`; leave it out")
     _refuse_what_the_study_sets("run", study.run)
     _run_settings({"method": "full"} | study.run, "run: ")
-    data = {}
+    data: dict[str, str] = {}
     for method, overrides in study.methods.items():
         _refuse_what_the_study_sets(f"methods.{method}", overrides or {})
         settings = study.cell(method, study.rates(method)[0], study.seeds[0]).settings
         for split, name in (("train", settings.data.train), ("eval", settings.data.eval)):
             if name is None:
                 raise InputError(f"methods.{method}: data.{split} is missing; a study needs data.train and data.eval")
-            data[name] = "train" if split == "train" else "eval"
+            if not (split == "train" and settings.data.streaming):
+                data |= dict.fromkeys([name] if isinstance(name, str) else name, split)
     _check_step_shares(study)
     from scalora.runs.data import load_examples  # loads torch, so after all else has been checked
 
