@@ -121,7 +121,7 @@ def test_each_layer_its_own_rank_and_a_cap(train, causal_folder, tmp_path):
 @pytest.mark.parametrize("merge", ["dense", "factored"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_merged_model_in_any_dtype(merge, dtype, train, tmp_path):
-    run = train(scalora={"merge": merge})
+    run = train(scalora={"merge": merge, "mode": "auto"})
     result = command("export", run, "--to", "merged", "--dtype", dtype, "--output", tmp_path / "out")
     assert result.exit_code == 0, result.stderr[-300:]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")

@@ -64,7 +64,8 @@ def train(causal_folder, tmp_path_factory):
         if key not in runs:
             common = {"model": settings.get("model", str(causal_folder)), "data": {"train": str(data)}}
             common["lora"] = {"r": 4, "lora_alpha": 8} | settings.get("lora", {})
-            common["scalora"] = {"warmup_steps": 2} | settings.get("scalora", {})
+            mode = {} if "optimizer" in settings else {"mode": "auto"}
+            common["scalora"] = {"warmup_steps": 2} | mode | settings.get("scalora", {})
             common["training"] = TRAINING | settings.get("training", {})
             runs[key] = run_training(folder, f"run{len(runs)}", **settings | common)
         return runs[key]

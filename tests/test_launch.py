@@ -94,7 +94,7 @@ def config(causal_folder, place):
             "model": str(causal_folder),
             "output_dir": str(place / name),
             "data": {"train": str(place / "train.jsonl"), "eval": str(place / "eval.jsonl")},
-            "scalora": {"warmup_steps": 1},
+            "scalora": {"warmup_steps": 1, "mode": "auto"},
             "training": {
                 "max_steps": STEPS,
                 "per_device_train_batch_size": batch,

@@ -102,7 +102,7 @@ def test_ten_steps_take_less_than_forty_lines(write_config):
     assert (len(steps), len(evaluations)) == (10, 2)
     for step, line in enumerate(steps, start=1):
         assert re.match(rf"step {step:>2}/10  loss \d\.\d{{4}}  lr 0\.\d+", line)
-        assert ("  scaled by column " in line) == (step > 1)
+        assert ("  scaled by matrix 100%" in line) == (step > 1)
         assert line.endswith(" left") == (step < 10)
     assert re.fullmatch(r"step  6/10  eval loss \d\.\d{4}  0:\d\d:\d\d left", evaluations[0])
     assert re.fullmatch(r"step 10/10  eval loss \d\.\d{4}", evaluations[1])

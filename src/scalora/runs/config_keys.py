@@ -13,13 +13,13 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from scalora.config import DEFAULT_LEARNING_RATE, LORA_DEFAULTS
+from scalora.config import DEFAULT_LEARNING_RATE, DEFAULT_WEIGHT_RATE, LORA_DEFAULTS
 from scalora.rivals import METHODS
 from scalora.runs.errors import InputError
 from scalora.runs.library_fields import UNKNOWN, LibraryField, named_values
 from scalora.runs.settings import Settings, require_method, section_fields
 from scalora.runs.tasks import RATE_SHARES, Task
-from scalora.runs.training_defaults import DEPENDENT_DEFAULTS, TRAINING_DEFAULTS
+from scalora.runs.training_defaults import DEPENDENT_DEFAULTS, TRAINING_DEFAULTS, takes_matrices
 from scalora.runs.type_words import type_words
 from scalora.runs.yaml_file import yaml_dump
 
@@ -110,7 +110,9 @@ def config_sections(
         elif name in COMMON_KEYS:
             keys = _library_keys(name, task, method, libraries)
         elif info.default_factory is dict:
-            keys = [_field_key(field, {}) for field in section_fields(name, task, chosen["method"]).values()]
+            matrices = name == "scalora" and takes_matrices(task, chosen["method"])
+            ours = {"mode": "matrix"} if matrices else {}
+            keys = [_field_key(field, ours) for field in section_fields(name, task, chosen["method"]).values()]
         else:
             key = _own_key(name, info)
             top.keys.append(key._replace(value=chosen.get(name, key.value)))
@@ -129,7 +131,10 @@ def our_defaults(section: str, method: str | None = None, task: Task = "sft") ->
     """
     if section == "lora":
         return LORA_DEFAULTS
-    rate = DEFAULT_LEARNING_RATE if method is None else METHODS[method].learning_rate
+    if takes_matrices(task, method or "scalora"):
+        rate: float | None = DEFAULT_WEIGHT_RATE
+    else:
+        rate = DEFAULT_LEARNING_RATE if method is None else METHODS[method].learning_rate
     share = RATE_SHARES.get(task, 1.0)
     return TRAINING_DEFAULTS if rate is None else {"learning_rate": rate * share, **TRAINING_DEFAULTS}
 

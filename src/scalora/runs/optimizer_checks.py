@@ -5,11 +5,15 @@ The Trainer builds them only when training begins.
 
 from __future__ import annotations
 
+import os
+
 import torch
+from accelerate.utils import str_to_bool
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments, get_scheduler
 
+from scalora.maths.mode import Mode
 from scalora.pair_adamw import PairAdamW
 from scalora.rescale.optimizers import state_kinds
 from scalora.rivals.full_weights import GaLore
@@ -17,9 +21,13 @@ from scalora.rivals.method import Method, adamw_arguments
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.errors import InputError
 from scalora.runs.settings import Settings
+from scalora.runs.training_defaults import takes_matrices
 
 # Optimizers that Transformers builds only for a model.
 _NEED_A_MODEL = ("galore", "apollo", "lomo", "adalomo")
+
+# Set by `accelerate launch`. ZeRO cuts the factors into runs of entries, and PairAdamW needs whole ones.
+_DEEPSPEED_BY_LAUNCHER = "ACCELERATE_USE_DEEPSPEED"
 
 # What a method that brings an optimizer of its own is built on.
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -27,6 +35,24 @@ _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 # Methods that train plain LoRA pairs with whatever optimizer they are given.
 _WITH_PAIR_ADAMW = ("scalora", "lora", "rslora", "pissa", "lora_ga", "normalised_columns")
+
+
+def default_mode(settings: Settings) -> Mode | None:
+    """The mode of ScaLoRA in a run whose config does not say one.
+
+    Args:
+        settings: the run's settings.
+
+    Returns:
+        ``"matrix"`` where it is the default for the task and the optimizer can be `scalora.PairAdamW`, or is to be it;
+        else None, the library's default.
+    """
+    if settings.optimizer == "pair_adamw":
+        return "matrix"
+    by_deepspeed = settings.training.get("deepspeed") or str_to_bool(os.environ.get(_DEEPSPEED_BY_LAUNCHER, "false"))
+    if "optim" in settings.training or by_deepspeed or not takes_matrices(settings.task, settings.method):
+        return None
+    return "matrix"
 
 
 def uses_pair_adamw(settings: Settings, method: Method) -> bool:
@@ -85,6 +111,19 @@ def check_optimizer(settings: Settings, method: Method, arguments: TrainingArgum
             )
         if "optim" in settings.training:
             raise InputError(f"optimizer='pair_adamw' and training.optim={name!r}: give one of the two")
+        for key in ("optim_args", "optim_target_modules"):
+            if settings.training.get(key) is not None:
+                raise InputError(
+                    f"training.{key}={settings.training[key]!r}: PairAdamW takes none; it is for training.optim, which "
+                    "is not set"
+                )
+        merges = isinstance(method, ScaLoraMethod) and method.config.merge != "factored"
+        if merges and settings.quantization is None and arguments.weight_decay:
+            raise InputError(
+                f"training.weight_decay={arguments.weight_decay}: matrix scaling's optimizer, PairAdamW, pulls weights "
+                "towards those of the base, which merges into them do not keep; set it to 0, or scalora.merge to "
+                "factored, or scalora.mode to auto, the paper's column scaling with AdamW"
+            )
     elif type(method).optimizer is not Method.optimizer:
         if "optim" in settings.training and name not in _ADAMW and not isinstance(method, GaLore):
             raise InputError(

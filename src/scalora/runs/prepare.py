@@ -25,7 +25,7 @@ from scalora.runs.losses import CausalTrainer, SequenceTrainer
 from scalora.runs.mixing import mixed
 from scalora.runs.model_limits import TextLimit, require_trl_tokens, text_limit
 from scalora.runs.models import Source, empty_base, load_tokenizer, resolve_source
-from scalora.runs.optimizer_checks import check_optimizer, uses_pair_adamw
+from scalora.runs.optimizer_checks import check_optimizer, default_mode, uses_pair_adamw
 from scalora.runs.resume import (
     Change,
     check_same_data,
@@ -267,8 +267,8 @@ def method_of(settings: Settings) -> Method:
     cls = method_class(settings)
     options = dict(settings.method_options)
     if issubclass(cls, ScaLoraMethod):
-        mode = {"mode": "matrix"} if settings.optimizer == "pair_adamw" else {}
-        options["config"] = ScaLoraConfig.from_dict(mode | settings.scalora)
+        mode = default_mode(settings)
+        options["config"] = ScaLoraConfig.from_dict(({"mode": mode} if mode else {}) | settings.scalora)
     if needs_reference(settings.task, settings.training):
         if cls.before_training == "lost":
             raise InputError(

@@ -58,7 +58,7 @@ class Settings(StrictModel):
         None,
         description="pair_adamw: scalora.PairAdamW for the adapter, and AdamW for everything else that is trained; "
         "with the method scalora, also scalora.mode: matrix. Its learning rates are those of full fine-tuning. null: "
-        "training.optim; with scalora.mode: matrix and no training.optim, pair_adamw.",
+        "pair_adamw with scalora.mode: matrix and no training.optim, else training.optim.",
     )
     head_learning_rate: float | None = Field(
         None,
@@ -101,7 +101,9 @@ class Settings(StrictModel):
     lora: dict[str, Any] = Field(default_factory=dict, description="Any field of peft.LoraConfig.")
     scalora: dict[str, Any] = Field(
         default_factory=dict,
-        description="Any field of scalora.ScaLoraConfig. Used by the method scalora and its controls.",
+        description="Any field of scalora.ScaLoraConfig. Used by the method scalora and its controls. Without a "
+        "mode, the method scalora takes matrix for sft, classification and regression, unless training.optim or "
+        "DeepSpeed is set; auto is the paper's column scaling.",
     )
     training: dict[str, Any] = Field(
         default_factory=dict,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from scalora.runs.tasks import Task
+
 TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "none",  # no reporting service unless one is named
     "logging_steps": 10,  # Transformers' 500 shows nothing of a short run
@@ -23,6 +25,21 @@ NOT_TRAINING: dict[str, Any] = IN_ONE_PROCESS | {
 }
 """Training arguments for a Trainer that only evaluates or makes batches, whatever a run's config says: it does not
 report, save, or evaluate by itself."""
+
+_MATRICES: tuple[Task, ...] = ("sft", "classification", "regression")
+
+
+def takes_matrices(task: Task, method: str) -> bool:
+    """Whether ``scalora.mode`` is matrix by default: for the tasks on which matrices were compared with columns.
+
+    They were level or ahead on all of them (docs/results.md, docs/experiments.md).
+
+    Args:
+        task: the run's task.
+        method: the run's method.
+    """
+    return method == "scalora" and task in _MATRICES
+
 
 DEPENDENT_DEFAULTS: dict[str, tuple[Any, str]] = {
     "output_dir": (None, "the folder trainer in the run folder"),
