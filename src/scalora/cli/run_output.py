@@ -25,7 +25,7 @@ _NOT_SCORES = {"loss", "runtime", "samples_per_second", "steps_per_second", "num
 
 # How the names of TRL's figures begin that say how an evaluation went, not how good the model is.
 _DETAILS = (
-    "clip_ratio/", "completions/", "entropy", "frac_", "logits/", "log_odds", "logps/", "mean_token", "nll",
+    "clip_ratio/", "completions/", "entropy", "frac_", "logits/", "log_odds", "logps/", "nll",
     "sampling/", "step_time",
 )  # fmt: skip
 
