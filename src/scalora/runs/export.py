@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,11 @@ class _Exporter:
     def adapter(self, name: str | None, options: dict[str, Any]) -> dict[str, Any]:
         """Write an adapter; returns the report."""
         named, note = named_base(self._run.source, name)
-        model, made = export_adapter(self._base, self._state, self._folder, dtype=self._dtype, **options)
+        options |= {"name": named and named.name, "dtype": self._dtype}
+        with warnings.catch_warnings():
+            if note is not None:  # it says the same, and more
+                warnings.filterwarnings("ignore", message="the adapter names no base")
+            model, made = export_adapter(self._base, self._state, self._folder, **options)
         if named is not None:
             write_base_name(self._folder, named, note)
         _write_text_settings(self._run, model.get_base_model(), self._folder)
@@ -247,4 +252,5 @@ def _adapter_report(report: AdapterReport) -> dict[str, Any]:
         name: {"rank": rank, "needed": report.needed[name], "error": report.errors[name]}
         for name, rank in report.ranks.items()
     }
-    return {"error": report.error, "serving_rank": report.serving_rank, "layers": layers}
+    serving = {"serving_rank": report.serving_rank, "not_for_vllm": list(report.vllm)}
+    return {"error": report.error, "layers": layers} | serving
