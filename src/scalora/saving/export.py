@@ -25,6 +25,7 @@ from scalora.model.update import dense_update, factored_update
 from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.attach import attach
 from scalora.saving.base_name import BaseName, base_name, flaw_of_name, loadable_name, write_base_name
+from scalora.saving.dequantise import dequantised
 from scalora.saving.errors import StateError
 from scalora.saving.files import atomic_folder
 from scalora.saving.merged_model import DEFAULT_SHARD_SIZE, write_model
@@ -165,7 +166,7 @@ def export_merged(
         with_model(model)
     if any(pair.quantised for pair in pairs):
         model.state_dict()  # converts 4-bit weights back from the layout that bitsandbytes uses for inference on CPUs
-        model, pairs = _wrap(model.unload().dequantize(), state, check=False)
+        model, pairs = _wrap(dequantised(model.unload()), state, check=False)
         restore(model, pairs, state["tensors"])
     losses = {}
     while pairs:
