@@ -238,12 +238,10 @@ def _loss(run: Result, model: Any) -> float | None:
 
 @torch.no_grad()
 def _logits(model: Any, probe: Tensor) -> Tensor:
-    training = model.training
-    model.eval()
+    model.eval()  # for good: nothing is trained here, and some kernels of GPTQModel refuse to be switched back
     logits: Tensor = model(
         input_ids=probe.to(model.device), attention_mask=torch.ones_like(probe, device=model.device)
     ).logits
-    model.train(training)
     return logits.float().cpu()
 
 

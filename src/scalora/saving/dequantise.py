@@ -1,7 +1,7 @@
 """Turns the layers of a quantised model into ordinary ones with the weights that they stand for.
 
-Transformers does it for bitsandbytes. Checked with torchao 0.18, HQQ 0.2.8 and GPTQModel 7.7, none of which is imported:
-models with their layers are known by what these layers can do.
+Transformers does it for bitsandbytes. Checked with torchao 0.18, HQQ 0.2.8 and GPTQModel 7.7, none of which is
+imported: their layers are known by what they can do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def dequantised(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         NotImplementedError: Transformers does not say how, for a kind of layer that is not known here either.
     """
-    found = [(name, module, weight) for name, module in model.named_modules() if (weight := _weight(module)) is not None]
+    weights = ((name, module, _weight(module)) for name, module in model.named_modules())
+    found = [(name, module, weight) for name, module, weight in weights if weight is not None]
     if not found:
         whole: PreTrainedModel = model.dequantize()
         return whole

@@ -38,7 +38,7 @@ class AdapterReport(NamedTuple):
         errors: Frobenius norm of what is left out of each layer's update, relative to that of the update. Of a layer
             with experts, the update of all of them.
         norms: Frobenius norm of each layer's update.
-        vllm: what vLLM does not take of the adapter (`scalora.saving.vllm.vllm_objections`); empty if it takes it, or if
+        vllm: what vLLM does not take of the adapter (`scalora.saving.vllm.vllm_objections`); empty if it takes it, or
             nobody has looked.
     """
 
