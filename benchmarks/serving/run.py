@@ -103,7 +103,9 @@ def main() -> None:
     parser.add_argument("rows", type=Path, help="file of prompts and completions, JSON lines")
     parser.add_argument("--environments", type=Path, required=True, help="folder of the virtual environments")
     parser.add_argument("--install", action="store_true", help="make the environments that are missing")
-    parser.add_argument("--only", nargs="+", choices=CONSUMERS, default=list(CONSUMERS), help="consumers (default: all)")
+    parser.add_argument(
+        "--only", nargs="+", choices=CONSUMERS, default=list(CONSUMERS), help="consumers (default: all)"
+    )
     parser.add_argument("--prompts", type=int, default=20, help="how many rows (default: 20)")
     arguments = parser.parse_args()
     folder = arguments.environments.resolve()

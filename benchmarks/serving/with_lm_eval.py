@@ -30,7 +30,9 @@ def consume(job: dict[str, Any]) -> dict[str, list[str]]:
         job: the job of `run.py`.
     """
     work = Path(job["work"])
-    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in zip(job["prompts"], job["right"], strict=True)]
+    rows = [
+        {"prompt": prompt, "completion": answer} for prompt, answer in zip(job["prompts"], job["right"], strict=True)
+    ]
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (work / "serving.yaml").write_text(_TASK.format(file=json.dumps(str(work / "rows.jsonl")), tokens=NEW_TOKENS))
     return {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
@@ -138,6 +139,7 @@ class _Exporter:
 
     def __init__(self, run: Result, state: Path, folder: Path, dtype: torch.dtype) -> None:
         self._run, self._state, self._folder, self._dtype = run, state, folder, dtype
+        self._examples = _examples(run)  # before the base, which takes longer than finding that there are none
         self._base = _base(run)
         vocabulary = self._base.config.get_text_config().vocab_size
         self._probe = torch.randint(0, vocabulary, _PROBE, generator=torch.Generator().manual_seed(0))
@@ -192,7 +194,7 @@ class _Exporter:
         if self._before is None:
             with model.disable_adapter():
                 self._before = _logits(model, self._probe)
-        self._live, self._loss = _logits(model, self._probe), _loss(self._run, model)
+        self._live, self._loss = _logits(model, self._probe), self._loss_of(model)
 
     def _checked(self, model: Any, allowed: float, rounding: float) -> dict[str, Any]:
         """Compare a model loaded from disk with the live one.
@@ -221,19 +223,25 @@ class _Exporter:
             )
         report = {"logits_changed_by_training": change, "logits_difference": difference, "logits_tolerance": tolerance}
         if self._loss is not None:
-            report |= {"eval_loss_run": self._loss, "eval_loss_export": _loss(self._run, model)}
+            report |= {"eval_loss_run": self._loss, "eval_loss_export": self._loss_of(model)}
         return report
 
+    def _loss_of(self, model: Any) -> float | None:
+        """Evaluation loss on the examples; None without examples."""
+        settings, name = self._run.settings, self._run.settings.data.eval
+        if self._examples is None or name is None or self._run.tokenizer is None:
+            return None
+        if settings.task == "sft":
+            return loss_score(model, self._run.tokenizer, self._examples, name, settings)["loss"]
+        return sequence_scores(model, self._run.tokenizer, self._examples, name, settings, self._run.labels)["loss"]
 
-def _loss(run: Result, model: Any) -> float | None:
-    """Evaluation loss on the first examples of ``data.eval``; None without evaluation data."""
+
+def _examples(run: Result) -> Dataset | None:
+    """The first examples of ``data.eval``; None without evaluation data."""
     if (name := run.settings.data.eval) is None or run.tokenizer is None:
         return None
     examples = load_examples(name, "test")
-    examples = examples.select(range(min(run.settings.evaluate.limit or _EXAMPLES, len(examples))))
-    if run.settings.task == "sft":
-        return loss_score(model, run.tokenizer, examples, name, run.settings)["loss"]
-    return sequence_scores(model, run.tokenizer, examples, name, run.settings, run.labels)["loss"]
+    return examples.select(range(min(run.settings.evaluate.limit or _EXAMPLES, len(examples))))
 
 
 @torch.no_grad()
