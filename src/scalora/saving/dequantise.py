@@ -6,6 +6,8 @@ imported: their layers are known by what they can do.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -40,13 +42,14 @@ def dequantised(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _weight(module: nn.Module) -> Tensor | None:
+def _weight(module: Any) -> Tensor | None:
     """The (m, n) that a quantised layer stands for; None of other modules."""
-    own = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear) and hasattr(own, "__tensor_flatten__"):  # torchao
-        return own.detach().dequantize()
-    if hasattr(module, "W_q"):  # HQQ
-        return module.dequantize().detach()
-    if hasattr(module, "dequantize_weight"):  # GPTQModel
-        return module.dequantize_weight().detach().T.contiguous()
-    return None
+    weight: Tensor | None = None
+    if isinstance(module, nn.Linear) and hasattr(module.weight, "__tensor_flatten__"):  # torchao
+        packed: Any = module.weight
+        weight = packed.detach().dequantize()
+    elif hasattr(module, "W_q"):  # HQQ
+        weight = module.dequantize().detach()
+    elif hasattr(module, "dequantize_weight"):  # GPTQModel
+        weight = module.dequantize_weight().detach().T.contiguous()
+    return weight
