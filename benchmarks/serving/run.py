@@ -58,7 +58,7 @@ def install(name: str, folder: Path) -> None:
         name: the consumer's name.
         folder: the folder of the environment.
     """
-    if folder.exists():
+    if is_installed(folder):
         return
     consumer = CONSUMERS[name]
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
@@ -68,11 +68,20 @@ def install(name: str, folder: Path) -> None:
     if consumer.removed:
         subprocess.run([*pip, "uninstall", "--quiet", "--yes", *consumer.removed], check=True)
     if name == "llama.cpp":  # its scripts for conversion are only in the source
-        source = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", consumer.packages[0]]
-        subprocess.run([*pip, "install", "--quiet", "scikit-build-core"], check=True)
+        source = ["--no-deps", "--no-binary", ":all:", consumer.packages[0]]
         subprocess.run([*pip, "download", "--quiet", "--dest", str(folder / "source"), *source], check=True)
         (archive,) = (folder / "source").glob("*.tar.gz")
         subprocess.run(["tar", "xzf", str(archive), "--strip-components=1"], cwd=folder / "source", check=True)
+    (folder / "ready").touch()
+
+
+def is_installed(folder: Path) -> bool:
+    """Whether an environment was made to its end.
+
+    Args:
+        folder: the folder of the environment.
+    """
+    return (folder / "ready").is_file()
 
 
 def result_of(name: str, environment: Path, job: dict[str, Any]) -> dict[str, Any]:
@@ -86,12 +95,16 @@ def result_of(name: str, environment: Path, job: dict[str, Any]) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="serving-") as work:
         path = Path(work, "job.json")
         path.write_text(json.dumps(job | {"work": work}))
-        settings = {"HF_HUB_OFFLINE": "1", "LLAMA_CPP": str(environment / "source" / "vendor" / "llama.cpp")}
+        settings = {"LLAMA_CPP": str(environment / "source" / "vendor" / "llama.cpp")}
         script = Path(__file__).with_name(CONSUMERS[name].script)
-        inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         command = [str(environment / "bin" / "python"), str(script), str(path)]
-        subprocess.run(command, env=inherited | settings, check=True, stdout=sys.stderr)
+        subprocess.run(command, env=_environment() | settings, check=True, stdout=sys.stderr)
         return dict(json.loads(Path(work, "result.json").read_text()))
+
+
+def _environment() -> dict[str, str]:
+    """The environment variables of the programs: without scalora in their path, nor models of a hub."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
 
 
 def main() -> None:
@@ -112,7 +125,7 @@ def main() -> None:
     if arguments.install:
         for name in ("peft", *arguments.only):
             install(name, folder / name)
-    if not (folder / "peft").is_dir():
+    if not is_installed(folder / "peft"):
         raise SystemExit(f"no environment {str(folder / 'peft')!r}, whose answers are compared with: use --install")
 
     rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()[: arguments.prompts]]
@@ -120,6 +133,7 @@ def main() -> None:
         subprocess.run(
             [str(folder / "peft" / "bin" / "python"), "-c", _TOKENIZE, str(arguments.base)],
             input=json.dumps([row["prompt"] for row in rows]),
+            env=_environment(),
             capture_output=True,
             text=True,
             check=True,
@@ -137,7 +151,7 @@ def main() -> None:
     print("| program | loaded | same answers as the merged model | versions |\n| --- | --- | --- | --- |")
     failed = []
     for name in arguments.only:
-        if not (folder / name).is_dir():
+        if not is_installed(folder / name):
             print(f"| {name} | skipped: not installed | | |", flush=True)
             continue
         found = wanted if name == "peft" else result_of(name, folder / name, job)
