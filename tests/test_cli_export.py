@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 import scalora
 from scalora.cli import app
+from scalora.runs.finished_run import FinishedRun
 
 TRAINING = {
     "max_steps": 12,
@@ -91,6 +92,17 @@ def test_an_adapter_on_the_untouched_base_is_the_merged_model(merge, train, caus
     assert len(report["layers"]) == 14
     assert report["eval_loss_export"] == pytest.approx(report["eval_loss_run"], rel=1e-3)
     assert report["serving_rank"] >= config["r"]
+
+
+@pytest.mark.slow
+def test_missing_evaluation_data_is_said_before_the_base_is_loaded(train, tmp_path, monkeypatch):
+    run = train()
+    (tmp_path / "train.jsonl").unlink()
+    monkeypatch.setattr(FinishedRun, "load", lambda self: pytest.fail("the base was loaded"))
+    result = command("export", run, "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "train.jsonl' does not exist" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

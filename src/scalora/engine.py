@@ -26,6 +26,7 @@ from scalora.model.placement import check_places, resolve_merge
 from scalora.model.present import check_present, present_factors
 from scalora.model.target_norms import BaseRates, target_norms
 from scalora.model.tied_factors import sum_gradients
+from scalora.model.trainable_base import check_gradients_pass
 from scalora.pair_adamw import PairAdamW
 from scalora.parallel.data_parallel import keep_out_of_broadcasts, unwrapped
 from scalora.parallel.layout import laid_out
@@ -144,6 +145,7 @@ class ScaLora:
             )
         reshard(self._model)
         pairs = find_lora_pairs(self._model, sharded=True, all_shapes=True, masters=self._zero is not None)
+        check_gradients_pass(pairs)
         check_shards(pairs)
         check_optimizer_of_parts(pairs, self.optimizer, self._kinds)
         check_owner(model, pairs, self._zero)

@@ -75,6 +75,8 @@ def show_export(report: dict[str, Any], target: Path) -> None:
             "error of the update", f"{report['error']:.2e} (at most {layers[worst]['error']:.2e}, in {worst})"
         )
         table.add_row("rank that a server must allow", f"{report['serving_rank']} (vLLM: --max-lora-rank)")
+        if report["not_for_vllm"]:
+            table.add_row("vLLM does not take it", f"{'; '.join(report['not_for_vllm'])}: serve a merged model")
     table.add_row("change of the logits by training", f"{report['logits_changed_by_training']:.4g}")
     table.add_row(
         "difference between export and run",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from scalora.maths.lowrank import DEFAULT_RTOL
 from scalora.runs.base_names import named_base
-from scalora.runs.data import first_examples, load_sets
+from scalora.runs.data import Examples, first_examples, load_sets
 from scalora.runs.errors import InputError
 from scalora.runs.evaluate import loss_score, sequence_scores
 from scalora.runs.finished_run import FinishedRun
@@ -138,6 +139,7 @@ class _Exporter:
 
     def __init__(self, run: Result, state: Path, folder: Path, dtype: torch.dtype) -> None:
         self._run, self._state, self._folder, self._dtype = run, state, folder, dtype
+        self._examples = _examples(run)  # before the base, which takes longer than finding that there are none
         self._base = _base(run)
         vocabulary = self._base.config.get_text_config().vocab_size
         self._probe = torch.randint(0, vocabulary, _PROBE, generator=torch.Generator().manual_seed(0))
@@ -152,7 +154,11 @@ class _Exporter:
     def adapter(self, name: str | None, options: dict[str, Any]) -> dict[str, Any]:
         """Write an adapter; returns the report."""
         named, note = named_base(self._run.source, name)
-        model, made = export_adapter(self._base, self._state, self._folder, dtype=self._dtype, **options)
+        options |= {"name": named and named.name, "dtype": self._dtype}
+        with warnings.catch_warnings():
+            if note is not None:  # it says the same, and more
+                warnings.filterwarnings("ignore", message="the adapter names no base")
+            model, made = export_adapter(self._base, self._state, self._folder, **options)
         if named is not None:
             write_base_name(self._folder, named, note)
         _write_text_settings(self._run, model.get_base_model(), self._folder)
@@ -188,7 +194,7 @@ class _Exporter:
         if self._before is None:
             with model.disable_adapter():
                 self._before = _logits(model, self._probe)
-        self._live, self._loss = _logits(model, self._probe), _loss(self._run, model)
+        self._live, self._loss = _logits(model, self._probe), self._loss_of(model)
 
     def _checked(self, model: Any, allowed: float, rounding: float) -> dict[str, Any]:
         """Compare a model loaded from disk with the live one.
@@ -217,30 +223,34 @@ class _Exporter:
             )
         report = {"logits_changed_by_training": change, "logits_difference": difference, "logits_tolerance": tolerance}
         if self._loss is not None:
-            report |= {"eval_loss_run": self._loss, "eval_loss_export": _loss(self._run, model)}
+            report |= {"eval_loss_run": self._loss, "eval_loss_export": self._loss_of(model)}
         return report
 
+    def _loss_of(self, model: Any) -> float | None:
+        """Evaluation loss on the examples; None without examples."""
+        run = self._run
+        if self._examples is None or run.tokenizer is None:
+            return None
+        if run.settings.task == "sft":
+            return loss_score(model, run.tokenizer, *self._examples, run.settings)["loss"]
+        return sequence_scores(model, run.tokenizer, *self._examples, run.settings, run.labels)["loss"]
 
-def _loss(run: Result, model: Any) -> float | None:
-    """Evaluation loss on the first examples of ``data.eval``; None without evaluation data, or a loss of one model."""
+
+def _examples(run: Result) -> Examples | None:
+    """The first examples of ``data.eval``; None without evaluation data, or a loss of one model."""
     if (name := run.settings.data.eval) is None or run.tokenizer is None:
         return None
     if run.settings.task not in ("sft", *LABELLED):
         return None  # it is computed from a reference, or from answers that are drawn at random
-    examples = first_examples(load_sets(name, "test"), run.settings.evaluate.limit or _EXAMPLES)
-    if run.settings.task == "sft":
-        return loss_score(model, run.tokenizer, *examples, run.settings)["loss"]
-    return sequence_scores(model, run.tokenizer, *examples, run.settings, run.labels)["loss"]
+    return first_examples(load_sets(name, "test"), run.settings.evaluate.limit or _EXAMPLES)
 
 
 @torch.no_grad()
 def _logits(model: Any, probe: Tensor) -> Tensor:
-    training = model.training
-    model.eval()
+    model.eval()  # for good: nothing is trained here, and some kernels of GPTQModel refuse to be switched back
     logits: Tensor = model(
         input_ids=probe.to(model.device), attention_mask=torch.ones_like(probe, device=model.device)
     ).logits
-    model.train(training)
     return logits.float().cpu()
 
 
@@ -249,4 +259,5 @@ def _adapter_report(report: AdapterReport) -> dict[str, Any]:
         name: {"rank": rank, "needed": report.needed[name], "error": report.errors[name]}
         for name, rank in report.ranks.items()
     }
-    return {"error": report.error, "serving_rank": report.serving_rank, "layers": layers}
+    serving = {"serving_rank": report.serving_rank, "not_for_vllm": list(report.vllm)}
+    return {"error": report.error, "layers": layers} | serving

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,25 @@ def loadable_name(name: str | None) -> str | None:
     if folder.is_dir():
         return os.path.abspath(folder) if (folder / "config.json").is_file() else None
     return name if _HUB_ID.fullmatch(name) and not name.endswith(".gguf") and not folder.exists() else None
+
+
+def flaw_of_name(name: str | None) -> str | None:
+    """Why others will not find the base that an adapter names, as far as can be told here.
+
+    Args:
+        name: the name.
+
+    Returns:
+        A clause about the adapter, with what to do; None if nothing is known to be wrong.
+    """
+    if name is None:
+        return "names no base: tools that load it by name can't; name one when you export it"
+    if loadable_name(name) is None:
+        return f"names {name!r} as its base, which is neither a hub id nor a folder with a config.json: name another"
+    temporary = Path(tempfile.gettempdir()).resolve()
+    if os.path.isabs(name) and temporary in Path(name).resolve().parents:
+        return f"names {name!r} as its base, which lies among temporary files: keep it elsewhere, or name another base"
+    return None
 
 
 def base_name(model: PeftModel, adapter: str) -> BaseName:

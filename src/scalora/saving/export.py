@@ -24,7 +24,8 @@ from scalora.model.layers import weight_key
 from scalora.model.update import dense_update, factored_update
 from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.attach import attach
-from scalora.saving.base_name import BaseName, base_name, loadable_name, write_base_name
+from scalora.saving.base_name import BaseName, base_name, flaw_of_name, loadable_name, write_base_name
+from scalora.saving.dequantise import dequantised
 from scalora.saving.errors import StateError
 from scalora.saving.files import atomic_folder
 from scalora.saving.merged_model import DEFAULT_SHARD_SIZE, write_model
@@ -32,6 +33,7 @@ from scalora.saving.ordinary_adapter import AdapterReport, write_factors
 from scalora.saving.state import check_base, check_content, check_fit, restore, saved_config
 from scalora.saving.state_file import read_state
 from scalora.saving.verify import adapter_errors, check_model
+from scalora.saving.vllm import vllm_objections
 
 # An export warns if rounding to its dtype loses more than this share of a layer's update: it shows in the loss then.
 _LOSES_MUCH = 0.1
@@ -84,7 +86,8 @@ def export_adapter(
 
     Returns:
         The trained model (the base with the state loaded into it), and a report of the adapter's ranks and errors,
-        which are measured on the file.
+        which are measured on the file, and of what vLLM does not take of it. Warns if the adapter names no base that
+        will be there tomorrow.
 
     Raises:
         StateError: the state is missing or damaged, or belongs to another base.
@@ -107,8 +110,12 @@ def export_adapter(
         report = write_factors(
             model, pairs, updates, target, rtol=rtol, max_rank=max_rank, per_layer=per_layer, dtype=dtype
         )
-        write_base_name(target, BaseName(name) if name else _base_name(model, pairs[0].adapter, state))
-        report = report._replace(errors=adapter_errors(target, model, pairs, updates, report.errors))
+        named = BaseName(name) if name else _base_name(model, pairs[0].adapter, state)
+        write_base_name(target, named)
+        errors = adapter_errors(target, model, pairs, updates, report.errors)
+        report = report._replace(errors=errors, vllm=tuple(vllm_objections(target)))
+    if (flaw := flaw_of_name(named.name)) is not None:
+        warnings.warn(f"the adapter {flaw}", stacklevel=2)
     return model, report
 
 
@@ -159,7 +166,7 @@ def export_merged(
         with_model(model)
     if any(pair.quantised for pair in pairs):
         model.state_dict()  # converts 4-bit weights back from the layout that bitsandbytes uses for inference on CPUs
-        model, pairs = _wrap(model.unload().dequantize(), state, check=False)
+        model, pairs = _wrap(dequantised(model.unload()), state, check=False)
         restore(model, pairs, state["tensors"])
     losses = {}
     while pairs:

@@ -26,9 +26,7 @@ from scalora.model.update import factored_update
 from scalora.saving.base_name import base_name, write_base_name
 from scalora.saving.files import naming_errors
 from scalora.saving.readme import README, is_own_readme
-
-# The values that vLLM accepts for --max-lora-rank (LoRAConfig, version 0.11).
-_SERVING_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+from scalora.saving.vllm import MAX_LORA_RANKS
 
 
 class AdapterReport(NamedTuple):
@@ -40,18 +38,21 @@ class AdapterReport(NamedTuple):
         errors: Frobenius norm of what is left out of each layer's update, relative to that of the update. Of a layer
             with experts, the update of all of them.
         norms: Frobenius norm of each layer's update.
+        vllm: what vLLM does not take of the adapter (`scalora.saving.vllm.vllm_objections`); empty if it takes it, or
+            nobody has looked.
     """
 
     ranks: dict[str, int]
     needed: dict[str, int]
     errors: dict[str, float]
     norms: dict[str, float]
+    vllm: tuple[str, ...] = ()
 
     @property
     def serving_rank(self) -> int:
         """The smallest maximum rank of a serving engine that accepts the adapter (vLLM's ``--max-lora-rank``)."""
         largest = max(self.ranks.values())
-        return next((rank for rank in _SERVING_RANKS if rank >= largest), largest)
+        return next((rank for rank in MAX_LORA_RANKS if rank >= largest), largest)
 
     @property
     def error(self) -> float:
