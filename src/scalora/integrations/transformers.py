@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -94,7 +94,7 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             control: the Trainer's control flags; not used.
             kwargs: other arguments of the event, with the model.
         """
-        if (trainer := _caller(Trainer)) is not None:
+        if (trainer := calling(Trainer)) is not None:
             trainer.train = self._from_whole_checkpoints(trainer)
         model: nn.Module = kwargs["model"]
         keep_out_of_broadcasts(model)  # now, because the engine can't reach the wrapper from the model inside it
@@ -164,7 +164,7 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         _move_before_reporters(self)
         model: nn.Module = kwargs["model"]
         optimizer: Optimizer = kwargs["optimizer"]
-        config = config_with_reference(self.config, model) if _needs_the_base(_caller(Trainer)) else self.config
+        config = config_with_reference(self.config, model) if _needs_the_base(calling(Trainer)) else self.config
         self.engine = self._make_engine(model, optimizer, config)
         if self.engine.is_sharded:
             self._prepare_shards(args, model)
@@ -266,8 +266,11 @@ def _check_count(checkpoint: Path) -> None:
 def _needs_the_base(trainer: Trainer | None) -> bool:
     """Whether a trainer's reference (DPO, KTO, GRPO with β > 0, …) is its own model without or with another adapter.
 
-    As TRL's trainers tell it: ``ref_model`` is None. Checked with TRL 1.16.
+    As TRL's trainers tell it: ``ref_model`` is None. Checked with TRL 1.16. LLaMA-Factory's trainer for supervised
+    fine-tuning has that attribute for a loss that never takes the model itself.
     """
+    if isinstance(trainer, Seq2SeqTrainer):
+        return False
     own = vars(trainer).get("ref_model", trainer) is None if trainer is not None else False
     precomputed = getattr(trainer, "precompute_ref_logps", False)
     return own and not precomputed and getattr(trainer, "beta", None) != 0
@@ -334,7 +337,7 @@ def train_no_further(state: TrainerState, control: TrainerControl) -> None:
         state: the Trainer's state, with the step that training resumes at.
         control: the Trainer's control flags; modified.
     """
-    trainer = _caller(Trainer)
+    trainer = calling(Trainer)
     if trainer is None:
         return
     vars(trainer).pop("_run_epoch", None)  # of an earlier training that had no epoch to begin
@@ -347,7 +350,7 @@ def train_no_further(state: TrainerState, control: TrainerControl) -> None:
 
 def _saves_one_file() -> bool:
     """Whether the Trainer is set to save whole weights of a model that FSDP has sharded."""
-    trainer = _caller(Trainer)
+    trainer = calling(Trainer)
     plugin = None if trainer is None else getattr(trainer.accelerator.state, "fsdp_plugin", None)
     return str(getattr(plugin, "state_dict_type", "")).endswith("FULL_STATE_DICT")
 
@@ -358,15 +361,18 @@ def _move_before_reporters(callback: TrainerCallback) -> None:
     Reporting callbacks (TensorBoard, W&B, …) are before the user's in this list, and would report the logs before the
     metrics are added.
     """
-    if (handler := _caller(CallbackHandler)) is not None:
+    if (handler := calling(CallbackHandler)) is not None:
         handler.callbacks.remove(callback)
         handler.callbacks.insert(0, callback)
 
 
-def _caller(kind: type[_T]) -> _T | None:
+def calling(kind: type[_T]) -> _T | None:
     """The object of a class whose method, directly or not, called this; None if there is none.
 
     The Trainer passes neither itself nor its list of callbacks to them, so they are taken from the callers' frames.
+
+    Args:
+        kind: the class.
     """
     frame = inspect.currentframe()
     while frame is not None:

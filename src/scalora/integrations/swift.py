@@ -1,0 +1,77 @@
+"""ScaLoRA in ms-swift: a file for ``--external_plugins`` calls `register`, and ``--callbacks scalora`` switches it on.
+
+Checked with ms-swift 4.6; an import of this module needs it, scalora does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from swift.callbacks import callbacks_map
+from swift.tuners import Swift
+from torch import nn
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from scalora.integrations.plugin import PluginCallback, PluginSettings, leave_an_ordinary_adapter
+from scalora.saving.export import with_adapter
+from scalora.saving.state_file import holds_state, read_state
+
+_NAME = "scalora"
+
+
+def register(**settings: Any) -> None:
+    """Register the callback, with the settings of ScaLoRA.
+
+    Example:
+        >>> # scalora_plugin.py, for swift sft --external_plugins scalora_plugin.py --callbacks scalora
+        >>> from scalora.integrations.swift import register
+        >>> register(interval=10)
+
+    Args:
+        settings: fields of `ScaLoraConfig`, and ``optimizer="pair_adamw"`` for `scalora.PairAdamW` instead of
+            ms-swift's optimizer, which is the default with ``mode="matrix"``.
+
+    Raises:
+        ValueError: a name is unknown, or a value is out of range. One line.
+    """
+    read = PluginSettings.from_block(settings, _NAME)
+
+    class Callback(_SwiftCallback):
+        def __init__(self, args: TrainingArguments, trainer: Trainer) -> None:
+            super().__init__(read)
+
+    callbacks_map[_NAME] = Callback
+    if not hasattr(Swift.from_pretrained, "__wrapped__"):
+        Swift.from_pretrained = staticmethod(_resuming(Swift.from_pretrained))
+
+
+class _SwiftCallback(PluginCallback):
+    """Leaves an adapter in the checkpoints that ms-swift leaves as results: the last one and the best one."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            last = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            for folder in {last, state.best_model_checkpoint or last}:
+                leave_an_ordinary_adapter(Path(folder))
+
+
+def _resuming(from_pretrained: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """`Swift.from_pretrained`, by which ms-swift loads the adapter of a checkpoint before a Trainer resumes from it.
+
+    The adapter of a checkpoint with a state is that of the whole update, of a higher rank than the one that is trained,
+    or none. A new adapter takes its place, into which the Trainer loads the state.
+    """
+
+    @wraps(from_pretrained)
+    def resuming(model: Any, model_id: Any = None, *args: Any, **kwargs: Any) -> nn.Module:
+        if not (kwargs.get("is_trainable") and holds_state(Path(str(model_id)))):
+            return from_pretrained(model, model_id, *args, **kwargs)
+        return with_adapter(model, read_state(Path(model_id))["adapter"] or {})
+
+    return resuming
