@@ -6,9 +6,10 @@ import pytest
 import torch
 import yaml
 from conftest import pairs
-from frameworks import R, TARGETS, check_adapter, needs, run
+from frameworks import TARGETS, R, check_adapter, needs, run
 
 pytestmark = needs("axolotl")
+SHORT = {"system_prompt": "", "format": "{instruction}", "no_input_format": "{instruction}"}
 SCALORA = {"warmup_steps": 2, "interval": 2}
 
 
@@ -23,11 +24,11 @@ def train(causal_folder, tmp_path):
         settings = {
             "plugins": ["scalora.integrations.axolotl.ScaloraPlugin"], "scalora": scalora,
             "base_model": str(causal_folder), "adapter": "lora", "lora_r": R, "lora_alpha": R,
-            "lora_target_modules": TARGETS, "datasets": [{"path": str(data), "type": "alpaca"}],
+            "lora_target_modules": TARGETS, "datasets": [{"path": str(data), "type": SHORT}],
             "dataset_prepared_path": str(tmp_path / "prepared"), "output_dir": str(tmp_path / name),
             "sequence_len": 64, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 12,
             "learning_rate": 1e-2, "optimizer": "adamw_torch", "lr_scheduler": "constant", "save_steps": 6,
-            "logging_steps": 1, "bf16": False, "fp16": False, "tf32": False, "val_set_size": 0, "use_tensorboard": False,
+            "logging_steps": 1, "bf16": False, "fp16": False, "tf32": False, "val_set_size": 0,
             "special_tokens": {"pad_token": "<pad>"}, "attn_implementation": "eager", "weight_decay": 0.0,
         } | more  # fmt: skip
         config = tmp_path / f"{name}.yaml"
@@ -54,6 +55,13 @@ def test_matrix_scaling_brings_its_optimizer(train, causal_folder):
     check_adapter(causal_folder, output)
 
 
-def test_wrong_settings_are_one_line(train):
-    said, _ = train(scalora={"intervall": 2}, fails=True)
-    assert "ValueError: scalora: unknown ScaLoRA setting 'intervall'; the settings are" in said.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"scalora": {"intervall": 2}}, "scalora: unknown ScaLoRA setting 'intervall'; the settings are"),
+        ({"lora_mlp_kernel": True}, "lora_mlp_kernel: true computes layers from lora_A and lora_B alone"),
+    ],
+)
+def test_wrong_settings_are_one_line(wrong, error, train):
+    said, _ = train(fails=True, **wrong)
+    assert said.splitlines()[-1].startswith(f"ValueError: {error}")

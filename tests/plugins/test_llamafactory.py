@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from conftest import pairs
-from frameworks import R, TARGETS, check_adapter, needs, run
+from frameworks import TARGETS, R, check_adapter, needs, run
 
 pytestmark = needs("llamafactory")
 MODULE = ("-m", "scalora.integrations.llamafactory")

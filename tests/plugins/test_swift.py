@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import pairs
-from frameworks import R, TARGETS, check_adapter, needs, run
+from frameworks import TARGETS, R, check_adapter, needs, run
 
 pytestmark = needs("swift")
 SCALORA = {"warmup_steps": 2, "interval": 2}
@@ -30,7 +30,8 @@ def train(causal_folder, tmp_path):
             "max_length": 64, "max_steps": 12, "output_dir": tmp_path / name, "add_version": "false",
             "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 6,
             "report_to": "none", "split_dataset_ratio": 0, "external_plugins": plugin, "callbacks": "scalora",
-            "use_hf": "true", "bf16": "false", "fp16": "false", "gradient_accumulation_steps": 1, "weight_decay": 0, "lora_dropout": 0,
+            "use_hf": "true", "bf16": "false", "fp16": "false", "gradient_accumulation_steps": 1, "weight_decay": 0,
+            "lora_dropout": 0,
         } | more  # fmt: skip
         options = []
         for key, value in settings.items():
@@ -50,6 +51,8 @@ def test_it_rescales_leaves_an_ordinary_adapter_and_resumes(merge, train, causal
     checkpoint = whole.parent / "checkpoint-6"
     _, resumed = train("resumed", SCALORA | {"merge": merge}, resume_from_checkpoint=checkpoint)
     torch.testing.assert_close(check_adapter(causal_folder, resumed), trained, rtol=1e-4, atol=1e-4)
+    _, further = train("further", SCALORA | {"merge": merge}, adapters=whole, learning_rate=1e-9)
+    torch.testing.assert_close(check_adapter(causal_folder, further), trained, rtol=1e-4, atol=1e-4)
 
 
 def test_matrix_scaling_brings_its_optimizer(train, causal_folder):

@@ -69,7 +69,7 @@ class ScaloraPlugin(BasePlugin):  # type: ignore[misc]
         for kernel in _KERNELS:
             if cfg.get(kernel):
                 raise ValueError(
-                    f"{kernel}: true computes layers from lora_A and lora_B alone, which misses what ScaLoRA has merged: "
+                    f"{kernel}: true computes layers from lora_A and lora_B alone, which misses ScaLoRA's remainder: "
                     "leave it out"
                 )
             cfg[kernel] = False

@@ -43,9 +43,9 @@ def run_exp(args: dict[str, Any] | None = None, callbacks: list[TrainerCallback]
     given = dict(given)
     settings = PluginSettings.from_block(given.pop(_BLOCK, None), _BLOCK)
     if (kind := given.get("finetuning_type", "lora")) != "lora":
-        raise ValueError(f"finetuning_type: {kind} has no LoRA adapter, which ScaLoRA trains: set finetuning_type: lora")
+        raise ValueError(f"finetuning_type: {kind} has no LoRA adapter for ScaLoRA to train: set finetuning_type: lora")
     if own := [key for key in _OWN_LAYERS if given.get(key)]:
-        raise ValueError(f"{own[0]}: true is not supported with ScaLoRA, whose layers it replaces by its own: leave it out")
+        raise ValueError(f"{own[0]}: true brings layers of its own, which miss ScaLoRA's remainder: leave it out")
     tuner.run_exp(given, callbacks=[*(callbacks or []), PluginCallback(settings)])
     if int(os.environ.get("RANK", "0")) == 0:
         leave_an_ordinary_adapter(Path(given["output_dir"]))

@@ -5,21 +5,19 @@ Checked with ms-swift 4.6; an import of this module needs it, scalora does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from swift.callbacks import callbacks_map
 from swift.tuners import Swift
-from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from scalora.integrations.plugin import PluginCallback, PluginSettings, leave_an_ordinary_adapter
-from scalora.saving.export import with_adapter
-from scalora.saving.state_file import holds_state, read_state
+from scalora.saving.export import load_model
+from scalora.saving.state_file import holds_state
 
 _NAME = "scalora"
+_from_pretrained = Swift.from_pretrained
 
 
 def register(**settings: Any) -> None:
@@ -44,8 +42,7 @@ def register(**settings: Any) -> None:
             super().__init__(read)
 
     callbacks_map[_NAME] = Callback
-    if not hasattr(Swift.from_pretrained, "__wrapped__"):
-        Swift.from_pretrained = staticmethod(_resuming(Swift.from_pretrained))
+    Swift.from_pretrained = staticmethod(_with_states)
 
 
 class _SwiftCallback(PluginCallback):
@@ -61,17 +58,12 @@ class _SwiftCallback(PluginCallback):
                 leave_an_ordinary_adapter(Path(folder))
 
 
-def _resuming(from_pretrained: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """`Swift.from_pretrained`, by which ms-swift loads the adapter of a checkpoint before a Trainer resumes from it.
+def _with_states(model: Any, model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """`Swift.from_pretrained`, by which ms-swift loads the adapter that it trains further, or resumes with.
 
-    The adapter of a checkpoint with a state is that of the whole update, of a higher rank than the one that is trained,
-    or none. A new adapter takes its place, into which the Trainer loads the state.
+    Beside a state that adapter is one of the whole update, of a higher rank than the one that is trained, or none at
+    all: the state is loaded in its place.
     """
-
-    @wraps(from_pretrained)
-    def resuming(model: Any, model_id: Any = None, *args: Any, **kwargs: Any) -> nn.Module:
-        if not (kwargs.get("is_trainable") and holds_state(Path(str(model_id)))):
-            return from_pretrained(model, model_id, *args, **kwargs)
-        return with_adapter(model, read_state(Path(model_id))["adapter"] or {})
-
-    return resuming
+    if kwargs.get("is_trainable") and holds_state(Path(str(model_id))):
+        return load_model(model, model_id)
+    return _from_pretrained(model, model_id, *args, **kwargs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,20 +13,18 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import get_last_checkpoint
 
-from scalora.config import MERGES_INTO_THE_BASE, ScaLoraConfig
+from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
+from scalora.integrations.trainer_needs import config_for_trainer
 from scalora.model.adapters import promote_adapters
 from scalora.model.attachment import attachment_of
 from scalora.model.copies import complete_copies
-from scalora.model.remainder_layer import ChangedBaseError
-from scalora.model.whole_adapter import remainder_layers
 from scalora.parallel.data_parallel import keep_out_of_broadcasts
 from scalora.parallel.processes import failing_together, process_count
-from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.attach import fingerprint_of
 from scalora.saving.checkpoints import set_broken_checkpoints_aside, why_not_resumable
 from scalora.saving.errors import StateError
@@ -159,12 +156,14 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             UnsupportedOptimizerError: the optimizer's state can't be transported; the message says why.
             StateError: the checkpoint to resume from is damaged, was written without ScaLoRA, or belongs to another
                 base model, adapter or settings.
-            ChangedBaseError: the trainer's reference is the model without its adapter, whose base would be changed.
+            ChangedBaseError: the trainer's reference is the model without its adapter, whose base would be changed, or
+                it sends a server less than the whole update.
+            ValueError: its server takes adapters of a lower rank than that of the whole update.
         """
         _move_before_reporters(self)
         model: nn.Module = kwargs["model"]
         optimizer: Optimizer = kwargs["optimizer"]
-        config = config_with_reference(self.config, model) if _needs_the_base(calling(Trainer)) else self.config
+        config = config_for_trainer(self.config, calling(Trainer), model)
         self.engine = self._make_engine(model, optimizer, config)
         if self.engine.is_sharded:
             self._prepare_shards(args, model)
@@ -261,39 +260,6 @@ def _check_count(checkpoint: Path) -> None:
             f"can't resume from {str(checkpoint)!r} in {now} processes: DeepSpeed has saved its part in {saved}, and "
             f"reads it in as many alone: start {saved} processes, or go on without DeepSpeed in any number"
         )
-
-
-def _needs_the_base(trainer: Trainer | None) -> bool:
-    """Whether a trainer's reference (DPO, KTO, GRPO with β > 0, …) is its own model without or with another adapter.
-
-    As TRL's trainers tell it: ``ref_model`` is None. Checked with TRL 1.16. LLaMA-Factory's trainer for supervised
-    fine-tuning has that attribute for a loss that never takes the model itself.
-    """
-    if isinstance(trainer, Seq2SeqTrainer):
-        return False
-    own = vars(trainer).get("ref_model", trainer) is None if trainer is not None else False
-    precomputed = getattr(trainer, "precompute_ref_logps", False)
-    return own and not precomputed and getattr(trainer, "beta", None) != 0
-
-
-def config_with_reference(config: ScaLoraConfig, model: nn.Module) -> ScaLoraConfig:
-    """The settings for a model that is its own reference, with the adapter disabled: ``auto`` becomes factored.
-
-    Args:
-        config: the settings.
-        model: the model.
-
-    Raises:
-        ChangedBaseError: the settings, or an earlier training, have the base changed.
-    """
-    present = next(iter(remainder_layers(model).values()), None)
-    if config.merge in MERGES_INTO_THE_BASE or (present is not None and isinstance(present.remainder, DenseRemainder)):
-        merge = config.merge if config.merge in MERGES_INTO_THE_BASE else "dense"
-        raise ChangedBaseError(
-            f"the trainer computes its reference with the adapter disabled or another one, but merge={merge!r} changes "
-            "the base weights: set merge='factored' (with merge='auto' it is), or pass a ref_model"
-        )
-    return replace(config, merge="factored")
 
 
 def _load_scheduler(scheduler: Any, checkpoint: Path) -> None:

@@ -183,7 +183,7 @@ def _wrap(base: PreTrainedModel, state: dict[str, Any], *, check: bool = True) -
     """The base with an adapter and remainders that the state's tensors fit."""
     check_content(state)
     config = saved_config(state) or ScaLoraConfig()
-    model = with_adapter(base, state["adapter"] or {})
+    model = _with_adapter(base, state["adapter"] or {})
     pairs, attachment = attach(model, state["merge"], config.remainder_rank)
     if check:
         _check_base(state, attachment.fingerprint)
@@ -204,16 +204,8 @@ def _check_base(state: dict[str, Any], fingerprint: str) -> None:
     check_base(state, fingerprint)
 
 
-def with_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> PeftModel:
-    """The base with a new adapter with a state's settings, except for those that this version of PEFT does not have.
-
-    Args:
-        base: the base; modified.
-        settings: what a state says of its adapter.
-
-    Raises:
-        StateError: they do not fit the base.
-    """
+def _with_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> PeftModel:
+    """The base with a new adapter with a state's settings, except for those that this version of PEFT does not have."""
     if settings.get("megatron_config"):
         raise StateError(
             "the state's adapter sets megatron_config, which would make PEFT import a module that the file names"

@@ -50,14 +50,22 @@ class AdapterReport(NamedTuple):
     @property
     def serving_rank(self) -> int:
         """The smallest maximum rank of a serving engine that accepts the adapter (vLLM's ``--max-lora-rank``)."""
-        largest = max(self.ranks.values())
-        return next((rank for rank in _SERVING_RANKS if rank >= largest), largest)
+        return serving_rank(max(self.ranks.values()))
 
     @property
     def error(self) -> float:
         """Frobenius norm of what is left out of all layers together, relative to that of the whole update."""
         lost = sum((self.errors[name] * norm) ** 2 for name, norm in self.norms.items())
         return math.sqrt(lost / total) if (total := sum(norm**2 for norm in self.norms.values())) else 0.0
+
+
+def serving_rank(rank: int) -> int:
+    """The smallest maximum rank of a serving engine that accepts an adapter (vLLM's ``--max-lora-rank``).
+
+    Args:
+        rank: the adapter's rank.
+    """
+    return next((accepted for accepted in _SERVING_RANKS if accepted >= rank), rank)
 
 
 def write_adapter(
