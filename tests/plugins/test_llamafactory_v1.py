@@ -21,7 +21,8 @@ def train(causal_folder, tmp_path):
 
     def train(name="out", scalora=SCALORA, fails=False, **more):
         settings = {
-            "model": str(causal_folder), "peft_config": {"name": "lora", "r": R, "lora_alpha": R, "target_modules": TARGETS},
+            "model": str(causal_folder),
+            "peft_config": {"name": "lora", "r": R, "lora_alpha": R, "target_modules": TARGETS},
             "train_dataset": str(tmp_path / "data.yaml"), "output_dir": str(tmp_path / name), "max_steps": 12,
             "micro_batch_size": 4, "cutoff_len": 64, "learning_rate": 1e-2, "bf16": False, "batching_workers": 0,
             "enable_activation_checkpointing": False, "optim_config": {"name": "scalora"} | scalora,

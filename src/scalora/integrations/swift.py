@@ -10,7 +10,7 @@ from typing import Any
 
 from swift.callbacks import callbacks_map
 from swift.tuners import Swift
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from scalora.integrations.plugin import PluginCallback, PluginSettings, leave_an_ordinary_adapter
 from scalora.saving.export import load_model
@@ -38,7 +38,7 @@ def register(**settings: Any) -> None:
     read = PluginSettings.from_block(settings, _NAME)
 
     class Callback(_SwiftCallback):
-        def __init__(self, args: TrainingArguments, trainer: Trainer) -> None:
+        def __init__(self, args: Any, trainer: Any) -> None:  # as ms-swift makes callbacks
             super().__init__(read)
 
     callbacks_map[_NAME] = Callback
