@@ -41,13 +41,26 @@ def train(causal_folder, tmp_path):
 
 @pytest.mark.parametrize("merge", ["dense", "factored"])
 def test_it_rescales_leaves_an_ordinary_adapter_and_resumes(merge, train, causal_folder):
-    _, whole = train("whole", SCALORA | {"merge": merge})
+    said, whole = train("whole", SCALORA | {"merge": merge})
+    assert '"lora_mlp_kernel": false' in said  # it is on by default, and would miss the remainder
     trained = check_adapter(causal_folder, whole)
     log = json.loads((whole / "checkpoint-12/trainer_state.json").read_text())["log_history"]
     assert next(entry for entry in reversed(log) if "loss" in entry)["scalora/rescales"] == 5
     checkpoint = str(whole / "checkpoint-6")
     _, resumed = train("resumed", SCALORA | {"merge": merge}, resume_from_checkpoint=checkpoint)
     torch.testing.assert_close(check_adapter(causal_folder, resumed), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_dpo_has_the_untouched_model_as_its_reference(train, causal_folder, tmp_path):
+    data = tmp_path / "ranked.jsonl"
+    rows = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " mauve"} for row in pairs(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ranked = {"path": str(data), "type": {"field_prompt": "prompt", "prompt_format": "{prompt}"}, "split": "train"}
+    dpo = {"rl": "dpo", "rl_beta": 0.1, "datasets": [ranked]}
+    _, output = train(**dpo)
+    check_adapter(causal_folder, output)
+    said, _ = train("dense", SCALORA | {"merge": "dense"}, fails=True, **dpo)
+    assert "the trainer computes its reference with the adapter disabled" in said.splitlines()[-1]
 
 
 def test_matrix_scaling_brings_its_optimizer(train, causal_folder):

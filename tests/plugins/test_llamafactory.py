@@ -48,6 +48,18 @@ def test_it_rescales_leaves_an_ordinary_adapter_and_resumes(merge, train, causal
     torch.testing.assert_close(check_adapter(causal_folder, resumed), trained, rtol=1e-4, atol=1e-4)
 
 
+def test_dpo_has_the_untouched_model_as_its_reference(train, causal_folder, tmp_path):
+    rows = [{"instruction": row["prompt"], "chosen": row["completion"], "rejected": " mauve"} for row in pairs(40)]
+    (tmp_path / "data/words.json").write_text(json.dumps(rows))
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    info = {"words": {"file_name": "words.json", "ranking": True, "columns": columns}}
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
+    _, output = train(stage="dpo", pref_beta=0.1)
+    check_adapter(causal_folder, output)
+    said, _ = train(name="dense", stage="dpo", scalora=SCALORA | {"merge": "dense"}, fails=True)
+    assert "the trainer computes its reference with the adapter disabled" in said.splitlines()[-1]
+
+
 def test_matrix_scaling_brings_its_optimizer(train, causal_folder):
     _, output = train(scalora=SCALORA | {"mode": "matrix"}, learning_rate=1e-3)
     check_adapter(causal_folder, output)

@@ -21,7 +21,7 @@ def train(causal_folder, tmp_path):
     data = tmp_path / "words.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def train(name="out", scalora=SCALORA, fails=False, **more):
+    def train(name="out", scalora=SCALORA, fails=False, command="sft", **more):
         plugin = tmp_path / f"{name}.py"
         plugin.write_text(f"from scalora.integrations.swift import register\nregister(**{scalora!r})\n")
         settings = {
@@ -36,7 +36,7 @@ def train(causal_folder, tmp_path):
         options = []
         for key, value in settings.items():
             options += [f"--{key}", *(value if isinstance(value, list) else [value])]
-        said = run("-m", "swift.cli.main", "sft", *options, fails=fails)
+        said = run("-m", "swift.cli.main", command, *options, fails=fails)
         return said, tmp_path / name / "checkpoint-12"
 
     return train
@@ -53,6 +53,23 @@ def test_it_rescales_leaves_an_ordinary_adapter_and_resumes(merge, train, causal
     torch.testing.assert_close(check_adapter(causal_folder, resumed), trained, rtol=1e-4, atol=1e-4)
     _, further = train("further", SCALORA | {"merge": merge}, adapters=whole, learning_rate=1e-9)
     torch.testing.assert_close(check_adapter(causal_folder, further), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_dpo_has_the_untouched_model_as_its_reference(train, causal_folder, tmp_path):
+    rows = [
+        {
+            "messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}],
+            "rejected_response": " mauve",
+        }
+        for r in pairs(40)
+    ]
+    data = tmp_path / "ranked.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dpo = {"command": "rlhf", "rlhf_type": "dpo", "beta": 0.1, "dataset": data}
+    _, output = train(**dpo)
+    check_adapter(causal_folder, output)
+    said, _ = train("dense", SCALORA | {"merge": "dense"}, fails=True, **dpo)
+    assert "the trainer computes its reference with the adapter disabled" in said
 
 
 def test_matrix_scaling_brings_its_optimizer(train, causal_folder):
