@@ -163,7 +163,7 @@ def test_axolotls_plugin_checks_the_config_and_brings_the_callback(with_stub):
             plugin.register({"adapter": "lora"} | wrong)
 
 
-def test_ms_swift_gets_the_callback_and_loads_states_before_it_trains_on(with_stub, saved, causal_folder):
+def test_ms_swift_gets_the_callback_and_loads_states_before_it_trains_on(with_stub, saved, causal_folder, monkeypatch):
     class Swift:
         @staticmethod
         def from_pretrained(model, folder, **settings):
@@ -181,6 +181,9 @@ def test_ms_swift_gets_the_callback_and_loads_states_before_it_trains_on(with_st
     assert Swift.from_pretrained(base, folder) == (folder, {})  # for inference: the adapter in the folder
     assert Swift.from_pretrained(base, causal_folder, is_trainable=True) == (causal_folder, {"is_trainable": True})
     torch.testing.assert_close(says(Swift.from_pretrained(base, folder, is_trainable=True)), trained)
+    monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
+    with pytest.raises(ValueError, match="tuner_backend unsloth brings layers of its own"):
+        callbacks["scalora"](None, None)
 
 
 def test_llama_factory_runs_with_the_callback_and_without_the_block(with_stub, saved):
@@ -199,6 +202,7 @@ def test_llama_factory_runs_with_the_callback_and_without_the_block(with_stub, s
     for wrong, error in [
         ({"finetuning_type": "full"}, "finetuning_type: full has no LoRA adapter"),
         ({"use_unsloth": True}, "use_unsloth: true brings layers of its own"),
+        ({"output_dir": None}, "output_dir is not set"),
         ({"scalora": {"interval": 0}}, "scalora: interval must be"),
     ]:
         with pytest.raises(ValueError, match=error):

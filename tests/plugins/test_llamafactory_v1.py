@@ -44,6 +44,7 @@ def test_it_leaves_an_ordinary_adapter_of_a_higher_rank(more, train, causal_fold
     ("wrong", "error"),
     [
         ({"scalora": {"intervall": 2}}, "optim_config: unknown ScaLoRA setting 'intervall'; the settings are"),
+        ({"optim_config": None}, "set optim_config: {name: scalora}"),
         ({"resume_from_checkpoint": "auto"}, "resume_from_checkpoint is not supported with ScaLoRA in v1"),
     ],
 )

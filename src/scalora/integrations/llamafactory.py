@@ -37,22 +37,38 @@ def run_exp(args: dict[str, Any] | None = None, callbacks: list[TrainerCallback]
     Raises:
         ValueError: a setting is wrong, or the arguments ask for what ScaLoRA can't do. One line.
     """
-    given = read_args(args)
-    if not isinstance(given, dict):
+    _run(*_checked(read_args(args)), callbacks)
+
+
+def main() -> None:
+    """LLaMA-Factory's ``train``, with the arguments of the command line."""
+    try:
+        given, settings = _checked(read_args(None))
+    except ValueError as error:
+        sys.exit(str(error))
+    _run(given, settings, None)
+
+
+def _checked(args: Any) -> tuple[dict[str, Any], PluginSettings]:
+    """LLaMA-Factory's arguments without ScaLoRA's block, and its settings."""
+    if not isinstance(args, dict):
         raise ValueError("give a YAML or JSON file of LLaMA-Factory's arguments, and overrides as key=value after it")
-    given = dict(given)
+    given = dict(args)
     settings = PluginSettings.from_block(given.pop(_BLOCK, None), _BLOCK)
     if (kind := given.get("finetuning_type", "lora")) != "lora":
         raise ValueError(f"finetuning_type: {kind} has no LoRA adapter for ScaLoRA to train: set finetuning_type: lora")
     if own := [key for key in _OWN_LAYERS if given.get(key)]:
         raise ValueError(f"{own[0]}: true brings layers of its own, which miss ScaLoRA's remainder: leave it out")
+    if not given.get("output_dir"):
+        raise ValueError("output_dir is not set: name the folder to train into")
+    return given, settings
+
+
+def _run(given: dict[str, Any], settings: PluginSettings, callbacks: list[TrainerCallback] | None) -> None:
     tuner.run_exp(given, callbacks=[*(callbacks or []), PluginCallback(settings)])
     if int(os.environ.get("RANK", "0")) == 0:
         leave_an_ordinary_adapter(Path(given["output_dir"]))
 
 
 if __name__ == "__main__":
-    try:
-        run_exp()
-    except ValueError as error:
-        sys.exit(f"{error}")
+    main()

@@ -39,12 +39,10 @@ def optimizer_with_scalora(model: nn.Module, config: Mapping[str, Any]) -> Optim
             LLaMA-Factory's.
 
     Raises:
-        ValueError: a setting is wrong, or a run is to be resumed, which v1 does with the adapter alone. One line.
+        ValueError: a setting is wrong. One line.
     """
-    settings = PluginSettings.from_block({k: v for k, v in config.items() if k != "name"}, "optim_config")
+    settings = _settings(config)
     trainer = calling(BaseTrainer)
-    if trainer is not None and trainer.args.resume_from_checkpoint:
-        raise ValueError("resume_from_checkpoint is not supported with ScaLoRA in v1, whose checkpoints lack its state")
     rate = {} if trainer is None else {"lr": trainer.args.learning_rate}
     if settings.pair_adamw:
         optimizer: Optimizer = PairAdamW(model, **rate)
@@ -56,14 +54,25 @@ def optimizer_with_scalora(model: nn.Module, config: Mapping[str, Any]) -> Optim
 
 def main() -> None:
     """LLaMA-Factory's ``sft``, with an ordinary adapter in the output folder at its end."""
-    output = get_args()[2].output_dir
+    arguments = get_args()[2]
+    try:
+        if arguments.optim_config is None or arguments.optim_config.name != _NAME:
+            raise ValueError(f"set optim_config: {{name: {_NAME}}}, with the settings of ScaLoRA beside the name")
+        _settings(arguments.optim_config)
+        if arguments.resume_from_checkpoint:
+            raise ValueError(
+                "resume_from_checkpoint is not supported with ScaLoRA in v1: its checkpoints lack a part of the update"
+            )
+    except ValueError as error:
+        sys.exit(str(error))
     run_sft()
     if int(os.environ.get("RANK", "0")) == 0:
-        leave_an_ordinary_adapter(Path(output))
+        leave_an_ordinary_adapter(Path(arguments.output_dir))
+
+
+def _settings(config: Mapping[str, Any]) -> PluginSettings:
+    return PluginSettings.from_block({key: value for key, value in config.items() if key != "name"}, "optim_config")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"{error}")
+    main()

@@ -5,6 +5,7 @@ Checked with ms-swift 4.6; an import of this module needs it, scalora does not.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ def register(**settings: Any) -> None:
 
     class Callback(_SwiftCallback):
         def __init__(self, args: Any, trainer: Any) -> None:  # as ms-swift makes callbacks
+            if "unsloth" in sys.modules:  # which ms-swift imports for --tuner_backend unsloth alone
+                raise ValueError(
+                    "tuner_backend unsloth brings layers of its own, which miss ScaLoRA's remainder: use peft"
+                )
             super().__init__(read)
 
     callbacks_map[_NAME] = Callback
