@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,16 +17,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import get_last_checkpoint
 
-from scalora.config import MERGES_INTO_THE_BASE, ScaLoraConfig
+from scalora.config import ScaLoraConfig
 from scalora.engine import ScaLora
+from scalora.integrations.trainer_needs import config_for_trainer
 from scalora.model.adapters import promote_adapters
 from scalora.model.attachment import attachment_of
 from scalora.model.copies import complete_copies
-from scalora.model.remainder_layer import ChangedBaseError
-from scalora.model.whole_adapter import remainder_layers
 from scalora.parallel.data_parallel import keep_out_of_broadcasts
 from scalora.parallel.processes import failing_together, process_count
-from scalora.rescale.remainder import DenseRemainder
 from scalora.saving.attach import fingerprint_of
 from scalora.saving.checkpoints import set_broken_checkpoints_aside, why_not_resumable
 from scalora.saving.errors import StateError
@@ -94,7 +91,7 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             control: the Trainer's control flags; not used.
             kwargs: other arguments of the event, with the model.
         """
-        if (trainer := _caller(Trainer)) is not None:
+        if (trainer := calling(Trainer)) is not None:
             trainer.train = self._from_whole_checkpoints(trainer)
         model: nn.Module = kwargs["model"]
         keep_out_of_broadcasts(model)  # now, because the engine can't reach the wrapper from the model inside it
@@ -159,12 +156,14 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             UnsupportedOptimizerError: the optimizer's state can't be transported; the message says why.
             StateError: the checkpoint to resume from is damaged, was written without ScaLoRA, or belongs to another
                 base model, adapter or settings.
-            ChangedBaseError: the trainer's reference is the model without its adapter, whose base would be changed.
+            ChangedBaseError: the trainer's reference is the model without its adapter, whose base would be changed, or
+                it sends a server less than the whole update.
+            ValueError: its server takes adapters of a lower rank than that of the whole update.
         """
         _move_before_reporters(self)
         model: nn.Module = kwargs["model"]
         optimizer: Optimizer = kwargs["optimizer"]
-        config = config_with_reference(self.config, model) if _needs_the_base(_caller(Trainer)) else self.config
+        config = config_for_trainer(self.config, calling(Trainer), model)
         self.engine = self._make_engine(model, optimizer, config)
         if self.engine.is_sharded:
             self._prepare_shards(args, model)
@@ -263,36 +262,6 @@ def _check_count(checkpoint: Path) -> None:
         )
 
 
-def _needs_the_base(trainer: Trainer | None) -> bool:
-    """Whether a trainer's reference (DPO, KTO, GRPO with β > 0, …) is its own model without or with another adapter.
-
-    As TRL's trainers tell it: ``ref_model`` is None. Checked with TRL 1.16.
-    """
-    own = vars(trainer).get("ref_model", trainer) is None if trainer is not None else False
-    precomputed = getattr(trainer, "precompute_ref_logps", False)
-    return own and not precomputed and getattr(trainer, "beta", None) != 0
-
-
-def config_with_reference(config: ScaLoraConfig, model: nn.Module) -> ScaLoraConfig:
-    """The settings for a model that is its own reference, with the adapter disabled: ``auto`` becomes factored.
-
-    Args:
-        config: the settings.
-        model: the model.
-
-    Raises:
-        ChangedBaseError: the settings, or an earlier training, have the base changed.
-    """
-    present = next(iter(remainder_layers(model).values()), None)
-    if config.merge in MERGES_INTO_THE_BASE or (present is not None and isinstance(present.remainder, DenseRemainder)):
-        merge = config.merge if config.merge in MERGES_INTO_THE_BASE else "dense"
-        raise ChangedBaseError(
-            f"the trainer computes its reference with the adapter disabled or another one, but merge={merge!r} changes "
-            "the base weights: set merge='factored' (with merge='auto' it is), or pass a ref_model"
-        )
-    return replace(config, merge="factored")
-
-
 def _load_scheduler(scheduler: Any, checkpoint: Path) -> None:
     """Restore a scheduler from a checkpoint of shards, of which a Trainer without shards takes the weights alone."""
     path = checkpoint / "scheduler.pt"
@@ -334,7 +303,7 @@ def train_no_further(state: TrainerState, control: TrainerControl) -> None:
         state: the Trainer's state, with the step that training resumes at.
         control: the Trainer's control flags; modified.
     """
-    trainer = _caller(Trainer)
+    trainer = calling(Trainer)
     if trainer is None:
         return
     vars(trainer).pop("_run_epoch", None)  # of an earlier training that had no epoch to begin
@@ -347,7 +316,7 @@ def train_no_further(state: TrainerState, control: TrainerControl) -> None:
 
 def _saves_one_file() -> bool:
     """Whether the Trainer is set to save whole weights of a model that FSDP has sharded."""
-    trainer = _caller(Trainer)
+    trainer = calling(Trainer)
     plugin = None if trainer is None else getattr(trainer.accelerator.state, "fsdp_plugin", None)
     return str(getattr(plugin, "state_dict_type", "")).endswith("FULL_STATE_DICT")
 
@@ -358,15 +327,18 @@ def _move_before_reporters(callback: TrainerCallback) -> None:
     Reporting callbacks (TensorBoard, W&B, …) are before the user's in this list, and would report the logs before the
     metrics are added.
     """
-    if (handler := _caller(CallbackHandler)) is not None:
+    if (handler := calling(CallbackHandler)) is not None:
         handler.callbacks.remove(callback)
         handler.callbacks.insert(0, callback)
 
 
-def _caller(kind: type[_T]) -> _T | None:
+def calling(kind: type[_T]) -> _T | None:
     """The object of a class whose method, directly or not, called this; None if there is none.
 
     The Trainer passes neither itself nor its list of callbacks to them, so they are taken from the callers' frames.
+
+    Args:
+        kind: the class.
     """
     frame = inspect.currentframe()
     while frame is not None:

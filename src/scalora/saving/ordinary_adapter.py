@@ -26,7 +26,7 @@ from scalora.model.update import factored_update
 from scalora.saving.base_name import base_name, write_base_name
 from scalora.saving.files import naming_errors
 from scalora.saving.readme import README, is_own_readme
-from scalora.saving.vllm import MAX_LORA_RANKS
+from scalora.saving.vllm import serving_rank
 
 
 class AdapterReport(NamedTuple):
@@ -51,8 +51,7 @@ class AdapterReport(NamedTuple):
     @property
     def serving_rank(self) -> int:
         """The smallest maximum rank of a serving engine that accepts the adapter (vLLM's ``--max-lora-rank``)."""
-        largest = max(self.ranks.values())
-        return next((rank for rank in MAX_LORA_RANKS if rank >= largest), largest)
+        return serving_rank(max(self.ranks.values()))
 
     @property
     def error(self) -> float:

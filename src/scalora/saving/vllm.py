@@ -18,6 +18,15 @@ _HEADS = {"classifier", "score"}  # of classifiers: the only whole modules that 
 _NAMED = 3  # tensors that an objection names
 
 
+def serving_rank(rank: int) -> int:
+    """The smallest ``--max-lora-rank`` that accepts an adapter.
+
+    Args:
+        rank: the adapter's rank.
+    """
+    return next((accepted for accepted in MAX_LORA_RANKS if accepted >= rank), rank)
+
+
 def vllm_objections(folder: Path) -> list[str]:
     """Why vLLM will not load an adapter, if it won't.
 

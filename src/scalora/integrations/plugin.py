@@ -1,0 +1,155 @@
+"""What the plug-ins for axolotl, ms-swift and LLaMA-Factory share: their settings, and the adapter that they leave."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from scalora.config import ScaLoraConfig
+from scalora.integrations.transformers import ScaLoraCallback, calling
+from scalora.pair_adamw import PairAdamW
+from scalora.saving.errors import StateError
+from scalora.saving.export import export_adapter
+from scalora.saving.loading import convert_as
+from scalora.saving.state import check_content
+from scalora.saving.state_file import holds_state, read_state
+from scalora.saving.verify import ExportError
+
+_PAIR_ADAMW = "pair_adamw"
+
+
+@dataclass(frozen=True)
+class PluginSettings:
+    """The settings of a plug-in: a block in the config file of the framework.
+
+    Attributes:
+        config: the settings of the method.
+        pair_adamw: whether `scalora.PairAdamW` replaces the framework's optimizer.
+    """
+
+    config: ScaLoraConfig
+    pair_adamw: bool
+
+    @classmethod
+    def from_block(cls, block: Any, key: str = "scalora") -> PluginSettings:
+        """Read the settings.
+
+        Args:
+            block: the fields of `ScaLoraConfig` to set, by name, and ``optimizer: pair_adamw``, which is the default
+                with ``mode: matrix`` because AdamW's state can't be carried there; None for the defaults.
+            key: the name of the block, for errors.
+
+        Raises:
+            ValueError: the block is no mapping, a name is unknown, or a value is out of range. One line.
+        """
+        if not isinstance(block, Mapping | None):
+            raise ValueError(f"{key} must be a block of settings, such as `{key}: {{interval: 10}}`, got {block!r}")
+        given = {str(name): value for name, value in (block or {}).items()}
+        optimizer = given.pop("optimizer", None)
+        if optimizer not in (None, _PAIR_ADAMW):
+            raise ValueError(
+                f"{key}.optimizer must be {_PAIR_ADAMW}, got {optimizer!r}: leave it out for the framework's optimizer"
+            )
+        try:
+            config = ScaLoraConfig.from_dict(given)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        return cls(config, pair_adamw=optimizer is not None or config.norm_from_turn)
+
+
+class PluginCallback(ScaLoraCallback):
+    """`ScaLoraCallback`, and the optimizer of a plug-in's settings.
+
+    Args:
+        settings: the settings.
+    """
+
+    def __init__(self, settings: PluginSettings) -> None:
+        super().__init__(settings.config)
+        self._pair_adamw = settings.pair_adamw
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """What `ScaLoraCallback` does there, and have the Trainer create `scalora.PairAdamW` if that is set.
+
+        Args:
+            args: the Trainer's arguments, with AdamW's settings.
+            state: the Trainer's state; not used.
+            control: the Trainer's control flags; not used.
+            kwargs: other arguments of the event, with the model.
+        """
+        super().on_init_end(args, state, control, **kwargs)
+        if self._pair_adamw and (trainer := calling(Trainer)) is not None:
+            trainer.optimizer_cls_and_kwargs = (
+                PairAdamW,
+                {
+                    "model": kwargs["model"],
+                    "lr": args.learning_rate,
+                    "betas": (args.adam_beta1, args.adam_beta2),
+                    "eps": args.adam_epsilon,
+                    "weight_decay": args.weight_decay,
+                },
+            )
+
+
+def leave_an_ordinary_adapter(folder: Path) -> None:
+    """After training, give a folder that holds a ScaLoRA state an adapter that PEFT loads on the original base.
+
+    Saving writes one itself where the remainder is factored. A merge into the base leaves a state alone: the base is
+    loaded again, as the state says, and the adapter is the difference. Where that can't be done, it warns, so that a
+    finished training does not end in an error.
+
+    Args:
+        folder: the folder that the model was saved in; nothing is done if it holds no state.
+    """
+    if not holds_state(folder):
+        return
+    try:
+        state = read_state(folder)
+        check_content(state)
+        if state["merge"] == "factored":
+            return
+        base = _base_of(state)
+        del state
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as temporary:
+            export_adapter(base, folder, Path(temporary) / "adapter")
+            # The config last: until then, no folder of placeholders and adapter can be loaded.
+            written = sorted((Path(temporary) / "adapter").iterdir(), key=lambda file: file.suffix == ".json")
+            for file in written:
+                os.replace(file, folder / file.name)
+    except (StateError, ExportError, OSError, ValueError) as error:
+        warnings.warn(
+            f"{str(folder)!r} holds ScaLoRA's state and no adapter: {error}. Make one with `scalora export "
+            f"{folder} --to adapter`",
+            stacklevel=2,
+        )
+
+
+def _base_of(state: Mapping[str, Any]) -> PreTrainedModel:
+    """Load the base that a state was trained on, in its dtypes."""
+    name, loading = (state["adapter"] or {}).get("base_model_name_or_path"), state.get("loading")
+    if not name:
+        raise StateError("the state does not name its base")
+    if loading is None:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name)
+        return model
+    base: PreTrainedModel = getattr(transformers, loading["class"], AutoModelForCausalLM).from_pretrained(
+        name, dtype=getattr(torch, loading["dtype"])
+    )
+    convert_as(base, loading["dtypes"])
+    return base

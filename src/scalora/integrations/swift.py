@@ -1,0 +1,74 @@
+"""ScaLoRA in ms-swift: a file for ``--external_plugins`` calls `register`, and ``--callbacks scalora`` switches it on.
+
+Checked with ms-swift 4.6; an import of this module needs it, scalora does not.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from swift.callbacks import callbacks_map
+from swift.tuners import Swift
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from scalora.integrations.plugin import PluginCallback, PluginSettings, leave_an_ordinary_adapter
+from scalora.saving.export import load_model
+from scalora.saving.state_file import holds_state
+
+_NAME = "scalora"
+_from_pretrained = Swift.from_pretrained
+
+
+def register(**settings: Any) -> None:
+    """Register the callback, with the settings of ScaLoRA.
+
+    Example:
+        >>> # scalora_plugin.py, for swift sft --external_plugins scalora_plugin.py --callbacks scalora
+        >>> from scalora.integrations.swift import register
+        >>> register(interval=10)
+
+    Args:
+        settings: fields of `ScaLoraConfig`, and ``optimizer="pair_adamw"`` for `scalora.PairAdamW` instead of
+            ms-swift's optimizer, which is the default with ``mode="matrix"``.
+
+    Raises:
+        ValueError: a name is unknown, or a value is out of range. One line.
+    """
+    read = PluginSettings.from_block(settings, _NAME)
+
+    class Callback(_SwiftCallback):
+        def __init__(self, args: Any, trainer: Any) -> None:  # as ms-swift makes callbacks
+            if "unsloth" in sys.modules:  # which ms-swift imports for --tuner_backend unsloth alone
+                raise ValueError(
+                    "tuner_backend unsloth brings layers of its own, which miss ScaLoRA's remainder: use peft"
+                )
+            super().__init__(read)
+
+    callbacks_map[_NAME] = Callback
+    Swift.from_pretrained = staticmethod(_with_states)
+
+
+class _SwiftCallback(PluginCallback):
+    """Leaves an adapter in the checkpoints that ms-swift leaves as results: the last one and the best one."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            last = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            for folder in {last, state.best_model_checkpoint or last}:
+                leave_an_ordinary_adapter(Path(folder))
+
+
+def _with_states(model: Any, model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """`Swift.from_pretrained`, by which ms-swift loads the adapter that it trains further, or resumes with.
+
+    Beside a state that adapter is one of the whole update, of a higher rank than the one that is trained, or none at
+    all: the state is loaded in its place.
+    """
+    if kwargs.get("is_trainable") and holds_state(Path(str(model_id))):
+        return load_model(model, model_id)
+    return _from_pretrained(model, model_id, *args, **kwargs)
