@@ -22,6 +22,7 @@ from scalora.config import ScaLoraConfig
 from scalora.maths.matrix import matrix_scaling_of_grams
 from scalora.maths.scaling import scaling_of_grams
 from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.model.fused_kernels import check_fused_kernels
 from scalora.model.placement import check_places, resolve_merge
 from scalora.model.present import check_present, present_factors
 from scalora.model.target_norms import BaseRates, target_norms
@@ -153,6 +154,7 @@ class ScaLora:
             self._zero.check_pairs(pairs, self._kinds)
         check_places(pairs, self.config.merge, self.config.remainder_rank)
         merge = resolve_merge(pairs, self.config.merge, self.config.remainder_rank)
+        check_fused_kernels(self._model, merge)
         if merge != "factored" and isinstance(self.optimizer, PairAdamW) and self.optimizer.decays:
             raise UnsupportedOptimizerError(_NO_DECAY)
         self._rates = BaseRates(pairs, self._zero or self.optimizer)
