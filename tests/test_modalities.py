@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from architecture_trials import agree
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from scipy.io import wavfile
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForImageClassification,
@@ -40,6 +40,8 @@ from transformers import (
     WhisperProcessor,
     WhisperTokenizer,
 )
+
+from scalora import ScaLora, ScaLoraConfig, UnsupportedLayerError
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes" / "modalities"))
 
@@ -346,3 +348,43 @@ def test_a_unet_learns_in_convolutions_and_attention_and_diffusers_loads_the_ada
     loaded.load_lora_weights(output)
     with torch.no_grad():
         agree(outputs(loaded.unet.eval()), outputs(adapter), 1e-5)
+
+
+def with_own_adapter(pipeline, config):
+    """The UNet with LoRA by diffusers' own method, as its training scripts do it, and ScaLoRA."""
+    unet = pipeline.unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=R, lora_alpha=2 * R, target_modules=["conv1", "to_q", "to_out.0"]))
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=5e-3)
+    return unet, optimizer, ScaLora(unet, optimizer, config)
+
+
+def test_diffusers_own_adapters_are_saved_by_diffusers_with_the_whole_update(diffusers, pipeline, tmp_path):
+    unet, optimizer, engine = with_own_adapter(pipeline, ScaLoraConfig(warmup_steps=1))
+    inputs, noise = noisy()
+    for _ in range(4):
+        optimizer.zero_grad()
+        (unet(**inputs).sample - noise).square().mean().backward()
+        optimizer.step()
+    assert engine.metrics()["scalora/rescales"] == 3
+    tensors = get_peft_model_state_dict(unet)
+    assert max(len(tensor) for name, tensor in tensors.items() if "lora_A" in name) > R
+
+    metadata = {"unet_lora_adapter_metadata": unet.peft_config["default"].to_dict()}
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path / "script", tensors, **metadata)
+    unet.save_lora_adapter(tmp_path / "own")
+    of_script, of_own = (
+        diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None) for _ in range(2)
+    )
+    of_script.load_lora_weights(tmp_path / "script")
+    of_own.unet.load_lora_adapter(tmp_path / "own", prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    with torch.no_grad():
+        trained = unet.eval()(**inputs).sample
+        for loaded in (of_script, of_own):
+            agree(loaded.unet.eval()(**inputs).sample, trained, 1e-5)
+        unet.disable_adapters()
+        assert (unet(**inputs).sample - trained).norm() > 0.01 * trained.norm()
+
+
+def test_diffusers_own_adapters_cannot_be_dense(pipeline):
+    with pytest.raises(UnsupportedLayerError, match="merge='factored'"):
+        with_own_adapter(pipeline, ScaLoraConfig(merge="dense"))

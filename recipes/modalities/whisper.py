@@ -1,4 +1,4 @@
-"""Fine-tunes a speech recogniser, such as Whisper, with ScaLoRA, and writes an ordinary PEFT adapter of the whole update.
+"""Fine-tunes a speech recogniser, such as Whisper, with ScaLoRA, and writes a PEFT adapter of the whole update.
 
     python recipes/modalities/whisper.py --data FOLDER --language german
 
