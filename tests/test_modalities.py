@@ -4,6 +4,7 @@ The truth is what plain PEFT, or diffusers, makes of the adapter that a recipe h
 """
 
 import json
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -43,7 +44,9 @@ from transformers import (
 
 from scalora import ScaLora, ScaLoraConfig, UnsupportedLayerError
 
-sys.path.append(str(Path(__file__).parents[1] / "recipes" / "modalities"))
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes" / "modalities"
+sys.path.append(str(RECIPES.parent))
 
 R, STEPS = 2, 20
 COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 40, 40)}
@@ -59,7 +62,7 @@ def run(recipe, folder, **options):
     settings = {"rank": R, "steps": STEPS, "batch": 6, "learning-rate": 1e-2} | options
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     places = [f"--{key}={folder / key}" for key in ("model", "data", "output")]
-    return import_module(recipe).main([*places, *words]).eval(), folder / "output"
+    return import_module(f"modalities.{recipe}").main([*places, *words]).eval(), folder / "output"
 
 
 def check_shipped(adapter, trained, base, outputs, loss):
@@ -99,6 +102,7 @@ def of_words(words, **special):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
+@pytest.mark.slow
 def test_an_image_classifier_learns_colours_from_a_folder(tmp_path):
     torch.manual_seed(3)
     config = ViTConfig(
@@ -137,6 +141,7 @@ def test_an_image_classifier_learns_colours_from_a_folder(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_speech_recogniser_learns_tones_from_recordings_at_another_rate(tmp_path):
     pytest.importorskip("soundfile", reason="soundfile is not installed")
     tones = {"low": 300, "middle": 900, "high": 2700}
@@ -212,6 +217,7 @@ def test_a_speech_recogniser_learns_tones_from_recordings_at_another_rate(tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_a_vision_language_model_learns_to_name_what_its_images_show(tmp_path):
     tokenizer = of_words(
         ["user:", "assistant:", "which", "colour", "is", "it", *COLOURS],
@@ -327,6 +333,7 @@ def noisy(seed=0):
     return {"sample": noise, "timestep": torch.tensor([1, 300, 700, 999]), "encoder_hidden_states": texts}, noise
 
 
+@pytest.mark.slow
 def test_a_unet_learns_in_convolutions_and_attention_and_diffusers_loads_the_adapter(diffusers, pipeline, tmp_path):
     write_pictures(tmp_path / "data", lambda colour: {"text": colour[0]})
     trained, output = run("stable_diffusion", tmp_path, steps=40, **{"learning-rate": 5e-3})
@@ -358,6 +365,7 @@ def with_own_adapter(pipeline, config):
     return unet, optimizer, ScaLora(unet, optimizer, config)
 
 
+@pytest.mark.slow
 def test_diffusers_own_adapters_are_saved_by_diffusers_with_the_whole_update(diffusers, pipeline, tmp_path):
     unet, optimizer, engine = with_own_adapter(pipeline, ScaLoraConfig(warmup_steps=1))
     inputs, noise = noisy()
@@ -388,3 +396,16 @@ def test_diffusers_own_adapters_are_saved_by_diffusers_with_the_whole_update(dif
 def test_diffusers_own_adapters_cannot_be_dense(pipeline):
     with pytest.raises(UnsupportedLayerError, match="merge='factored'"):
         with_own_adapter(pipeline, ScaLoraConfig(merge="dense"))
+
+
+def test_the_page_names_every_recipe_and_a_test_that_is_there_for_each():
+    page = (ROOT / "docs" / "modalities.md").read_text(encoding="utf-8")
+    source = Path(__file__).read_text(encoding="utf-8")
+    rows = {row.split("|")[1].strip(): re.findall(r"`(test_\w+)`", row) for row in page.splitlines() if row[:2] == "| "}
+    recipes = [path.name for path in RECIPES.glob("*.py")]
+    assert len(recipes) == 4
+    for recipe in recipes:
+        assert f"](../recipes/modalities/{recipe})" in page
+        assert rows[recipe], recipe
+    for name in (name for named in rows.values() for name in named):
+        assert f"def {name}(" in source
