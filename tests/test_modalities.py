@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from architecture_trials import agree
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from scipy.io import wavfile
@@ -42,7 +42,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from scalora import ScaLora, ScaLoraConfig, UnsupportedLayerError
+from scalora import ScaLora, ScaLoraConfig, UnsupportedLayerError, export_adapter
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "modalities"
@@ -396,6 +396,34 @@ def test_diffusers_own_adapters_are_saved_by_diffusers_with_the_whole_update(dif
 def test_diffusers_own_adapters_cannot_be_dense(pipeline):
     with pytest.raises(UnsupportedLayerError, match="merge='factored'"):
         with_own_adapter(pipeline, ScaLoraConfig(merge="dense"))
+
+
+def test_a_diffusion_transformer_learns_in_its_linear_layers(diffusers, tmp_path):
+    sizes = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "pos_embed_max_size": 8}
+    of_texts = {"joint_attention_dim": 16, "caption_projection_dim": 16, "pooled_projection_dim": 16}
+
+    def fresh():
+        torch.manual_seed(0)
+        return diffusers.SD3Transformer2DModel(sample_size=8, in_channels=4, out_channels=4, **sizes, **of_texts)
+
+    inputs, noise = noisy()
+    named = {"hidden_states": noise, "timestep": inputs["timestep"], "pooled_projections": torch.ones(4, 16)}
+    named["encoder_hidden_states"] = inputs["encoder_hidden_states"]
+    trained = get_peft_model(fresh(), LoraConfig(r=R, lora_alpha=R, target_modules="all-linear"))
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=5e-3)
+    engine = ScaLora(trained, optimizer, ScaLoraConfig(warmup_steps=2))
+
+    def loss(model):
+        return (model(**named).sample - noise).square().mean()
+
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss(trained).backward()
+        optimizer.step()
+    engine.save(tmp_path / "state")
+    export_adapter(fresh(), tmp_path / "state", tmp_path / "adapter")
+    adapter = PeftModel.from_pretrained(fresh(), tmp_path / "adapter").eval()
+    check_shipped(adapter, trained.eval(), fresh().eval(), lambda model: model(**named).sample, loss)
 
 
 def test_the_page_names_every_recipe_and_a_test_that_is_there_for_each():
