@@ -48,8 +48,8 @@ def attach(
     check_shards(pairs)
     peft_model = peft_model_of(model)
     own = None if peft_model is not None else _injected_model(model)
-    if isinstance(own, PreTrainedModel):
-        merge = _merge_for_transformers(merge)
+    if own is not None and _has_own_adapters(own):
+        merge = _merge_for_own_adapters(merge)
     attachment = attachment_of(model)
     if attachment is None:
         root = peft_model or own or model
@@ -92,12 +92,21 @@ def _injected_model(model: nn.Module) -> nn.Module | None:
     return next((module for module in model.modules() if "peft_config" in vars(module)), None)
 
 
-def _merge_for_transformers(merge: Merge) -> Merge:
-    """The setting for adapters that Transformers saves by itself, which can't be merged."""
+def _has_own_adapters(model: nn.Module) -> bool:
+    """Whether a model saves its adapters by itself: all of Transformers can, and those of diffusers' `add_adapter`.
+
+    Both libraries set the same attribute. Checked with diffusers 0.42, which is not imported for this.
+    """
+    return isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False)
+
+
+def _merge_for_own_adapters(merge: Merge) -> Merge:
+    """The setting for adapters that Transformers or diffusers saves by itself, which can't be merged."""
     if merge in MERGES_INTO_THE_BASE:
         raise UnsupportedLayerError(
-            f"merge={merge!r} is not supported for adapters of Transformers' add_adapter(), whose save_pretrained() "
-            "would leave out what is merged into the base: set merge='factored', or use peft.get_peft_model()"
+            f"merge={merge!r} is not supported for adapters of the model's own add_adapter() (Transformers, "
+            "diffusers), which are saved without what is merged into the base: set merge='factored', or use "
+            "peft.get_peft_model()"
         )
     return "factored"
 
