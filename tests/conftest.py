@@ -1,5 +1,6 @@
 """Small models on disk and data files, made once for each worker."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -19,6 +20,22 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 torch.set_num_threads(1)  # there is a worker for each core, and tiny models gain nothing from more
+
+
+def pytest_collection_finish():
+    _leave_out_of_collections()
+
+
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is not None and nextitem.path != item.path:
+        _leave_out_of_collections()
+
+
+def _leave_out_of_collections():
+    """Leave what the libraries have made so far out of garbage collections: every trainer starts one."""
+    gc.collect()
+    gc.freeze()
+
 
 # DeepSpeed compiles an operation at its first start.
 DEEPSPEED_LACKS = [

@@ -28,7 +28,7 @@ print(json.dumps(answers))
 ANSWERS = {
     "help": (["--help"], "evaluate  Score a model"),
     "version": (["--version"], "scalora "),
-    "help-of-train": (["train", "--help"], "data.train  [text | null"),
+    "help-of-train": (["train", "--help"], "data.train  [text | list of text | mapping | null"),
     "help-of-evaluate": (["evaluate", "--help"], "--output"),
     "help-of-compare": (["compare", "--help"], "CPU cores to use (default: all)."),
     "help-of-export": (["export", "--help"], "--max-rank"),

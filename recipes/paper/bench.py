@@ -34,6 +34,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, list[dict[str, Any]]], Optimizer]] = 
     "momentum": lambda model, groups: torch.optim.SGD(groups, momentum=0.9),
     "AdamW": lambda model, groups: torch.optim.AdamW(groups, weight_decay=0.0),
     "PairAdamW": lambda model, groups: PairAdamW(model, groups),
+    # Which momentum is best depends on the noise; for comparisons in which both have it tuned.
+    "AdamW, β₁ = 0.8": lambda model, groups: torch.optim.AdamW(groups, betas=(0.8, 0.999), weight_decay=0.0),
+    "PairAdamW, β₁ = 0.8": lambda model, groups: PairAdamW(model, groups, betas=(0.8, 0.999)),
 }
 
 # The engine's two replaceable decisions: how the factors are chosen, and how optimizer state is carried over.

@@ -31,6 +31,7 @@ _CENTRES = {
     "LoRA": {"SGD": 0.8, "momentum": 0.16, "AdamW": 8e-3, "PairAdamW": 2e-3},
     "engine": {"SGD": 0.8, "momentum": 0.64, "AdamW": 1.6e-2, "PairAdamW": 2e-3},
 }
+_CENTRES["engine"] |= {f"{name}, β₁ = 0.8": _CENTRES["engine"][name] for name in ("AdamW", "PairAdamW")}
 
 _NORMS = (0.125, 0.25, 0.5)
 _SCALINGS = (0.5, 1.0, 2.0)
@@ -323,18 +324,19 @@ def rank(size: Size, log: list[Run], file: Path) -> str:
 
 
 def matrix(size: Size, log: list[Run], file: Path) -> str:
-    """Matrix scaling with PairAdamW beside column scaling with AdamW, and PairAdamW without rescales."""
+    """Matrix scaling with PairAdamW beside column scaling with AdamW, each with two momenta, and without rescales."""
     search, outcomes = size.search(LinearProblem), []
     for r in (2, 4, 8):
         columns = [Variant(f"columns, r = {r}", _of("ScaLoRA", rank=r), r)]
-        outcomes += compare(search, columns, size, log, _ABLATED)
-        matrices = [
+        outcomes += compare(search, columns, size, log, (*_ABLATED, "AdamW, β₁ = 0.8"))
+        polar, exact = (
             Variant(f"{optimum}, r = {r}", _of("matrix", rank=r, mode="matrix", optimum=optimum, warmup_steps=1), r)
             for optimum in ("polar", "exact")
-        ]
-        matrices.append(Variant(f"no rescale, r = {r}", _of("LoRA", rank=r), r))
-        outcomes += compare(search, matrices, size, log, ("PairAdamW",))
-    figures.bars(file, outcomes)
+        )
+        without = Variant(f"no rescale, r = {r}", _of("LoRA", rank=r), r)
+        outcomes += compare(search, [polar, exact, without], size, log, ("PairAdamW",))
+        outcomes += compare(search, [polar], size, log, ("PairAdamW, β₁ = 0.8",))
+    figures.bars(file, [outcome for outcome in outcomes if "β₁" not in outcome.optimizer])
     return (
         table(outcomes)
         + "\nTuning seeds, best rate of each turn (norm, scaling):\n\n"
