@@ -37,10 +37,12 @@ def _leave_out_of_collections():
     gc.freeze()
 
 
+NO_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is None
+
 # DeepSpeed compiles an operation at its first start.
 DEEPSPEED_LACKS = [
     *(["could not import 'deepspeed': it is not installed"] if importlib.util.find_spec("deepspeed") is None else []),
-    *(["DeepSpeed needs a C++ compiler"] if shutil.which(os.environ.get("CXX", "c++")) is None else []),
+    *(["DeepSpeed needs a C++ compiler"] if NO_COMPILER else []),
 ]
 needs_deepspeed = pytest.mark.skipif(bool(DEEPSPEED_LACKS), reason=" and ".join(DEEPSPEED_LACKS))
 

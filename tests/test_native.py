@@ -1,10 +1,8 @@
 """The C++ kernels against PyTorch's operations and float64, and the engine with them."""
 
-import os
-import shutil
-
 import pytest
 import torch
+from conftest import NO_COMPILER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Mixed, tiny_llama, trainable, with_lora
@@ -17,7 +15,7 @@ from scalora.rescale.eight_bit import EightBitRemainder
 from scalora.rescale.native import operations
 from scalora.rescale.remainder import DenseRemainder
 
-if shutil.which(os.environ.get("CXX", "c++")) is None:
+if NO_COMPILER:
     pytest.skip("no C++ compiler: install one (Debian: apt-get install g++)", allow_module_level=True)
 
 # Around the sizes of a vector (16), of rows that are taken together (4) and of a tile (256).

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import pairs
+from conftest import NO_COMPILER, pairs
 from test_cli_train import logs, run_folder, write_config
 from test_cli_train import scalora as command
 from test_rescale_cost import Operations
@@ -15,7 +15,7 @@ from test_rescale_cost import Operations
 from scalora.bench.case import Case, Contender
 from scalora.rescale import native
 
-if shutil.which(os.environ.get("CXX", "c++")) is None:
+if NO_COMPILER:
     pytest.skip("no C++ compiler: install one (Debian: apt-get install g++)", allow_module_level=True)
 
 

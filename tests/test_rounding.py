@@ -1,10 +1,8 @@
 """A half-precision weight and what its rounding left out, over all numbers: exact, and never NaN by itself."""
 
-import os
-import shutil
-
 import pytest
 import torch
+from conftest import NO_COMPILER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,7 +16,7 @@ BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 # Lower halves of a float32: none, the smallest, around the middle, where rounding turns, and the largest.
 LOW = torch.tensor([0x0000, 0x0001, 0x1234, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xABCD, 0xFFFE, 0xFFFF])
 
-needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")
 
 
 def int16(values):

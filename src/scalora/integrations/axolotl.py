@@ -6,7 +6,6 @@ Checked with axolotl 0.19; an import of this module needs it, scalora does not.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -89,5 +88,4 @@ class ScaloraPlugin(BasePlugin):  # type: ignore[misc]
         Args:
             cfg: axolotl's settings.
         """
-        if int(os.environ.get("RANK", "0")) == 0:
-            leave_an_ordinary_adapter(Path(cfg["output_dir"]))
+        leave_an_ordinary_adapter(Path(cfg["output_dir"]))

@@ -6,7 +6,6 @@ import of this module needs it, scalora does not.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,8 +65,7 @@ def _checked(args: Any) -> tuple[dict[str, Any], PluginSettings]:
 
 def _run(given: dict[str, Any], settings: PluginSettings, callbacks: list[TrainerCallback] | None) -> None:
     tuner.run_exp(given, callbacks=[*(callbacks or []), PluginCallback(settings)])
-    if int(os.environ.get("RANK", "0")) == 0:
-        leave_an_ordinary_adapter(Path(given["output_dir"]))
+    leave_an_ordinary_adapter(Path(given["output_dir"]))
 
 
 if __name__ == "__main__":

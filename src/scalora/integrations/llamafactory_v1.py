@@ -7,7 +7,6 @@ llamafactory`); an import of this module needs it, scalora does not.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,8 +65,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     run_sft()
-    if int(os.environ.get("RANK", "0")) == 0:
-        leave_an_ordinary_adapter(Path(arguments.output_dir))
+    leave_an_ordinary_adapter(Path(arguments.output_dir))
 
 
 def _settings(config: Mapping[str, Any]) -> PluginSettings:

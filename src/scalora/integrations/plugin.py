@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from scalora.config import ScaLoraConfig
-from scalora.integrations.transformers import ScaLoraCallback, calling
+from scalora.integrations.transformers import ScaLoraCallback, adamw_arguments, calling
 from scalora.pair_adamw import PairAdamW
+from scalora.parallel.job import is_first
 from scalora.saving.errors import StateError
 from scalora.saving.export import export_adapter
 from scalora.saving.loading import convert_as
@@ -95,20 +96,13 @@ class PluginCallback(ScaLoraCallback):
         """
         super().on_init_end(args, state, control, **kwargs)
         if self._pair_adamw and (trainer := calling(Trainer)) is not None:
-            trainer.optimizer_cls_and_kwargs = (
-                PairAdamW,
-                {
-                    "model": kwargs["model"],
-                    "lr": args.learning_rate,
-                    "betas": (args.adam_beta1, args.adam_beta2),
-                    "eps": args.adam_epsilon,
-                    "weight_decay": args.weight_decay,
-                },
-            )
+            trainer.optimizer_cls_and_kwargs = (PairAdamW, {"model": kwargs["model"], **adamw_arguments(args)})
 
 
 def leave_an_ordinary_adapter(folder: Path) -> None:
     """After training, give a folder that holds a ScaLoRA state an adapter that PEFT loads on the original base.
+
+    The first process does it, and the others nothing.
 
     Saving writes one itself where the remainder is factored. A merge into the base leaves a state alone: the base is
     loaded again, as the state says, and the adapter is the difference. Where that can't be done, it warns, so that a
@@ -117,7 +111,7 @@ def leave_an_ordinary_adapter(folder: Path) -> None:
     Args:
         folder: the folder that the model was saved in; nothing is done if it holds no state.
     """
-    if not holds_state(folder):
+    if not is_first() or not holds_state(folder):
         return
     try:
         state = read_state(folder)

@@ -57,10 +57,9 @@ class _SwiftCallback(PluginCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_end(args, state, control, **kwargs)
-        if state.is_world_process_zero:
-            last = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            for folder in {last, state.best_model_checkpoint or last}:
-                leave_an_ordinary_adapter(Path(folder))
+        last = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        for folder in {last, state.best_model_checkpoint or last}:
+            leave_an_ordinary_adapter(Path(folder))
 
 
 def _with_states(model: Any, model_id: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -332,6 +332,20 @@ def _move_before_reporters(callback: TrainerCallback) -> None:
         handler.callbacks.insert(0, callback)
 
 
+def adamw_arguments(arguments: TrainingArguments) -> dict[str, Any]:
+    """The keyword arguments that a Trainer passes to AdamW, for methods that create their own optimizer.
+
+    Args:
+        arguments: the training arguments.
+    """
+    return {
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+        "weight_decay": arguments.weight_decay,
+    }
+
+
 def calling(kind: type[_T]) -> _T | None:
     """The object of a class whose method, directly or not, called this; None if there is none.
 

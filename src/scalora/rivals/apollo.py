@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
+from scalora.integrations.transformers import adamw_arguments
 from scalora.rescale.optimizers import loss_of
 from scalora.rivals.full_weights import IN_BLOCKS, TrainsBase
-from scalora.rivals.method import adamw_arguments, require_positive
+from scalora.rivals.method import require_positive
 from scalora.rivals.pair_optimizer import adam_direction, step_with_decay
 
 _GROWTH = 1.01

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import TrainingArguments
 
+from scalora.integrations.transformers import adamw_arguments
 from scalora.model.adapters import LoraPair, find_lora_pairs
-from scalora.rivals.method import Backward, BeforeTraining, Method, adamw_arguments, require_positive
+from scalora.rivals.method import Backward, BeforeTraining, Method, require_positive
 from scalora.start import weight_gradients
 
 

@@ -24,8 +24,9 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
+from scalora.integrations.transformers import adamw_arguments
 from scalora.model.adapters import UnsupportedLayerError
-from scalora.rivals.method import Backward, BeforeTraining, Method, adamw_arguments, require_positive
+from scalora.rivals.method import Backward, BeforeTraining, Method, require_positive
 
 IN_BLOCKS = r".*\.\d+\..*"
 """Matches the modules in a transformer's blocks, whose names contain a number; heads, embeddings and poolers lie

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
+from scalora.integrations.transformers import adamw_arguments
 from scalora.maths.scaling import solver_dtype
 from scalora.model.adapters import LoraPair, find_lora_pairs
-from scalora.rivals.method import Method, adamw_arguments
+from scalora.rivals.method import Method
 from scalora.rivals.pair_optimizer import PairOptimizer, adam_direction, not_in_pairs
 
 # Damping of both Gram matrices, as in the authors' code. It determines the second step from lora_B = 0, when BᵀB is of

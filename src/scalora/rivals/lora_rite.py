@@ -36,8 +36,9 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 
 from scalora.config import DEFAULT_LEARNING_RATE
+from scalora.integrations.transformers import adamw_arguments
 from scalora.model.adapters import LoraPair, find_lora_pairs
-from scalora.rivals.method import Method, adamw_arguments
+from scalora.rivals.method import Method
 from scalora.rivals.pair_optimizer import PairOptimizer, not_in_pairs
 
 _EPS = 1e-6  # as in the authors' code

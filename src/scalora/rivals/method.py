@@ -114,20 +114,6 @@ class Method:
         return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
-def adamw_arguments(arguments: TrainingArguments) -> dict[str, Any]:
-    """The keyword arguments that a Trainer passes to AdamW, for methods that create their own optimizer.
-
-    Args:
-        arguments: the training arguments.
-    """
-    return {
-        "lr": arguments.learning_rate,
-        "betas": (arguments.adam_beta1, arguments.adam_beta2),
-        "eps": arguments.adam_epsilon,
-        "weight_decay": arguments.weight_decay,
-    }
-
-
 def require_positive(method: Method) -> None:
     """Check that all options of a method are positive and finite, and integers if their defaults are.
 

@@ -13,11 +13,12 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments, get_scheduler
 
+from scalora.integrations.transformers import adamw_arguments
 from scalora.maths.mode import Mode
 from scalora.pair_adamw import PairAdamW
 from scalora.rescale.optimizers import state_kinds
 from scalora.rivals.full_weights import GaLore
-from scalora.rivals.method import Method, adamw_arguments
+from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.errors import InputError
 from scalora.runs.settings import Settings

@@ -15,7 +15,7 @@ from scalora.runs.data_files import dataset_of, stream_examples
 from scalora.runs.errors import InputError
 from scalora.runs.formats import Format, format_of
 from scalora.runs.mixing import turns
-from scalora.runs.names import SetNames
+from scalora.runs.names import SetNames, row_name
 from scalora.runs.sections import DataSettings
 from scalora.runs.tasks import Task
 
@@ -83,7 +83,7 @@ def _again(name: str, form: Format) -> Iterator[dict[str, Any]]:
     while True:
         place = 0
         for place, row in enumerate(_rows(name), start=1):
-            yield form.checked(row, f"data {name!r}, row {place:,}")
+            yield form.checked(row, row_name(name, place - 1))
         if not place:
             raise InputError(f"data {name!r} has no data any more: it has changed while it was read")
 
