@@ -69,7 +69,7 @@ limited() { timeout --kill-after=10 "$@"; }
 status=0
 if has tests; then
   parallel=''
-  if "$python" -c 'import xdist' 2>/dev/null && [ -z "$toy" ]; then parallel='-n 4'; fi
+  if "$python" -c 'import xdist' 2>/dev/null && [ -z "$toy" ]; then parallel="-n $(($(nproc) > 8 ? 8 : $(nproc)))"; fi
   # shellcheck disable=SC2086 # two words
   limited $((budget / 5 > 30 ? budget / 5 : 30)) "$python" -m pytest -o addopts= -q -rfE --tb=short -p no:cacheprovider \
     --rootdir "$root" -c "$root/pyproject.toml" $parallel -m gpu "$root"/tests/test_gpu{,_merges,_factored}.py 2>&1 |

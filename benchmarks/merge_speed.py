@@ -27,7 +27,7 @@ from scalora.model.placement import bytes_beside
 from scalora.rescale import kernels, native
 from scalora.rescale.eight_bit import EightBitRemainder
 from scalora.rescale.native import operations
-from scalora.rescale.one_pass import plan_of
+from scalora.rescale.one_pass import Rounding, plan_of
 from scalora.rescale.remainder import HALF, DenseRemainder, add_to_all, scale_columns
 from scalora.rescale.stochastic import StochasticRemainder
 
@@ -74,7 +74,8 @@ def bytes_moved(
     factors = 4 * layers * rank * (rows + columns)
     weights = floor_bytes(rows, columns, rank, layers, dtype, merge=merge) - factors
     # The layers' factors are copied into one tensor first.
-    return weights + 2 * factors + plan_of(rows, columns, rank, layers, dtype).bytes_of_factors(rank)
+    rounding = Rounding.of(KINDS[merge](torch.empty(1, 1, dtype=dtype), ""), dtype)
+    return weights + 2 * factors + plan_of(rows, columns, rank, layers, dtype, rounding).bytes_of_factors(rank)
 
 
 def eager(

@@ -1,4 +1,4 @@
-"""Merges on a GPU that pass once over memory, for all layers of one shape in one launch of a Triton kernel.
+"""Merges and products on a GPU that pass once over memory: one launch of a Triton kernel for all layers of one shape.
 
 PyTorch's own operations (`scalora.rescale.remainder`) are the reference. They do what the kernel can't: other dtypes
 and layouts, devices without Triton.
@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from scalora.rescale.remainder import HALF, DenseRemainder, Remainder
 from scalora.rescale.stochastic import StochasticRemainder
 
-# From this rank on, tensor cores are faster than a sum of outer products.
-_LEAST_RANK_OF_DOT = 16
-
 # Ranks up to this are one block of the product, and the factor of the rows is read once for several tiles. Beyond, what
 # the product keeps in registers would exceed them.
 _RESIDENT = 64
@@ -33,12 +30,44 @@ _PROGRAMS = 1024
 # What vector instructions and the kernel's declarations assume of addresses, in bytes.
 _ALIGNMENT = 16
 
+# Entries that a program multiplies by their factors.
+_BLOCK = 1024
+
 # Tables that are kept on the devices. A CUDA graph refers to those it was captured with, so none should ever go in
 # practice: there is one for each shape of layers of a model, of a few hundred bytes.
 _TABLES = 4096
 
-# What failed at first use, so that it isn't tried again: None for all merges.
-_GIVEN_UP: set[tuple[torch.dtype, tuple[str, int], int] | None] = set()
+# Beyond so many entries of a matrix, the kernel of products would need 64-bit indices.
+_MOST_ENTRIES = 2**31 - _BLOCK
+
+# What failed at first use, so that it isn't tried again: None for everything, `_PRODUCTS`, or kinds of merges.
+_PRODUCTS = "products"
+_GIVEN_UP: set[tuple[torch.dtype, Rounding, int] | str | None] = set()
+
+
+class Rounding(NamedTuple):
+    """How the kernel rounds.
+
+    Attributes:
+        by: ``"none"`` for float32; ``"kept"`` or ``"stochastic"``.
+        bits: of a rounding error that is kept, 16 or 8; else 0.
+    """
+
+    by: str
+    bits: int
+
+    @classmethod
+    def of(cls, remainder: DenseRemainder, dtype: torch.dtype) -> Rounding:
+        """How it rounds what is merged into a weight.
+
+        Args:
+            remainder: the weight's remainder.
+            dtype: dtype of the weight.
+        """
+        if dtype not in HALF:
+            return cls("none", 0)
+        low = remainder.rounded_off
+        return cls("stochastic", 0) if low is None else cls("kept", 8 * low.element_size())
 
 
 class Plan(NamedTuple):
@@ -51,6 +80,7 @@ class Plan(NamedTuple):
         block_n: columns of a tile.
         block_k: columns of the factors that are multiplied at a time; 0: outer products are added one after the other.
         tiles: tiles of a program.
+        warps: warps of a program.
         grid: programs of each layer, and layers.
     """
 
@@ -58,6 +88,7 @@ class Plan(NamedTuple):
     block_n: int
     block_k: int
     tiles: int
+    warps: int
     grid: tuple[int, int]
 
     def bytes_of_factors(self, rank: int) -> int:
@@ -71,8 +102,8 @@ class Plan(NamedTuple):
         return 4 * rank * layers * per_layer * (of_rows * self.block_m + self.tiles * self.block_n)
 
 
-def plan_of(rows: int, columns: int, rank: int, layers: int, dtype: torch.dtype) -> Plan:
-    """The division of weights of one shape.
+def plan_of(rows: int, columns: int, rank: int, layers: int, dtype: torch.dtype, rounding: Rounding) -> Plan:
+    """The division of weights of one shape: of those tried on an H200, the fastest (docs/cost.md).
 
     Args:
         rows: rows of the weights, as they are stored.
@@ -80,18 +111,26 @@ def plan_of(rows: int, columns: int, rank: int, layers: int, dtype: torch.dtype)
         rank: columns of the factors.
         layers: number of weights.
         dtype: dtype of the weights.
+        rounding: how the kernel rounds.
     """
-    if rank < _LEAST_RANK_OF_DOT:
-        # Float16 takes more registers.
-        block_m, block_n, block_k, tiles = 64, 64 if dtype == torch.float16 else 128, 0, 1
-    else:
-        block_m, block_n = 128, 32 if 32 < rank <= _RESIDENT else 64
-        block_k = 1 << (rank - 1).bit_length() if rank <= _RESIDENT else 32
-        in_all = layers * -(-rows // block_m) * -(-columns // block_n)
-        tiles = 1 << max(0, (in_all // _PROGRAMS).bit_length() - 1)
-    in_strip = -(-columns // block_n)
-    tiles = min(tiles, 1 << (in_strip - 1).bit_length())
-    return Plan(block_m, block_n, block_k, tiles, (-(-rows // block_m) * -(-in_strip // tiles), layers))
+    half_as_fast = dtype == torch.float16  # its roundings take more registers
+    # Sums of outer products leave the tensor cores' layout out, which costs less for few columns, but more registers.
+    outer = rank < 16 or (rank == 16 and dtype == torch.bfloat16 and rounding.bits == 16)
+    if outer and rounding.bits != 8:
+        return Plan(64, 64, 0, 1, 8 if half_as_fast else 4, _grid(rows, columns, 64, 64, 1, layers))
+    block_m, block_n = 128, 32 if rank <= 32 else 64
+    block_k = max(16, 1 << (rank - 1).bit_length()) if rank <= _RESIDENT else 32
+    in_all = layers * -(-rows // block_m) * -(-columns // block_n)
+    tiles = 1 << max(0, (in_all // _PROGRAMS).bit_length() - 1)
+    if rank <= 32:
+        tiles = min(tiles, 2 if half_as_fast and rank <= 16 else 4)
+    tiles = min(tiles, 1 << (-(-columns // block_n) - 1).bit_length())
+    warps = 8 if half_as_fast or rank > _RESIDENT else 4
+    return Plan(block_m, block_n, block_k, tiles, warps, _grid(rows, columns, block_m, block_n, tiles, layers))
+
+
+def _grid(rows: int, columns: int, block_m: int, block_n: int, tiles: int, layers: int) -> tuple[int, int]:
+    return -(-rows // block_m) * -(-columns // (block_n * tiles)), layers
 
 
 def merge(
@@ -119,22 +158,14 @@ def merge(
     if None in _GIVEN_UP or len(dense) < len(weights) or not _fit(dense, weights, lora_B[0]):
         return False
     written = [*weights, *(r.rounded_off for r in dense if r.rounded_off is not None)]
-    kind = weights[0].dtype, _rounding_of(dense[0], weights[0]), lora_B[0].shape[1]
+    kind = weights[0].dtype, Rounding.of(dense[0], weights[0].dtype), lora_B[0].shape[1]
     if kind in _GIVEN_UP:
         return False
     factors = torch.stack(list(lora_B)), torch.stack(list(lora_A))  # may be out of memory, which is not the compiler's
     try:
         _launch(dense, weights, *factors, coefficients)
     except Exception as error:  # whatever a missing or broken compiler leads to, before the kernel has run
-        missing = isinstance(error, ImportError)
-        _GIVEN_UP.add(None if missing else kind)
-        of = "weights" if missing else f"{str(kind[0]).removeprefix('torch.')} weights at rank {kind[2]}"
-        reason = (str(error).splitlines() or [""])[0]
-        warnings.warn(
-            f"merges into {of} take several times as long as they could, because the Triton kernel can't be used "
-            f"({type(error).__name__}: {reason}): PyTorch's own operations take its place",
-            stacklevel=3,
-        )
+        _give_up(error, kind, f"merges into {str(kind[0]).removeprefix('torch.')} weights at rank {kind[2]}")
         return False
     for tensor in written:
         torch.autograd.graph.increment_version(tensor)
@@ -143,12 +174,97 @@ def merge(
     return True
 
 
+def takes(tensors: Sequence[Tensor]) -> bool:
+    """Whether `multiply` can be used for tensors like these, with factors that need not be in their layout.
+
+    Args:
+        tensors: matrices of one shape.
+    """
+    first = tensors[0]
+    return (
+        _GIVEN_UP.isdisjoint({None, _PRODUCTS})
+        and first.dtype == torch.float32
+        and first.device.type == _device_type()
+        and 0 < first.numel() <= _MOST_ENTRIES
+    )
+
+
+def multiply(tensors: Sequence[Tensor], factors: Sequence[Tensor], power: int) -> bool:
+    """`scalora.rescale.kernels.multiply` in one launch, if the kernel can do it.
+
+    Warns once of what should work and does not.
+
+    Args:
+        tensors: as there.
+        factors: as there.
+        power: as there.
+
+    Returns:
+        Whether it was done. If not, nothing has changed.
+    """
+    if not takes(tensors) or not _are_matrices_and_factors(tensors, factors):
+        return False
+    try:
+        _launch_products(tensors, factors, power)
+    except Exception as error:  # whatever a missing or broken compiler leads to, before the kernel has run
+        _give_up(error, _PRODUCTS, "products")
+        return False
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
+    return True
+
+
+def _are_matrices_and_factors(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
+    """Whether all tensors are of one shape, and their factors too, in memory as the kernel takes them."""
+    first, strides = tensors[0], factors[0].stride()
+    return all(
+        tensor.shape == first.shape
+        and tensor.dtype == first.dtype
+        and _is_plain(tensor, first)
+        and factor.shape == first.shape
+        and factor.dtype == first.dtype
+        and factor.device == first.device
+        and factor.stride() == strides
+        for tensor, factor in zip(tensors, factors, strict=True)
+    )
+
+
+def _launch_products(tensors: Sequence[Tensor], factors: Sequence[Tensor], power: int) -> None:
+    from scalora.rescale.triton_kernels import multiply_kernel
+
+    first = tensors[0]
+    grid = (-(-first.numel() // _BLOCK), len(tensors))
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        multiply_kernel[grid](
+            # Gradients are elsewhere in every step.
+            _on_device(first.device, [(t.data_ptr(), f.data_ptr()) for t, f in zip(tensors, factors, strict=True)]),
+            first.numel(),
+            first.shape[1],
+            *factors[0].stride(),
+            power,
+            BLOCK=_BLOCK,
+        )
+
+
+def _give_up(error: Exception, what: tuple[torch.dtype, Rounding, int] | str, words: str) -> None:
+    """Don't try again what has failed, or anything without Triton, and warn."""
+    missing = isinstance(error, ImportError)
+    _GIVEN_UP.add(None if missing else what)
+    words = "merges into weights" if missing else words
+    reason = (str(error).splitlines() or [""])[0]
+    warnings.warn(
+        f"{words} take several times as long as they could, because the Triton kernel can't be used "
+        f"({type(error).__name__}: {reason}): PyTorch's own operations take its place",
+        stacklevel=4,
+    )
+
+
 def _fit(remainders: Sequence[DenseRemainder], weights: Sequence[Tensor], factor: Tensor) -> bool:
     """Whether the kernel can merge into all these weights at once. Matches the remainders to the weights' dtypes."""
     first, kind, transposed = weights[0], type(remainders[0]), remainders[0].transposed
     if factor.dtype != torch.float32 or first.dtype not in (torch.float32, *HALF) or first.numel() == 0:
         return False
-    if first.device.type != ("cpu" if _is_interpreted() else "cuda"):
+    if first.device.type != _device_type():
         return False
     for remainder, weight in zip(remainders, weights, strict=True):
         remainder.match(weight)
@@ -169,17 +285,9 @@ def _is_plain(tensor: Tensor, like: Tensor) -> bool:
     )
 
 
-def _is_interpreted() -> bool:
-    """Whether Triton runs kernels in Python, on the CPU's tensors, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _rounding_of(remainder: DenseRemainder, weight: Tensor) -> tuple[str, int]:
-    """How the kernel rounds, and how many bits of an error it keeps."""
-    if weight.dtype not in HALF:
-        return "none", 0
-    low = remainder.rounded_off
-    return ("stochastic", 0) if low is None else ("kept", 8 * low.element_size())
+def _device_type() -> str:
+    """Where the kernels run. Triton's interpreter runs them in Python, on the CPU's tensors, for tests."""
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 def _launch(
@@ -194,19 +302,19 @@ def _launch(
     first, remainder = weights[0], remainders[0]
     rows, columns = first.shape
     left, right = (lora_A.mT, lora_B) if remainder.transposed else (lora_B, lora_A.mT)
-    rank, (rounding, bits) = left.shape[-1], _rounding_of(remainder, first)
-    plan = plan_of(rows, columns, rank, len(weights), first.dtype)
+    rank, rounding = left.shape[-1], Rounding.of(remainder, first.dtype)
+    plan = plan_of(rows, columns, rank, len(weights), first.dtype, rounding)
     arguments: dict[str, Any] = {
         "DTYPE": str(first.dtype).removeprefix("torch."),
-        "ROUNDING": rounding,
-        "BITS": bits,
+        "ROUNDING": rounding.by,
+        "BITS": rounding.bits,
         "RANK": rank,
         "BLOCK_M": plan.block_m,
         "BLOCK_N": plan.block_n,
         "BLOCK_K": plan.block_k,
         "TILES": plan.tiles,
         "PRECISION": _precision(first.device),
-        "num_warps": 8,
+        "num_warps": plan.warps,
         "num_stages": 1,
         # Roundings as in PyTorch's operations; the product has its own fused multiply-adds.
         "enable_fp_fusion": False,
@@ -235,7 +343,12 @@ def _entry(remainder: DenseRemainder, weight: Tensor) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=_TABLES)
 def _table(device: torch.device, entries: tuple[tuple[int, int, int], ...]) -> Int[Tensor, "layers 3"]:
-    """The entries on the device, without waiting for it. Those of a model stay the same, and are sent once."""
+    """The entries on the device. Those of a model stay the same, and are sent once."""
+    return _on_device(device, entries)
+
+
+def _on_device(device: torch.device, entries: Sequence[tuple[int, ...]]) -> Int[Tensor, "rows columns"]:
+    """A table on the device, without waiting for it."""
     on_gpu = device.type == "cuda"
     return torch.tensor(entries, dtype=torch.int64, pin_memory=on_gpu).to(device, non_blocking=on_gpu)
 

@@ -50,8 +50,8 @@ def scale_gradients_and_states(
     """Multiply the gradients and the state of parameters in place by powers of their factors.
 
     Exact for floating-point state. 8-bit state is quantised again where the factor varies within a block
-    (`scalora.rescale.quantised_state`). Each entry of the state takes one operation for all parameters together, except
-    for 8-bit state.
+    (`scalora.rescale.quantised_state`). The gradients and all of the state of one degree take one operation, except for
+    8-bit state.
 
     Args:
         optimizer: the optimizer that holds the state.
@@ -65,25 +65,29 @@ def scale_gradients_and_states(
             integer entry that is not in the block-wise format of bitsandbytes. Nothing has been changed then.
     """
     check_states(optimizer, kinds, parameters)
-    gradients = [(p.grad, factor) for p, factor in zip(parameters, factors, strict=True) if p.grad is not None]
-    entries: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    # By what is multiplied in one operation: the power of the factors, and where the tensors are. Paged state is on the
+    # CPU, and state may be of another dtype than the gradients.
+    entries: dict[tuple[int, torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = defaultdict(list)
     codes: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def add(tensor: Tensor, factor: Tensor, degree: int) -> None:
+        entries[degree, tensor.device, tensor.dtype].append((tensor, factor.to(tensor)))
+
     for parameter, factor in zip(parameters, factors, strict=True):
+        if parameter.grad is not None:
+            add(parameter.grad, factor, 1)
         state = optimizer.state.get(parameter, {})
         for key, value in _entries(state, parameter):
             degree = _degree(kinds[key])
             if degree == 0:
                 continue
             if value.is_floating_point():
-                # Also moves the factor to the state's device: paged state is on the CPU.
-                entries[key].append((value, factor.to(value)))
+                add(value, factor, degree)
             else:
                 absmax, qmap = (state[name] for name in COMPANIONS[key])
                 codes.append((value, absmax, qmap, factor.to(qmap) ** degree))
-    if gradients:
-        multiply(*zip(*gradients, strict=True))
-    for key, pairs in entries.items():
-        multiply(*zip(*pairs, strict=True), _degree(kinds[key]))
+    for (degree, _, _), pairs in entries.items():
+        multiply(*zip(*pairs, strict=True), degree)
     for code in codes:
         scale_block_quantised(*code)
 
