@@ -161,44 +161,6 @@ def layouts():
     return counts
 
 
-def products(rows, columns, over_columns, power, layers=3):
-    """Bits of matrices after products with powers of factors by the kernel, and by PyTorch; launches, and versions."""
-    generator = torch.Generator().manual_seed(rows)
-    found = torch.randn(layers, rows, columns, generator=generator)
-    found[0, 0, 0], found[1, 0, 0] = torch.nan, torch.inf
-    wanted = found.clone()
-    shape = (layers, 1, columns) if over_columns else (layers, rows, 1)
-    factors = torch.rand(shape, generator=generator) + 0.5
-    for _ in range(power):
-        wanted *= factors
-    launches, launch = [], one_pass._launch_products
-    one_pass._launch_products = lambda *args: (launches.append(1), launch(*args))
-    tensors = [matrix.clone() for matrix in found]
-    kernels.multiply(tensors, kernels.expand_factors(factors, tensors), power)
-    one_pass._launch_products = launch
-    bits = torch.stack(tensors).view(torch.int32).numpy()
-    return bits, wanted.view(torch.int32).numpy(), len(launches), [tensor._version for tensor in tensors]
-
-
-def products_left_to_pytorch():
-    """For tensors that the kernel leaves to PyTorch, the number of launches, and whether they were multiplied."""
-    cases = {
-        "plain": [torch.ones(6, 4), torch.ones(6, 4)],
-        "float64": [torch.ones(6, 4).double()],
-        "not contiguous": [torch.ones(4, 6).mT],
-        "empty": [torch.ones(0, 4)],
-    }
-    counts, launch = {}, one_pass._launch_products
-    for name, tensors in cases.items():
-        calls = []
-        one_pass._launch_products = lambda *args, calls=calls: (calls.append(1), launch(*args))
-        factors = torch.full((len(tensors), 1, 4), 3.0, dtype=tensors[0].dtype)
-        kernels.multiply(tensors, kernels.expand_factors(factors, tensors))
-        counts[name] = len(calls), all(bool((tensor == 3).all()) for tensor in tensors)
-    one_pass._launch_products = launch
-    return counts
-
-
 def bytes_read(m, n, r, layers, *, outer):
     """Bytes of factors, and of weights and lower halves, that the kernel reads, and all that it writes.
 

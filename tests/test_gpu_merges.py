@@ -135,22 +135,6 @@ def test_the_kernel_rounds_every_number_like_the_cpu(launches, dtype, kind):
         assert torch.equal(case[0][0].rounded_off[valid], moved[0][0].rounded_off.cpu()[valid])
 
 
-@pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize(("rows", "columns"), [(700, 16), (16, 5632), (3, 1)])
-def test_products_have_the_bits_of_the_cpu(monkeypatch, rows, columns, power):
-    made, launch = [], one_pass._launch_products
-    monkeypatch.setattr(one_pass, "_launch_products", lambda *args: (made.append(len(args[0])), launch(*args)))
-    generator = torch.Generator().manual_seed(rows)
-    for factors in (torch.rand(5, 1, columns, generator=generator), torch.rand(5, rows, 1, generator=generator)):
-        wanted = list(torch.randn(5, rows, columns, generator=generator))
-        found = [matrix.cuda() for matrix in wanted]
-        kernels.multiply(wanted, kernels.expand_factors(factors, wanted), power)
-        kernels.multiply(found, kernels.expand_factors(factors.cuda(), found), power)
-        for matrix, other in zip(wanted, found, strict=True):
-            assert torch.equal(matrix, other.cpu())
-    assert made == [5, 5]
-
-
 @pytest.mark.parametrize("r", [8, 64])
 def test_a_merge_can_be_captured_in_a_graph(launches, r):
     case = merge_case(torch.bfloat16, 256, 384, r, dyadic=True)

@@ -16,8 +16,6 @@ from merges_in_triton import (
     interpreter,
     layouts,
     of_rows,
-    products,
-    products_left_to_pytorch,
     random_sums,
     tables,
 )
@@ -229,18 +227,3 @@ def test_kinds_of_remainders_are_not_mixed_in_a_launch(as_if_interpreted, monkey
     ]
     kernels.merge(remainders, weights, [torch.ones(16, 2)] * 2, [torch.ones(2, 40)] * 2, torch.ones(2, 2).double())
     assert all((weight == 2).all() for weight in weights)
-
-
-@pytest.mark.parametrize("power", [1, 2, 3])
-@pytest.mark.parametrize("over_columns", [True, False])
-@pytest.mark.parametrize(("rows", "columns"), [(300, 4), (5, 700), (1, 1)])
-def test_the_kernel_multiplies_bit_for_bit_like_pytorch(interpreted, rows, columns, over_columns, power):
-    found, wanted, launches, versions = interpreted(products, rows, columns, over_columns, power)
-    assert launches == 1
-    assert numpy.array_equal(found, wanted)
-    assert versions == [1, 1, 1]  # as autograd knows
-
-
-def test_products_that_the_kernel_can_not_do_are_left_to_pytorch(interpreted):
-    counts = interpreted(products_left_to_pytorch)
-    assert counts == {name: (int(name == "plain"), True) for name in counts}

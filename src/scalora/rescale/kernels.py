@@ -86,11 +86,8 @@ def expand_factors(factors: Float[Tensor, "layers rows columns"], like: Sequence
         factors: (layers, 1, columns), (layers, rows, 1), or (layers, 1, 1).
         like: the layers' parameters.
     """
-    expanded = factors.expand(len(like), *like[0].shape)
-    if not one_pass.takes(like):
-        # In the layout of the parameters, so that one of PyTorch's kernels handles all of them.
-        expanded = expanded.contiguous()
-    return list(expanded.unbind())
+    # In the layout of the parameters, so that one kernel handles all of them.
+    return list(factors.expand(len(like), *like[0].shape).contiguous().unbind())
 
 
 def multiply(tensors: Sequence[Tensor], factors: Sequence[Tensor], power: int = 1) -> None:
@@ -101,8 +98,6 @@ def multiply(tensors: Sequence[Tensor], factors: Sequence[Tensor], power: int = 
         factors: one for each tensor, from `expand_factors`.
         power: at least 1. Applied as so many products, which needs no copy of the factors.
     """
-    if one_pass.multiply(tensors, factors, power):
-        return
     for _ in range(power):
         torch._foreach_mul_(list(tensors), list(factors))
 

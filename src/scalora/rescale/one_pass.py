@@ -1,4 +1,4 @@
-"""Merges and products on a GPU that pass once over memory: one launch of a Triton kernel for all layers of one shape.
+"""Merges on a GPU that pass once over memory, for all layers of one shape in one launch of a Triton kernel.
 
 PyTorch's own operations (`scalora.rescale.remainder`) are the reference. They do what the kernel can't: other dtypes
 and layouts, devices without Triton.
@@ -30,19 +30,12 @@ _PROGRAMS = 1024
 # What vector instructions and the kernel's declarations assume of addresses, in bytes.
 _ALIGNMENT = 16
 
-# Entries that a program multiplies by their factors.
-_BLOCK = 1024
-
 # Tables that are kept on the devices. A CUDA graph refers to those it was captured with, so none should ever go in
 # practice: there is one for each shape of layers of a model, of a few hundred bytes.
 _TABLES = 4096
 
-# Beyond so many entries of a matrix, the kernel of products would need 64-bit indices.
-_MOST_ENTRIES = 2**31 - _BLOCK
-
-# What failed at first use, so that it isn't tried again: None for everything, `_PRODUCTS`, or kinds of merges.
-_PRODUCTS = "products"
-_GIVEN_UP: set[tuple[torch.dtype, Rounding, int] | str | None] = set()
+# What failed at first use, so that it isn't tried again: None for all merges.
+_GIVEN_UP: set[tuple[torch.dtype, Rounding, int] | None] = set()
 
 
 class Rounding(NamedTuple):
@@ -116,14 +109,14 @@ def plan_of(rows: int, columns: int, rank: int, layers: int, dtype: torch.dtype,
     half_as_fast = dtype == torch.float16  # its roundings take more registers
     # Sums of outer products leave the tensor cores' layout out, which costs less for few columns, but more registers.
     outer = rank < 16 or (rank == 16 and dtype == torch.bfloat16 and rounding.bits == 16)
-    if outer and rounding.bits != 8:
+    if outer:
         return Plan(64, 64, 0, 1, 8 if half_as_fast else 4, _grid(rows, columns, 64, 64, 1, layers))
     block_m, block_n = 128, 32 if rank <= 32 else 64
     block_k = max(16, 1 << (rank - 1).bit_length()) if rank <= _RESIDENT else 32
     in_all = layers * -(-rows // block_m) * -(-columns // block_n)
     tiles = 1 << max(0, (in_all // _PROGRAMS).bit_length() - 1)
-    if rank <= 32:
-        tiles = min(tiles, 2 if half_as_fast and rank <= 16 else 4)
+    if rank <= _RESIDENT:
+        tiles = min(tiles, 16 if rank > 32 else 2 if half_as_fast and rank <= 16 else 4)
     tiles = min(tiles, 1 << (-(-columns // block_n) - 1).bit_length())
     warps = 8 if half_as_fast or rank > _RESIDENT else 4
     return Plan(block_m, block_n, block_k, tiles, warps, _grid(rows, columns, block_m, block_n, tiles, layers))
@@ -165,7 +158,15 @@ def merge(
     try:
         _launch(dense, weights, *factors, coefficients)
     except Exception as error:  # whatever a missing or broken compiler leads to, before the kernel has run
-        _give_up(error, kind, f"merges into {str(kind[0]).removeprefix('torch.')} weights at rank {kind[2]}")
+        missing = isinstance(error, ImportError)
+        _GIVEN_UP.add(None if missing else kind)
+        of = "weights" if missing else f"{str(kind[0]).removeprefix('torch.')} weights at rank {kind[2]}"
+        reason = (str(error).splitlines() or [""])[0]
+        warnings.warn(
+            f"merges into {of} take several times as long as they could, because the Triton kernel can't be used "
+            f"({type(error).__name__}: {reason}): PyTorch's own operations take its place",
+            stacklevel=3,
+        )
         return False
     for tensor in written:
         torch.autograd.graph.increment_version(tensor)
@@ -174,97 +175,12 @@ def merge(
     return True
 
 
-def takes(tensors: Sequence[Tensor]) -> bool:
-    """Whether `multiply` can be used for tensors like these, with factors that need not be in their layout.
-
-    Args:
-        tensors: matrices of one shape.
-    """
-    first = tensors[0]
-    return (
-        _GIVEN_UP.isdisjoint({None, _PRODUCTS})
-        and first.dtype == torch.float32
-        and first.device.type == _device_type()
-        and 0 < first.numel() <= _MOST_ENTRIES
-    )
-
-
-def multiply(tensors: Sequence[Tensor], factors: Sequence[Tensor], power: int) -> bool:
-    """`scalora.rescale.kernels.multiply` in one launch, if the kernel can do it.
-
-    Warns once of what should work and does not.
-
-    Args:
-        tensors: as there.
-        factors: as there.
-        power: as there.
-
-    Returns:
-        Whether it was done. If not, nothing has changed.
-    """
-    if not takes(tensors) or not _are_matrices_and_factors(tensors, factors):
-        return False
-    try:
-        _launch_products(tensors, factors, power)
-    except Exception as error:  # whatever a missing or broken compiler leads to, before the kernel has run
-        _give_up(error, _PRODUCTS, "products")
-        return False
-    for tensor in tensors:
-        torch.autograd.graph.increment_version(tensor)
-    return True
-
-
-def _are_matrices_and_factors(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
-    """Whether all tensors are of one shape, and their factors too, in memory as the kernel takes them."""
-    first, strides = tensors[0], factors[0].stride()
-    return all(
-        tensor.shape == first.shape
-        and tensor.dtype == first.dtype
-        and _is_plain(tensor, first)
-        and factor.shape == first.shape
-        and factor.dtype == first.dtype
-        and factor.device == first.device
-        and factor.stride() == strides
-        for tensor, factor in zip(tensors, factors, strict=True)
-    )
-
-
-def _launch_products(tensors: Sequence[Tensor], factors: Sequence[Tensor], power: int) -> None:
-    from scalora.rescale.triton_kernels import multiply_kernel
-
-    first = tensors[0]
-    grid = (-(-first.numel() // _BLOCK), len(tensors))
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        multiply_kernel[grid](
-            # Gradients are elsewhere in every step.
-            _on_device(first.device, [(t.data_ptr(), f.data_ptr()) for t, f in zip(tensors, factors, strict=True)]),
-            first.numel(),
-            first.shape[1],
-            *factors[0].stride(),
-            power,
-            BLOCK=_BLOCK,
-        )
-
-
-def _give_up(error: Exception, what: tuple[torch.dtype, Rounding, int] | str, words: str) -> None:
-    """Don't try again what has failed, or anything without Triton, and warn."""
-    missing = isinstance(error, ImportError)
-    _GIVEN_UP.add(None if missing else what)
-    words = "merges into weights" if missing else words
-    reason = (str(error).splitlines() or [""])[0]
-    warnings.warn(
-        f"{words} take several times as long as they could, because the Triton kernel can't be used "
-        f"({type(error).__name__}: {reason}): PyTorch's own operations take its place",
-        stacklevel=4,
-    )
-
-
 def _fit(remainders: Sequence[DenseRemainder], weights: Sequence[Tensor], factor: Tensor) -> bool:
     """Whether the kernel can merge into all these weights at once. Matches the remainders to the weights' dtypes."""
     first, kind, transposed = weights[0], type(remainders[0]), remainders[0].transposed
     if factor.dtype != torch.float32 or first.dtype not in (torch.float32, *HALF) or first.numel() == 0:
         return False
-    if first.device.type != _device_type():
+    if first.device.type != ("cpu" if _is_interpreted() else "cuda"):
         return False
     for remainder, weight in zip(remainders, weights, strict=True):
         remainder.match(weight)
@@ -285,9 +201,9 @@ def _is_plain(tensor: Tensor, like: Tensor) -> bool:
     )
 
 
-def _device_type() -> str:
-    """Where the kernels run. Triton's interpreter runs them in Python, on the CPU's tensors, for tests."""
-    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+def _is_interpreted() -> bool:
+    """Whether Triton runs kernels in Python, on the CPU's tensors, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _launch(
@@ -343,12 +259,7 @@ def _entry(remainder: DenseRemainder, weight: Tensor) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=_TABLES)
 def _table(device: torch.device, entries: tuple[tuple[int, int, int], ...]) -> Int[Tensor, "layers 3"]:
-    """The entries on the device. Those of a model stay the same, and are sent once."""
-    return _on_device(device, entries)
-
-
-def _on_device(device: torch.device, entries: Sequence[tuple[int, ...]]) -> Int[Tensor, "rows columns"]:
-    """A table on the device, without waiting for it."""
+    """The entries on the device, without waiting for it. Those of a model stay the same, and are sent once."""
     on_gpu = device.type == "cuda"
     return torch.tensor(entries, dtype=torch.int64, pin_memory=on_gpu).to(device, non_blocking=on_gpu)
 

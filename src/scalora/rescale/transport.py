@@ -64,20 +64,23 @@ def scale_gradients_and_states(
         UnsupportedOptimizerError: the state has an entry of the parameter's shape that `kinds` does not name, or an
             integer entry that is not in the block-wise format of bitsandbytes. Nothing has been changed then.
     """
-    check_states(optimizer, kinds, parameters)
     # By what is multiplied in one operation: the power of the factors, and where the tensors are. Paged state is on the
     # CPU, and state may be of another dtype than the gradients.
-    entries: dict[tuple[int, torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    entries: dict[tuple[int, torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     codes: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(tensor: Tensor, factor: Tensor, degree: int) -> None:
-        entries[degree, tensor.device, tensor.dtype].append((tensor, factor.to(tensor)))
+        device, dtype = tensor.device, tensor.dtype
+        tensors, factors = entries.setdefault((degree, device, dtype), ([], []))
+        tensors.append(tensor)
+        factors.append(factor if factor.dtype == dtype and factor.device == device else factor.to(tensor))
 
     for parameter, factor in zip(parameters, factors, strict=True):
         if parameter.grad is not None:
             add(parameter.grad, factor, 1)
         state = optimizer.state.get(parameter, {})
         for key, value in _entries(state, parameter):
+            _check_entry(optimizer, kinds, state, key, value, matrix=False)
             degree = _degree(kinds[key])
             if degree == 0:
                 continue
@@ -86,8 +89,8 @@ def scale_gradients_and_states(
             else:
                 absmax, qmap = (state[name] for name in COMPANIONS[key])
                 codes.append((value, absmax, qmap, factor.to(qmap) ** degree))
-    for (degree, _, _), pairs in entries.items():
-        multiply(*zip(*pairs, strict=True), degree)
+    for (degree, _, _), (tensors, of_tensors) in entries.items():
+        multiply(tensors, of_tensors, degree)
     for code in codes:
         scale_block_quantised(*code)
 
@@ -199,25 +202,33 @@ def check_states(
         state = optimizer.state.get(parameter, {})
         found = found or bool(state)
         for key, value in _entries(state, parameter):
-            if key not in kinds:
-                raise UnsupportedOptimizerError(
-                    f"{type(optimizer).__name__} has a state {key!r} of the parameter's shape that is not registered "
-                    f"(registered: {sorted(kinds)}): add it with scalora.register_optimizer"
-                )
-            known = key in COMPANIONS and all(name in state for name in COMPANIONS[key])
-            if matrix and kinds[key] not in (LINEAR, MATRIX, 0):
-                raise UnsupportedOptimizerError(elementwise_refusal(type(optimizer).__name__, key))
-            if matrix and kinds[key] and not value.is_floating_point():
-                raise UnsupportedOptimizerError(
-                    f"mode='matrix' can't be used with {type(optimizer).__name__}: it keeps its state {key!r} as "
-                    f"{value.dtype} in blocks; use scalora.PairAdamW, or a 32-bit optimizer"
-                )
-            if kinds[key] and not value.is_floating_point() and not known:
-                raise UnsupportedOptimizerError(
-                    f"{type(optimizer).__name__} keeps its state {key!r} as {value.dtype}, but without the block "
-                    f"maxima and the code book of bitsandbytes' format; {USE_INSTEAD}"
-                )
+            _check_entry(optimizer, kinds, state, key, value, matrix=matrix)
     return found
+
+
+def _check_entry(
+    optimizer: HoldsState, kinds: Mapping[str, Kind], state: Mapping[str, Any], key: str, value: Tensor, *, matrix: bool
+) -> None:
+    """Check that an entry of a parameter's state can be transported."""
+    if key not in kinds:
+        raise UnsupportedOptimizerError(
+            f"{type(optimizer).__name__} has a state {key!r} of the parameter's shape that is not registered "
+            f"(registered: {sorted(kinds)}): add it with scalora.register_optimizer"
+        )
+    if matrix and kinds[key] not in (LINEAR, MATRIX, 0):
+        raise UnsupportedOptimizerError(elementwise_refusal(type(optimizer).__name__, key))
+    if not kinds[key] or value.is_floating_point():
+        return
+    if matrix:
+        raise UnsupportedOptimizerError(
+            f"mode='matrix' can't be used with {type(optimizer).__name__}: it keeps its state {key!r} as "
+            f"{value.dtype} in blocks; use scalora.PairAdamW, or a 32-bit optimizer"
+        )
+    if key not in COMPANIONS or any(name not in state for name in COMPANIONS[key]):
+        raise UnsupportedOptimizerError(
+            f"{type(optimizer).__name__} keeps its state {key!r} as {value.dtype}, but without the block "
+            f"maxima and the code book of bitsandbytes' format; {USE_INSTEAD}"
+        )
 
 
 def _entries(state: Mapping[str, Any], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:

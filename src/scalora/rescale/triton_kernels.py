@@ -1,6 +1,6 @@
-"""The kernels of `scalora.rescale.one_pass`: each does all layers of one shape and moves every byte once.
+"""The kernel of `scalora.rescale.one_pass`: a merge into all layers of one shape that moves every byte once.
 
-They have the arithmetic of `scalora.rescale.remainder` and `scalora.rescale.stochastic`, entry by entry; those are the
+It has the arithmetic of `scalora.rescale.remainder` and `scalora.rescale.stochastic`, entry by entry; those are the
 reference. Imported only where there is Triton. ``no_type_check`` keeps import hooks from wrapping what Triton compiles.
 """
 
@@ -274,40 +274,3 @@ def merge_kernel(
                 rounded = _float16_by_draws(exact, draws)
             # What does not change keeps its bits, the sign of a zero too.
             tl.store(weight, tl.where((exact != old) & (old == old), rounded, before), mask=inside)
-
-
-@triton.jit(do_not_specialize=["power"])
-@no_type_check
-def multiply_kernel(
-    table,
-    entries,
-    columns,
-    row_stride,
-    column_stride,
-    power,
-    BLOCK: tl.constexpr,
-):
-    """Multiply some entries of one float32 matrix by a power of those of another one.
-
-    Args:
-        table: int64, (matrices, 2): addresses of the matrix, which is stored row by row, and of its factors.
-        entries: entries of each matrix.
-        columns: columns of each matrix.
-        row_stride: stride of the factors from row to row.
-        column_stride: their stride from column to column.
-        power: how often to multiply.
-        BLOCK: entries of a program.
-    """
-    matrix = tl.program_id(1)
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = entry < entries
-    address = tl.load(table + 2 * matrix).to(tl.pointer_type(tl.float32))
-    value = tl.multiple_of(address, 16) + entry
-    factors = tl.load(table + 2 * matrix + 1).to(tl.pointer_type(tl.float32))
-    factor = tl.load(
-        factors + (entry // columns) * row_stride + (entry % columns) * column_stride, mask=inside, other=1.0
-    )
-    product = tl.load(value, mask=inside, other=0.0)
-    for _ in range(power):
-        product *= factor
-    tl.store(value, product, mask=inside)
