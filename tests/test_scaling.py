@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import scalora
 from scalora.maths.mode import COLUMN, LEFT_ALONE, SCALAR
+from scalora.maths.scaling import _gram_in_pieces
 
 VECTORS = load_file(Path(__file__).parent / "data" / "scaling.safetensors")
 CASES = sorted({key.split(".")[0] for key in VECTORS})
@@ -218,3 +219,10 @@ def test_shapes_that_do_not_belong_together_are_named():
     A, B, G = gaussian((2, 1, 4, 0))
     with pytest.raises(ValueError, match="GB"):
         scalora.column_scaling(A, B, G.mT @ A, G @ B)
+
+
+@given(layers=st.integers(0, 3), rows=st.integers(0, 600), columns=st.integers(1, 5), seed=st.integers(0, 99))
+def test_inner_products_in_pieces_as_on_a_gpu_are_those_of_whole_columns(layers, rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tall = torch.randn(layers, rows, columns, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(_gram_in_pieces(tall), tall.mT @ tall, rtol=1e-12, atol=1e-12)

@@ -339,8 +339,9 @@ def _gram_in_pieces(columns: Float[Tensor, "*layers rows k"]) -> Float[Tensor, "
     Of a batch of narrow products with long sums, each is computed by a single one.
     """
     *layers, rows, k = columns.shape
-    padded = torch.nn.functional.pad(columns, (0, 0, 0, -rows % _ROWS_OF_PIECE))
-    pieces = padded.reshape(*layers, -1, _ROWS_OF_PIECE, k)
+    count = -(-rows // _ROWS_OF_PIECE)  # may be 0: a process may have none of a layer's rows
+    padded = torch.nn.functional.pad(columns, (0, 0, 0, count * _ROWS_OF_PIECE - rows))
+    pieces = padded.reshape(*layers, count, _ROWS_OF_PIECE, k)
     total: Tensor = (pieces.mT @ pieces).sum(-3)
     return total
 
