@@ -108,8 +108,13 @@ class _Factors(NamedTuple):
 
     def store(self, tensors: list[Any], values: Float[Tensor, "layers d r"]) -> None:
         """Overwrite tensors of the parameters' shape with others, given as `values` are."""
+        # In the layout of the parameters, so that one kernel copies for all of them.
+        values = values if self.tall else values.mT.contiguous()
+        if _are_matrices(tensors, self.experts):
+            torch._foreach_copy_(tensors, list(values.unbind()))
+            return
         stacks = [_as_stack(tensor, self.experts, tall=self.tall) for tensor in tensors]
-        torch._foreach_copy_(stacks, list(torch.split(values if self.tall else values.mT, self.experts)))
+        torch._foreach_copy_(stacks, list(torch.split(values, self.experts)))
 
     def of_layers(self, tensors: list[Tensor]) -> Tensor:
         """Entries of the parameters' states, which have a dimension for experts if there are any, stacked."""
@@ -212,8 +217,7 @@ class PairAdamW(Optimizer):
             self._had_steps = True
         members = self._members()
         self._count_steps([pair for pair, *_ in members])
-        for pair, group_A, group_B in members:
-            counts = [int(self.state[factor]["step"].item()) for factor in (pair.lora_A, pair.lora_B)]
+        for (pair, group_A, group_B), counts in zip(members, self._counts(members), strict=True):
             alike[_Alike.of(pair, (group_A, group_B), counts)].append((pair, group_A, group_B))
         wholes = self._wholes([pair for pair, *_ in members])
         tensors = partial(self._tensors, wholes)
@@ -310,6 +314,14 @@ class PairAdamW(Optimizer):
         if pairs:
             torch._foreach_add_([self.state[f]["step"] for pair in pairs for f in (pair.lora_A, pair.lora_B)], 1)
 
+    def _counts(self, members: list[_Member]) -> list[tuple[int, int]]:
+        """The steps of lora_A and lora_B of each pair so far."""
+        if not members:
+            return []
+        counts = [self.state[factor]["step"] for pair, *_ in members for factor in (pair.lora_A, pair.lora_B)]
+        numbers = torch.stack(counts).int().tolist()
+        return list(zip(numbers[::2], numbers[1::2], strict=True))
+
     def _directions(self, of_all_shapes: list[_Factors], moments: _Moments) -> list[Tensor]:
         """Update the moments of factors of one rank, and return the directions of those of each shape."""
         states = [[self.state[p] for p in factors.parameters] for factors in of_all_shapes]
@@ -366,8 +378,16 @@ def _kept(group: _Group) -> float:
 
 def _stacked(tensors: list[Tensor], experts: int, *, tall: bool) -> Float[Tensor, "layers d r"]:
     """Tensors of the shape of ``lora_B`` (tall), or of ``lora_A``, with r columns each, those of each expert."""
-    stack = torch.cat([_as_stack(tensor, experts, tall=tall) for tensor in tensors])
+    if _are_matrices(tensors, experts):
+        stack = torch.stack(tensors)
+    else:
+        stack = torch.cat([_as_stack(tensor, experts, tall=tall) for tensor in tensors])
     return stack if tall else stack.mT
+
+
+def _are_matrices(tensors: list[Tensor], experts: int) -> bool:
+    """Whether tensors of one shape are the matrices of the paper as they are."""
+    return experts == 1 and tensors[0].ndim == 2
 
 
 def _as_stack(tensor: Tensor, experts: int, *, tall: bool) -> Float[Tensor, "experts rows columns"]:
