@@ -226,20 +226,21 @@ class ScaLora:
     def metrics(self) -> dict[str, float]:
         """Metrics of the last rescale, and counts since attaching. Waits for the device.
 
-        Returns:
-            Nothing before this engine's first rescale (of one that was replaced, the number of rescales by now), then
+        - ``scalora/column_share``, ``scalora/scalar_share``, ``scalora/left_alone_share``: shares of the layers by kind
+          of scaling; ``scalora/degenerate_share``: share of the layers that were left alone because their inputs have
+          no optimum;
+        - ``scalora/alpha_p10``, ``_p50``, ``_p90``, ``scalora/beta_p10``, ``_p50``, ``_p90``: quantiles of the factors
+          over all columns;
+        - ``scalora/merge_norm``: Frobenius norm of everything that this rescale moved into the remainder;
+        - ``scalora/rescales``: number of rescales so far;
+        - ``scalora/nonfinite``, ``scalora/exploding``: how often so far a layer was left alone because of NaN or
+          infinite entries, or because of factors above a million or below a millionth;
+        - with a factored remainder, ``scalora/remainder_columns``: the largest number of columns of any layer, and
+          ``scalora/discarded``: the norm of what compressions have left out, relative to that of the remainder.
 
-            - ``scalora/column_share``, ``scalora/scalar_share``, ``scalora/left_alone_share``: shares of the layers by
-              kind of scaling; ``scalora/degenerate_share``: share of the layers that were left alone because their
-              inputs have no optimum;
-            - ``scalora/alpha_p10``, ``_p50``, ``_p90``, ``scalora/beta_p10``, ``_p50``, ``_p90``: quantiles of the
-              factors over all columns;
-            - ``scalora/merge_norm``: Frobenius norm of everything that this rescale moved into the remainder;
-            - ``scalora/rescales``: number of rescales so far;
-            - ``scalora/nonfinite``, ``scalora/exploding``: how often so far a layer was left alone because of NaN or
-              infinite entries, or because of factors above a million or below a millionth;
-            - with a factored remainder, ``scalora/remainder_columns``: the largest number of columns of any layer, and
-              ``scalora/discarded``: the norm of what compressions have left out, relative to that of the remainder.
+        Returns:
+            The metrics by name; nothing before this engine's first rescale, but, of one that was replaced, the number
+            of rescales by now.
         """
         self._notices.about_layers(self._left_alone)
         rescales = float(self._progress.rescales)
