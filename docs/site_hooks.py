@@ -1,7 +1,8 @@
 """What MkDocs builds the site with besides the pages of docs/: equations, the tutorial, and files outside docs/.
 
-Equations become MathML when the site is built. Browsers typeset it themselves, so that a page needs no script, no font
-and no network, and an equation that can't be read is an error of the build.
+Equations become MathML when the site is built. Browsers typeset it themselves, so that a page needs no script and no
+network, and an equation that can't be read is an error of the build. They need a font for mathematics, which phones
+don't have: a part of STIX Two Math goes with the site.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import html
 import os
 import re
+from importlib.resources import files as files_of
 from pathlib import Path
 from posixpath import normpath, relpath
-from typing import Any
 
 import math_core
+from fontTools import subset
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -31,10 +33,29 @@ _PAGES = {
 }
 _GENERATED = {page: source for source, page in _PAGES.items() if page != "index.md"}
 
+# The package ziamath has the font in it.
+_FONT = files_of("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf"
+
+# Latin, Greek, accents, punctuation, arrows, operators, brackets and braces that grow, double-struck letters; browsers
+# take the italic letters, Latin and Greek, for variables.
+_CHARACTERS = [
+    *range(0x20, 0x100),
+    *range(0x2C6, 0x2DD),
+    *range(0x300, 0x333),
+    *range(0x391, 0x3F6),
+    *range(0x2010, 0x2060),
+    *range(0x2100, 0x2150),
+    *range(0x2190, 0x2300),
+    *range(0x23B4, 0x23E1),
+    *range(0x27E6, 0x27F0),
+    *range(0x1D434, 0x1D468),
+    *range(0x1D538, 0x1D56C),
+    *range(0x1D6E2, 0x1D71C),
+]
+
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash", ".toml": "toml", ".md": "markdown"}
-
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are no file of docs/, and those of the source files that pages link to.
@@ -98,14 +119,29 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
     """
     converter = math_core.LatexToMathML(annotation=True, fancy_error=False)
 
-    def typeset(found: re.Match[str]) -> str:
-        equation = html.unescape(found[3])
+    def mathml(found: re.Match[str]) -> str:
+        equation, displayed = html.unescape(found[3]), found[2] == "["
         try:
-            return converter.convert_with_local_state(equation, displaystyle=found[2] == "[")
+            typeset = converter.convert_with_local_state(equation, displaystyle=displayed)
         except math_core.LatexError as error:
             raise PluginError(f"{page.file.src_uri}: can't read the equation {equation!r}: {error}") from None
+        return f'<div class="equation">{typeset}</div>' if displayed else typeset
 
-    return _EQUATION.sub(typeset, content)
+    return _EQUATION.sub(mathml, content)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Write the font of the equations.
+
+    Args:
+        config: That of MkDocs.
+    """
+    options = subset.Options(flavor="woff", layout_features=["*"], drop_tables=["DSIG"])
+    font = subset.load_font(str(_FONT), options)
+    subsetter = subset.Subsetter(options)
+    subsetter.populate(unicodes=_CHARACTERS)
+    subsetter.subset(font)
+    subset.save_font(font, os.path.join(config.site_dir, "assets", "equations.woff"), options)
 
 
 def _notebook(path: Path) -> tuple[str, dict[str, bytes]]:
