@@ -57,6 +57,7 @@ _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash", ".toml": "toml", ".md": "markdown"}
 
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are no file of docs/, and those of the source files that pages link to.
 
