@@ -18,7 +18,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-import scalora
 from scalora.cli import app
 from scalora.integrations.plugin import PluginSettings
 from scalora.rivals import METHODS
@@ -184,6 +183,7 @@ INLINE = sorted(
         " ".join(span.split())
         for page in PAGES
         for span in re.findall(r"`(scalora [a-z]+ [^`…]*)`", page.read_text(encoding="utf-8"))
+        if "--help" not in span
     }
 )
 
