@@ -14,10 +14,10 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build
 
 docs: $(VENV)/ready
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build
 	@echo 'built: build/site; to read it: $(BIN)/mkdocs serve'
 
 demo: $(VENV)/ready

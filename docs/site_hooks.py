@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import os
 import re
-from importlib.resources import files as files_of
+from importlib.metadata import files as files_of
 from pathlib import Path
 from posixpath import normpath, relpath
 
@@ -34,7 +34,7 @@ _PAGES = {
 _GENERATED = {page: source for source, page in _PAGES.items() if page != "index.md"}
 
 # The package ziamath has the font in it.
-_FONT = files_of("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf"
+(_FONT,) = (file.locate() for file in files_of("ziamath") or () if file.name == "STIXTwoMath-Regular.ttf")
 
 # Latin, Greek, accents, punctuation, arrows, operators, brackets and braces that grow, double-struck letters; browsers
 # take the italic letters, Latin and Greek, for variables.

@@ -260,6 +260,9 @@ class ScaLora:
         random number generators. The learning rate scheduler and the position in the data belong to the training loop.
         Tensors are not copied: use `copy.deepcopy` to keep a state beyond the next step. With FSDP2 they are DTensors.
         With DeepSpeed's ZeRO they are whole ones on the CPU, and all processes must take part.
+
+        Returns:
+            The state, which `load_state_dict` takes.
         """
         state = self._state()
         return state if self._zero is None else wholes_for(state, keep=True)
