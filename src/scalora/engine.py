@@ -81,7 +81,7 @@ _ENGINES: weakref.WeakSet[ScaLora] = weakref.WeakSet()
 class ScaLora:
     """Attaches ScaLoRA to a PEFT model and its optimizer.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         >>> ScaLora(model, optimizer, ScaLoraConfig())  # and train as before

@@ -147,7 +147,7 @@ class PairAdamW(Optimizer):
     ``1 − lr·weight_decay`` and so pulls the weight towards the base's. With `scalora.ScaLora`, the remainder decays
     with it.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
         >>> optimizer = PairAdamW(model, lr=4e-4)
         >>> ScaLora(model, optimizer, ScaLoraConfig(mode="matrix"))  # and train as before
