@@ -273,6 +273,21 @@ def test_plug_ins_take_their_sections(block):
     PluginSettings.from_block({name: value for name, value in section.items() if name != "name"})
 
 
+def slug(heading):
+    """The anchor of a heading in a repository's own view."""
+    return re.sub(r"[^\w\- ]", "", heading.replace("`", "").strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_in_the_repository(page):
+    for link, anchor in re.findall(r"(?<=\]\()(?![a-z]+:)([^)\s#]*)#?([^)\s]*)", page.read_text(encoding="utf-8")):
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        if anchor and "." not in anchor:  # not that of a name on an API page, which only the site has
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{link}#{anchor}"
+
+
 @pytest.mark.parametrize("block", **named(of("json")))
 def test_json_is_json(block):
     assert json.loads(block.text)
