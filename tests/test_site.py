@@ -169,6 +169,7 @@ def docstring_problems(name, found):
     return problems
 
 
+@pytest.mark.slow
 def test_what_the_api_pages_show_has_docstrings_with_all_arguments_and_returns():
     found = list(documented())
     assert len(found) > 40
