@@ -95,9 +95,7 @@ def check_command(words, folder):
     elif program.startswith(("scalora.", "gpu.")):
         above = ROOT / ("src" if program.startswith("scalora.") else "benchmarks")
         _check_options(above / f"{program.replace('.', '/')}.py", rest)
-    elif program.split("/")[0] in ("benchmarks", ".ci", ".venv"):
-        assert (ROOT / program).exists() or program.startswith(".venv"), program
-    else:
+    elif not (ROOT / program).is_file():
         raise AssertionError(f"{program}: nothing here checks this program; mark the block as not run, with the reason")
 
 
