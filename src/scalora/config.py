@@ -189,6 +189,9 @@ class ScaLoraConfig:
 
         Args:
             step: number of the step, counted from 1.
+
+        Returns:
+            True if there is one before the optimizer takes this step.
         """
         since_warmup = step - self.warmup_steps
         return since_warmup >= 1 and since_warmup % self.interval == 0
@@ -209,13 +212,20 @@ class ScaLoraConfig:
         Args:
             scaling: s, the adapter's scaling; used only with `smoothness`.
             learning_rate: η, the base (unscheduled) learning rate; used only with `smoothness`.
+
+        Returns:
+            The norm.
         """
         if self.smoothness is None:
             return self.target_norm or DEFAULT_TARGET_NORM
         return 1 / (scaling * math.sqrt(self.smoothness * learning_rate))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as numbers and strings, for JSON and YAML."""
+        """The settings as numbers and strings, for JSON and YAML.
+
+        Returns:
+            All fields by name.
+        """
         return asdict(self)
 
     @classmethod
@@ -224,6 +234,9 @@ class ScaLoraConfig:
 
         Args:
             settings: values of some or all fields, by name; the others keep their defaults.
+
+        Returns:
+            The config.
 
         Raises:
             ValueError: a key is unknown, or a value is out of range.

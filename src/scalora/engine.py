@@ -81,7 +81,7 @@ _ENGINES: weakref.WeakSet[ScaLora] = weakref.WeakSet()
 class ScaLora:
     """Attaches ScaLoRA to a PEFT model and its optimizer.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         >>> ScaLora(model, optimizer, ScaLoraConfig())  # and train as before
@@ -226,20 +226,21 @@ class ScaLora:
     def metrics(self) -> dict[str, float]:
         """Metrics of the last rescale, and counts since attaching. Waits for the device.
 
-        Returns:
-            Nothing before this engine's first rescale (of one that was replaced, the number of rescales by now), then
+        - ``scalora/column_share``, ``scalora/scalar_share``, ``scalora/left_alone_share``: shares of the layers by kind
+          of scaling; ``scalora/degenerate_share``: share of the layers that were left alone because their inputs have
+          no optimum;
+        - ``scalora/alpha_p10``, ``_p50``, ``_p90``, ``scalora/beta_p10``, ``_p50``, ``_p90``: quantiles of the factors
+          over all columns;
+        - ``scalora/merge_norm``: Frobenius norm of everything that this rescale moved into the remainder;
+        - ``scalora/rescales``: number of rescales so far;
+        - ``scalora/nonfinite``, ``scalora/exploding``: how often so far a layer was left alone because of NaN or
+          infinite entries, or because of factors above a million or below a millionth;
+        - with a factored remainder, ``scalora/remainder_columns``: the largest number of columns of any layer, and
+          ``scalora/discarded``: the norm of what compressions have left out, relative to that of the remainder.
 
-            - ``scalora/column_share``, ``scalora/scalar_share``, ``scalora/left_alone_share``: shares of the layers by
-              kind of scaling; ``scalora/degenerate_share``: share of the layers that were left alone because their
-              inputs have no optimum;
-            - ``scalora/alpha_p10``, ``_p50``, ``_p90``, ``scalora/beta_p10``, ``_p50``, ``_p90``: quantiles of the
-              factors over all columns;
-            - ``scalora/merge_norm``: Frobenius norm of everything that this rescale moved into the remainder;
-            - ``scalora/rescales``: number of rescales so far;
-            - ``scalora/nonfinite``, ``scalora/exploding``: how often so far a layer was left alone because of NaN or
-              infinite entries, or because of factors above a million or below a millionth;
-            - with a factored remainder, ``scalora/remainder_columns``: the largest number of columns of any layer, and
-              ``scalora/discarded``: the norm of what compressions have left out, relative to that of the remainder.
+        Returns:
+            The metrics by name; nothing before this engine's first rescale, but, of one that was replaced, the number
+            of rescales by now.
         """
         self._notices.about_layers(self._left_alone)
         rescales = float(self._progress.rescales)
@@ -259,6 +260,9 @@ class ScaLora:
         random number generators. The learning rate scheduler and the position in the data belong to the training loop.
         Tensors are not copied: use `copy.deepcopy` to keep a state beyond the next step. With FSDP2 they are DTensors.
         With DeepSpeed's ZeRO they are whole ones on the CPU, and all processes must take part.
+
+        Returns:
+            The state, which `load_state_dict` takes.
         """
         state = self._state()
         return state if self._zero is None else wholes_for(state, keep=True)

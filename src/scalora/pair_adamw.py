@@ -152,7 +152,7 @@ class PairAdamW(Optimizer):
     ``1 − lr·weight_decay`` and so pulls the weight towards the base's. With `scalora.ScaLora`, the remainder decays
     with it.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
         >>> optimizer = PairAdamW(model, lr=4e-4)
         >>> ScaLora(model, optimizer, ScaLoraConfig(mode="matrix"))  # and train as before
@@ -240,7 +240,11 @@ class PairAdamW(Optimizer):
         return any(group["weight_decay"] for group in self.param_groups)
 
     def kept_products(self) -> Iterator[tuple[LoraPair, float]]:
-        """The pairs whose product the next step decays, and the factor that it leaves of it."""
+        """The pairs whose product the next step decays.
+
+        Yields:
+            The pair, and the factor that the step leaves of its product.
+        """
         for pair, group_A, group_B in self._members():
             if (kept := _kept(group_A) * _kept(group_B)) != 1:
                 yield pair, kept

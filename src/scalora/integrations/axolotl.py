@@ -39,11 +39,14 @@ class ScaloraArgs(BaseModel):
 class ScaloraPlugin(BasePlugin):  # type: ignore[misc]
     """Trains axolotl's LoRA and QLoRA adapters with ScaLoRA.
 
-    Example:
-        plugins:
-          - scalora.integrations.axolotl.ScaloraPlugin
-        scalora:
-          interval: 10
+    In its YAML file:
+
+    ```yaml
+    plugins:
+      - scalora.integrations.axolotl.ScaloraPlugin
+    scalora:
+      interval: 10
+    ```
     """
 
     def get_input_args(self) -> str:

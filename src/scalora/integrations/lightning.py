@@ -24,7 +24,7 @@ from scalora.saving.errors import StateError
 class ScaLoraCallback(Callback):  # type: ignore[misc]
     """Adds ScaLoRA to a Lightning Trainer.
 
-    Example:
+    Examples:
         >>> trainer = lightning.Trainer(callbacks=[ScaLoraCallback(ScaLoraConfig())])
         >>> trainer.fit(module)  # a LightningModule with a PeftModel in it
 

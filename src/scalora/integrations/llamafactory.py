@@ -25,7 +25,7 @@ _OWN_LAYERS = ("use_unsloth", "use_kt", "use_mca", "use_hyper_parallel")
 def run_exp(args: dict[str, Any] | None = None, callbacks: list[TrainerCallback] | None = None) -> None:
     """LLaMA-Factory's `run_exp` with ScaLoRA.
 
-    Example:
+    Examples:
         >>> run_exp({"stage": "sft", "finetuning_type": "lora", ..., "scalora": {"interval": 10}})
 
     Args:

@@ -24,7 +24,7 @@ _from_pretrained = Swift.from_pretrained
 def register(**settings: Any) -> None:
     """Register the callback, with the settings of ScaLoRA.
 
-    Example:
+    Examples:
         >>> # scalora_plugin.py, for swift sft --external_plugins scalora_plugin.py --callbacks scalora
         >>> from scalora.integrations.swift import register
         >>> register(interval=10)

@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
     """Adds ScaLoRA to a Trainer.
 
-    Example:
+    Examples:
         >>> trainer = SFTTrainer(model, args=args, train_dataset=data, peft_config=peft_config,
         ...                      callbacks=[ScaLoraCallback(ScaLoraConfig())])
 

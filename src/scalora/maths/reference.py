@@ -50,6 +50,9 @@ class LayerState(NamedTuple):
             weight: W, the frozen weight, (m, n).
             A: PEFT's ``lora_B.weight``, (m, r). Not zero: a zero factor has no optimal scaling.
             B: PEFT's ``lora_A.weight`` transposed, (n, r). Not zero.
+
+        Returns:
+            The layer.
         """
         zero_A, zero_B = torch.zeros_like(A), torch.zeros_like(B)
         return cls(weight, A, B, zero_A, zero_B, zero_A, zero_B, 0)
@@ -166,6 +169,9 @@ class PairState(NamedTuple):
             weight: W, the frozen weight, (m, n).
             A: PEFT's ``lora_B.weight``, (m, r). Of rank r if the first step rescales.
             B: PEFT's ``lora_A.weight`` transposed, (n, r). Of rank r if the first step rescales.
+
+        Returns:
+            The layer.
         """
         square = A.new_zeros(A.shape[1], A.shape[1])
         rows_A, rows_B = A.new_zeros(len(A)), B.new_zeros(len(B))

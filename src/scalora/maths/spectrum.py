@@ -78,6 +78,9 @@ def numerical_rank(matrix: Float[Tensor, "m n"], rtol: float = DEFAULT_RTOL) -> 
         matrix: (m, n), finite, any float dtype; the computation is in float64.
         rtol: threshold relative to the largest singular value. Float32 training noise is near 1e-6 of the largest
             value, three orders below the default.
+
+    Returns:
+        The rank.
     """
     return rank_of_values(torch.linalg.svdvals(matrix.double()), rtol)
 
@@ -99,6 +102,9 @@ def effective_rank(matrix: Float[Tensor, "m n"]) -> float:
 
     Args:
         matrix: (m, n), finite, any float dtype; the computation is in float64.
+
+    Returns:
+        The rank, between 1 and the smaller of m and n unless the matrix is zero.
     """
     return effective_rank_of_values(torch.linalg.svdvals(matrix.double()))
 

@@ -21,7 +21,7 @@ from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, compres
 class ModelEma(nn.Module):
     """Keeps an exponential moving average of a model with ScaLoRA attached.
 
-    Example:
+    Examples:
         >>> ema = ModelEma(model, decay=0.999)  # after ScaLora(model, optimizer)
         >>> optimizer.step()
         >>> ema.update()

@@ -110,7 +110,7 @@ def register_optimizer(
     Raises:
         ValueError: a kind is none of these.
 
-    Example:
+    Examples:
         >>> register_optimizer("my_package.Signum", {"momentum": "linear"})
     """
     for key, kind in kinds.items():
