@@ -18,7 +18,7 @@ from scalora.parallel.job import from_first, is_first
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.claim import check_run_folder
-from scalora.runs.data import Examples, label_names, load_sets, tokenized_for_classification, warn_about_unused
+from scalora.runs.data import Examples, examples_of, label_names, tokenized_for_classification, warn_about_unused
 from scalora.runs.errors import InputError
 from scalora.runs.formats import is_conversational, trl_examples, used_columns
 from scalora.runs.losses import CausalTrainer, SequenceTrainer
@@ -325,9 +325,9 @@ def _checkpoint(settings: Settings) -> Path:
 def _examples(settings: Settings, stream: Stream | None) -> dict[str, Examples]:
     if settings.data.train is None:
         raise InputError("data.train is missing: which file should it train on?")
-    found = {"train": load_sets(settings.data.train, "train") if stream is None else stream.head()}
+    found = {"train": examples_of(settings.data, settings.data.train, "train") if stream is None else stream.head()}
     if settings.data.eval is not None:
-        found["eval"] = load_sets(settings.data.eval, "eval")
+        found["eval"] = examples_of(settings.data, settings.data.eval, "eval")
     return found
 
 

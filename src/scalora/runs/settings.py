@@ -35,6 +35,15 @@ _MOST_LISTED = 20  # an error lists the known keys of a section with at most so 
 # Keys of the section training that hold paths, or paths among other things.
 _PATHS_IN_TRAINING = ("logging_dir", "chat_template_path", "accelerator_config", "deepspeed", "fsdp_config")
 
+# Templates of the section data, and what each makes no examples without.
+_TEMPLATES_NEED = (
+    ("prompt", "completion"),
+    ("completion", "prompt"),
+    ("choices", "answer"),
+    ("answer", "choices"),
+    ("choices", "prompt"),
+)
+
 
 class Settings(StrictModel):
     """The settings of one run."""
@@ -260,15 +269,22 @@ def check_nested(settings: Settings) -> Settings:
         ScaLoraConfig.from_dict(sections["scalora"])
     except ValueError as error:
         raise InputError(f"scalora: {error}") from None
-    _check_stream(settings)
+    _check_data(settings)
     _check_reward(settings.task, settings.reward)
     return settings.model_copy(update=sections)
 
 
-def _check_stream(settings: Settings) -> None:
+def _check_data(settings: Settings) -> None:
     data = settings.data
+    for key, needed in _TEMPLATES_NEED:
+        if getattr(data, key) is not None and getattr(data, needed) is None:
+            raise InputError(f"data.{key} needs data.{needed}: set both, or leave both out")
+    if data.prompt is not None and settings.task != "sft":
+        raise InputError(f"data.prompt: only task: sft takes templates, not {settings.task!r}; leave it out")
     if not data.streaming:
         return
+    if data.first is not None:
+        raise InputError(f"data.first={data.first}: a stream is as long as training.max_steps; leave it out")
     if settings.task in (*LABELLED, "orpo"):
         why = "TRL's ORPOTrainer takes no streams" if settings.task == "orpo" else "it needs the labels of all examples"
         raise InputError(f"data.streaming=True: not for task {settings.task!r}, because {why}; leave it out")

@@ -13,9 +13,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -45,6 +45,9 @@ class Cell:
         folder: the run folder.
         config: the run's config as nested keys and values, not validated yet.
         share: share of the study's steps that the run takes; 1 for ordinary cells.
+        tests: config for `scalora evaluate` of each of the study's `tests`, not validated yet; none of a run that is
+            only for choosing a learning rate.
+        score: score of a test that counts.
     """
 
     method: str
@@ -53,6 +56,8 @@ class Cell:
     folder: Path
     config: dict[str, Any]
     share: float = 1.0
+    tests: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    score: str = ""
 
     @property
     def settings(self) -> Settings:
@@ -86,6 +91,20 @@ class Study(StrictModel):
         description="Whether larger values of the metric are better. null: false for names ending in loss, mse or "
         "perplexity, true for all others.",
     )
+    chosen_by: Literal["eval_loss", "metric"] = Field(
+        "eval_loss",
+        description="What a method's learning rate is chosen by on the tuning seeds. eval_loss by default, because it "
+        "is less noisy than most metrics; metric where the loss of a classifier rises, the surer it gets, while its "
+        "answers still become better.",
+    )
+    tests: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Sets that the trained models are scored on: name -> overrides of `run` for `scalora evaluate`. "
+        "The runs on `seeds` are; those that only choose learning rates are not. The score of a test becomes "
+        "`eval_NAME` in the tables, and the mean of all `eval_tests`, for `metric`. The weights are deleted once all "
+        "tests are done, unless `run.save_model` is true.",
+    )
+    test_score: str = Field("exact_match", description="Score of `scalora evaluate` that counts in `tests`.")
     seeds: list[int] = Field(min_length=1, description="Seeds of the reported runs.")
     tuning_seeds: list[int] | None = Field(
         None,
@@ -231,12 +250,18 @@ class Study(StrictModel):
         # A model takes hundreds of megabytes per cell, and the comparison only reads logs.
         content = merged({"save_model": False, "method": method}, merged(self.run, overrides))
         name = f"lr{learning_rate}-seed{seed}" + ("" if share == 1 else f"-share{share}")
-        folder = self.folder / "cells" / _slug(method) / name
+        folder = self.folder / "cells" / slug(method) / name
         training: dict[str, Any] = {"learning_rate": learning_rate, "seed": seed, "data_seed": seed}
         config = merged(content, {"output_dir": str(folder), "training": training})
         cell = Cell(method, learning_rate, seed, folder, config, share)
         if share == 1:
-            return cell
+            tests = {test: merged(config, overrides) for test, overrides in self.tests.items() if seed in self.seeds}
+            return replace(
+                cell,
+                tests=tests,
+                score=self.test_score,
+                config=merged(config, {"save_model": True}) if tests else config,
+            )
         return replace(cell, config=merged(config, {"training": _shortened(cell.settings.training, share)}))
 
 
@@ -259,6 +284,20 @@ def load_study_file(path: Path, overrides: Sequence[str] = (), options: Sequence
     for key, value in pairs:
         check_keys("", [key.partition(".")[0]], Study.model_fields)
         set_dotted(content, key, value)
+    study = checked_study(content)
+    check_data(study)
+    return study
+
+
+def checked_study(content: dict[str, Any]) -> Study:
+    """Make a study of the keys and values of a study file, and check all that needs no data.
+
+    Args:
+        content: nested keys and values.
+
+    Raises:
+        InputError: a key or value is invalid, or the methods would not be compared fairly.
+    """
     study = _study(content)
     _check_fairness(study)
     _check_cells(study)
@@ -323,7 +362,7 @@ def _check_fairness(study: Study) -> None:
         raise InputError(
             f"all methods must have the same number of learning rates, for equal tuning budgets; they have: {listed}"
         )
-    slugs = {method: _slug(method) for method in study.methods}
+    slugs = {method: slug(method) for method in study.methods}
     if twice := _first_duplicate(list(slugs.values())):
         names = " and ".join(repr(method) for method, slug in slugs.items() if slug == twice[0])
         raise InputError(f"methods {names} would share the folder {twice[0]!r}: rename one of them")
@@ -337,16 +376,40 @@ def _check_cells(study: Study) -> None:
         raise InputError("run.method: the study sets it from `methods`; leave it out")
     _refuse_what_the_study_sets("run", study.run)
     _run_settings({"method": "full"} | study.run, "run: ")
-    data: dict[str, str] = {}
     for method, overrides in study.methods.items():
         _refuse_what_the_study_sets(f"methods.{method}", overrides or {})
-        settings = study.cell(method, study.rates(method)[0], study.seeds[0]).settings
-        for split, name in (("train", settings.data.train), ("eval", settings.data.eval)):
-            if name is None:
+        cell = study.cell(method, study.rates(method)[0], study.seeds[0])
+        for split, name in cell.settings.data:
+            if split in ("train", "eval") and name is None:
                 raise InputError(f"methods.{method}: data.{split} is missing; a study needs data.train and data.eval")
-            if not (split == "train" and settings.data.streaming):
-                data |= dict.fromkeys([name] if isinstance(name, str) else name, split)
+        for test, content in cell.tests.items():
+            _run_settings(content, f"tests.{test}: ")
+    names = [slug(test) for test in study.tests]
+    if twice := _first_duplicate(names):
+        raise InputError(f"tests: two would share the file {twice[0]!r}: rename one of them")
     _check_step_shares(study)
+
+
+def check_data(study: Study) -> None:
+    """Check that all data of a study can be loaded; what is on the hub is downloaded.
+
+    Args:
+        study: the study.
+
+    Raises:
+        InputError: data are missing or can't be read.
+    """
+    data: dict[str, str] = {}
+    for method in study.methods:
+        cell = study.cell(method, study.rates(method)[0], study.seeds[0])
+        sets = [
+            cell.settings.data,
+            *(_run_settings(content, f"tests.{test}: ").data for test, content in cell.tests.items()),
+        ]
+        for section in sets:
+            for split, name in (("train", section.train), ("eval", section.eval)):
+                if name is not None and not (split == "train" and section.streaming):
+                    data |= dict.fromkeys([name] if isinstance(name, str) else name, split)
     from scalora.runs.data import load_examples  # loads torch, so after all else has been checked
 
     for name, split in data.items():
@@ -397,7 +460,12 @@ def _refuse_what_the_study_sets(where: str, content: dict[str, Any]) -> None:
         raise InputError(f"{where}.{given[0]}: the study sets it from output_dir, learning_rates and seeds")
 
 
-def _slug(method: str) -> str:
+def slug(method: str) -> str:
+    """The name of a folder or file for a method or test.
+
+    Args:
+        method: its name in the tables.
+    """
     return re.sub(r"[^a-z0-9_.]+", "-", method.lower()).strip("-.")
 
 
