@@ -285,6 +285,75 @@ def compare(
     _in_one_line(run, debug)
 
 
+@app.command(context_settings=_OVERRIDES)
+def reproduce(
+    context: typer.Context,
+    table: Annotated[
+        str,
+        typer.Argument(
+            metavar="TABLE", help="glue, commonsense or math; or a recipe file (YAML). --key value overrides its keys."
+        ),
+    ],
+    smoke: Annotated[
+        bool,
+        typer.Option(
+            "--smoke",
+            help="A few steps on a few examples, with one seed and one learning rate, of one task unless --only names "
+            "others: to see that everything works before days are spent.",
+        ),
+    ] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Tasks and methods to run, separated by commas (default: all); of each kind, all if none."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what it needs, and whether it is there. Downloads, trains and writes nothing."
+        ),
+    ] = False,
+    table_only: Annotated[
+        bool, typer.Option("--table-only", help="Train nothing; write the table of the runs that are finished.")
+    ] = False,
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Write the recipe to this file, to change it, and do nothing else.")
+    ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            help="GPUs to use, such as 0,1,2,3. Each executes one run at a time; name it twice for two (default: all)."
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Reproduce a table of the paper, and write it with the paper's figures beside. Finished runs are kept."""
+
+    def run() -> None:
+        from scalora.studies.reproduction import load_recipe, write_recipe
+
+        if write is not None:
+            write_recipe(table, write)
+            typer.echo(f"wrote {write}")
+            return
+        names = [] if only is None else [name.strip() for name in only.split(",")]
+        wanted = load_recipe(table, context.args, _options(context), only=names, smoke=smoke)
+        from scalora.studies.reproduction_table import reproduction_markdown, write_table
+
+        if table_only:
+            typer.echo(reproduction_markdown(write_table(wanted)))
+            return
+        from scalora.cli.console import show_reproduced
+        from scalora.studies.reproduce import reproduce as run_table
+
+        used = None if gpus is None else [name.strip() for name in gpus.split(",")]
+        reproduced = run_table(wanted, gpus=used)
+        show_reproduced(reproduced)
+        if not reproduced.complete:
+            sys.exit(1)
+
+    _in_one_line(run, debug)
+
+
 class ExportTarget(str, Enum):
     """The forms of an export."""
 

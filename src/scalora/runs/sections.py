@@ -177,3 +177,20 @@ def _pattern(value: str | None) -> str | None:
     except re.error as error:
         raise PydanticCustomError("pattern", "not a regular expression: {why}", {"why": str(error)}) from None
     return value
+
+
+class NeedsSettings(StrictModel):
+    """What is known of a run's model and data before they are downloaded, to say in time what it will need."""
+
+    model: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What the model's config.json says, as far as its sizes go: estimates are made of it where the hub "
+        "can't be reached.",
+    )
+    gated: bool = Field(
+        False, description="Whether the hub asks for a token, because the model's licence is to be accepted."
+    )
+    examples: int | None = Field(None, gt=0, description="Number of training examples.")
+    tokens: float | None = Field(None, gt=0, description="Mean number of tokens of a training example.")
+    data_gb: float = Field(0, ge=0, description="Size of the data on the disk, in GB.")
+    packages: list[str] = Field(default=[], description="Packages that the run imports besides scalora's own.")

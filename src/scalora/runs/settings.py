@@ -22,7 +22,7 @@ from scalora.runs.field_values import converted
 from scalora.runs.library_fields import UNKNOWN, LibraryField, dataclass_fields
 from scalora.runs.limits import SHARPER_TYPES, check_limits, check_together
 from scalora.runs.paths import expanded
-from scalora.runs.sections import DataSettings, EvaluateSettings, RewardSettings
+from scalora.runs.sections import DataSettings, EvaluateSettings, NeedsSettings, RewardSettings
 from scalora.runs.strict_model import StrictModel, expanded_field
 from scalora.runs.tasks import CLASSES, LABELLED, Task
 from scalora.runs.yaml_file import parse_yaml, parsed_overrides, read_yaml, refuse_repeated, set_dotted
@@ -122,6 +122,11 @@ class Settings(StrictModel):
     )
     evaluate: EvaluateSettings = Field(
         default_factory=EvaluateSettings, description="How `scalora evaluate` scores a model."
+    )
+    needs: NeedsSettings = Field(
+        default_factory=NeedsSettings,
+        description="What is known of model and data beforehand. With it, GPU, memory, disk, token and packages are "
+        "checked before anything is downloaded.",
     )
 
     @field_validator("track_updates", mode="before")

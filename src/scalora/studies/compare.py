@@ -308,8 +308,10 @@ def _check_finished_cells(study: Study) -> None:
     for cell in cells:
         if summary_of(cell) is None:
             continue
-        # Not the folder: a study may have been moved.
-        before, now = (_flat(s.model_dump(exclude={"output_dir"})) for s in (run_settings(cell.folder), cell.settings))
+        # Not the folder: a study may have been moved. Nor what was estimated of it.
+        before, now = (
+            _flat(s.model_dump(exclude={"output_dir", "needs"})) for s in (run_settings(cell.folder), cell.settings)
+        )
         for key in [*now, *before]:
             if before.get(key) != now.get(key):
                 raise InputError(
