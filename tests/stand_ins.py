@@ -50,7 +50,7 @@ def glue(folder, rows=12):
             | {"label": i % 6 - 0.25 if classes is None else i % len(classes), "idx": i}
             for i in range(rows)
         ]
-        sets[config] = {split: (made, features) for split in splits}
+        sets[config] = dict.fromkeys(splits, (made, features))
     return hub_folder(folder, sets)
 
 

@@ -140,6 +140,11 @@ def train(
         settings = load_settings(config, context.args, _options(context))
         from scalora.cli.run_output import show_plan, show_summary
 
+        if settings.needs != type(settings.needs)() and is_first():
+            from scalora.bench.needs import Job
+            from scalora.cli.needs_output import require_needs
+
+            require_needs([Job(settings.method, settings)], Path(settings.output_dir), show=dry_run)
         if dry_run:
             from scalora.runs.dry_run import dry_run as make_plan
 
@@ -342,9 +347,16 @@ def reproduce(
         if table_only:
             typer.echo(reproduction_markdown(write_table(wanted)))
             return
+        from scalora.bench.needs import jobs_of
         from scalora.cli.console import show_reproduced
+        from scalora.cli.needs_output import require_needs
         from scalora.studies.reproduce import reproduce as run_table
 
+        if dry_run:
+            typer.echo("dry run: nothing is downloaded, trained or written\n")
+        require_needs(jobs_of(wanted), wanted.folder, show=dry_run, title=wanted.recipe.title)
+        if dry_run:
+            return
         used = None if gpus is None else [name.strip() for name in gpus.split(",")]
         reproduced = run_table(wanted, gpus=used)
         show_reproduced(reproduced)

@@ -108,7 +108,7 @@ def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False
         InputError: something in the config, the data or the run folder can't be used.
     """
     method = method_of(settings)
-    peft_config = _peft_config(settings, method)
+    peft_config = peft_config_of(settings, method)
     if not resume and is_first():
         check_run_folder(settings, overwrite=overwrite)
     # Here the other processes of a job wait for the first, which has taken the run folder by then.
@@ -293,7 +293,16 @@ def _keeping_the_base(config: ScaLoraConfig, task: str) -> ScaLoraConfig:
     return replace(config, merge="factored")
 
 
-def _peft_config(settings: Settings, method: Method) -> PeftConfig | None:
+def peft_config_of(settings: Settings, method: Method) -> PeftConfig | None:
+    """The config of a run's adapter; None for methods that train all weights.
+
+    Args:
+        settings: the run's settings.
+        method: the fine-tuning method.
+
+    Raises:
+        InputError: the method's adapter has no such field, or a value is invalid.
+    """
     task_type = "SEQ_CLS" if settings.task in WITH_HEAD else "CAUSAL_LM"
     try:
         config = method.peft_config({"task_type": task_type, **LORA_DEFAULTS, **settings.lora})

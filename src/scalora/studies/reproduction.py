@@ -138,12 +138,15 @@ def load_recipe(
     pairs = parsed_overrides(overrides, options)
     refuse_repeated([key for key, _ in pairs])
     known = [*Recipe.model_fields, *Study.model_fields]
+    for key, value in pairs:
+        section = key.partition(".")[0]
+        check_keys("", [section], known)
+        set_dotted(content, _as_named(key, content), value)
+        if section in Study.model_fields and section != "methods":
+            set_dotted(content.setdefault("smoke", {}), key, value)  # beats what the recipe makes small
+    _check_paper(content)
     if smoke:
         content = _smoke(content)
-    for key, value in pairs:
-        check_keys("", [key.partition(".")[0]], known)
-        set_dotted(content, _as_named(key, content), value)
-    _check_paper(content)
     wanted = list(only)
     if smoke and not set(wanted) & set(content.get("tasks", {})):
         wanted += content["smoke"].get("only", [])
