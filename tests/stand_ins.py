@@ -4,8 +4,17 @@ A folder has the configurations, splits and columns of the data set that it stan
 """
 
 import torch
+from conftest import CHAT_TEMPLATE
 from datasets import ClassLabel, Dataset, Features, Value
-from transformers import AutoModelForCausalLM, DebertaV2Config, DebertaV2ForSequenceClassification
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 TEXTS = ["red", "blue", "green", "black", "white", "grey", "pink", "brown", "gold", "teal"]
 
@@ -82,3 +91,148 @@ def causal(folder, tokenizer, config):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def word_tokenizer(texts):
+    """A tokenizer that has a token for each word of some texts, so that long prompts have few tokens."""
+    made = Tokenizer(BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    special = ["<unk>", "<pad>", "<eos>", "<|user|>", "<|assistant|>", "<|system|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=1500, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=CHAT_TEMPLATE
+    )
+
+
+COMMONSENSE_TRAIN = {
+    "instruction": "Please answer the following question with true or false, question: is ice cold?\n\nAnswer format: "
+    "true/false",
+    "input": "",
+    "output": "the correct answer is true",
+    "answer": "true",
+}
+CHOICES = {"text": ["sand", "snow", "salt", "silk"], "label": ["A", "B", "C", "D"]}
+
+# Of each test: hub id, configuration, split, and a row with the columns that the hub has.
+COMMONSENSE = {
+    "BoolQ": (
+        "google/boolq",
+        "default",
+        "validation",
+        {"question": "is the sky blue", "answer": False, "passage": "It is dark."},
+    ),
+    "PIQA": (
+        "baber/piqa",
+        "default",
+        "validation",
+        {"goal": "Cool a drink", "sol1": "Add ice.", "sol2": "Add salt.", "label": 1},
+    ),
+    "SIQA": (
+        "lighteval/siqa",
+        "default",
+        "validation",
+        {
+            "context": "Kim ran.",
+            "question": "Why?",
+            "answerA": "for a bus",
+            "answerB": "for fun",
+            "answerC": "to rest",
+            "label": "3",
+        },
+    ),
+    "HellaSwag": (
+        "Rowan/hellaswag",
+        "default",
+        "validation",
+        {
+            "ind": 3,
+            "activity_label": "Playing drums",
+            "ctx_a": "A man sits.",
+            "ctx_b": "he",
+            "ctx": "A man sits. he",
+            "endings": ["sings.", "plays.", "sleeps.", "leaves."],
+            "source_id": "a",
+            "split": "val",
+            "split_type": "indomain",
+            "label": "1",
+        },
+    ),
+    "WinoGrande": (
+        "allenai/winogrande",
+        "winogrande_xl",
+        "validation",
+        {"sentence": "Ann thanked Bea because _ had helped.", "option1": "Ann", "option2": "Bea", "answer": "2"},
+    ),
+    "ARC-e": (
+        "allenai/ai2_arc",
+        "ARC-Easy",
+        "test",
+        {"id": "1", "question": "What melts?", "choices": CHOICES, "answerKey": "B"},
+    ),
+    "ARC-c": (
+        "allenai/ai2_arc",
+        "ARC-Challenge",
+        "test",
+        {
+            "id": "2",
+            "question": "What is woven?",
+            "choices": {"text": ["sand", "snow", "silk"], "label": ["1", "2", "3"]},
+            "answerKey": "3",
+        },
+    ),
+    "OBQA": (
+        "allenai/openbookqa",
+        "main",
+        "test",
+        {"id": "3", "question_stem": "Beaches are made of", "choices": CHOICES, "answerKey": "A"},
+    ),
+}
+
+
+def commonsense(folder):
+    """The training set and the tests; returns the words that put them in place of the hub's."""
+    train = hub_folder(folder / "train", {"default": {"train": ([COMMONSENSE_TRAIN] * 130, None)}})
+    words = ["--run.data.train", f"{train}@train[:-120]", "--run.data.eval", f"{train}@train[-120:]"]
+    for test, (_, config, split, row) in COMMONSENSE.items():
+        path = hub_folder(folder / test, {config: {split: ([row] * 3, None)}})
+        words += [f"--tests.{test}.data.eval", f"{path}:{config}@{split}"]
+    return words
+
+
+MATH_TRAIN = {
+    "type": "GSM_Rephrased",
+    "query": "What is 2 + 3?",
+    "original_question": "What is 2 + 3?",
+    "response": "It is 5.\n#### 5\nThe answer is: 5",
+}
+GSM8K = {"question": "Tom has 1200 apples and eats 3. How many are left?", "answer": "1200 - 3 = 1197\n#### 1,197"}
+MATH = {
+    "problem": "Simplify $\\frac{2}{4}$.",
+    "level": "Level 1",
+    "type": "Algebra",
+    "solution": "Divide: $\\boxed{\\frac{1}{2}}$.",
+}
+SUBJECTS = [
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+]
+
+
+def mathematics(folder):
+    """The training set and the tests; returns the words that put them in place of the hub's."""
+    train = hub_folder(folder / "train", {"default": {"train": ([MATH_TRAIN] * 520, None)}})
+    gsm8k = hub_folder(folder / "gsm8k", {"main": {"test": ([GSM8K] * 2, None)}})
+    problems = hub_folder(folder / "math", {subject: {"test": ([MATH], None)} for subject in SUBJECTS})
+    sets = ", ".join(f"'{problems}:{subject}@test'" for subject in SUBJECTS)
+    return [
+        *("--run.data.train", f"{train}@train[:25%]", "--run.data.eval", f"{train}@train[-500:]"),
+        *("--tests.GSM8K.data.eval", f"{gsm8k}:main@test", "--tests.MATH.data.eval", f"[{sets}]"),
+    ]

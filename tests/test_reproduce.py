@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -337,6 +338,18 @@ def test_what_is_wrong_is_said_in_one_line(word, message, small):
     result = scalora("reproduce", *words)
     assert result.exit_code == 2
     assert message in one_line(result)
+
+
+def test_the_report_has_the_papers_column(small):
+    assert scalora("reproduce", small()).exit_code == 0
+    assert scalora("report", "out").exit_code == 0
+    page = Path("out/report.html").read_text()
+    assert "Report of a table" in page
+    for column, value in (("paper", "40.00"), ("ours", "51.67 ± 2.33"), ("difference", "+11.67 ± 2.33")):
+        assert re.search(rf'data-label="{column}"[^>]*>\s*{re.escape(value)}</td>', page)
+    assert "paper: 40.00 %" in page  # a fact at the top
+    # A task's own folder is a study's.
+    assert scalora("report", "out/one-1").exit_code == 0
 
 
 def test_a_folder_with_something_else_is_refused(small, tmp_path):

@@ -117,8 +117,8 @@ def shown(needs: Needs, there: Machine, names: Sequence[tuple[str, str]] = ()) -
     )
     results = needs.kept + needs.output * max(1, there.gpus)
     rows.append(("results", f"about {results / GB:.1f} GB in {there.output}; {there.output_free / GB:.0f} GB are free"))
-    hours = "unknown: needs.examples is not set" if needs.hours is None else f"about {_duration(needs.hours)}"
-    rows.append(("time", f"{hours} of one H100 for {needs.runs} run{'s' * (needs.runs != 1)}, an estimate"))
+    hours = "unknown" if needs.hours is None else f"about {_duration(needs.hours)} or more of one H100, an estimate"
+    rows.append(("time", f"{hours}, for {needs.runs} run{'s' * (needs.runs != 1)}"))
     if needs.gated:
         rows.append(("gated", f"{', '.join(needs.gated)}; a token is {'there' if there.token else 'missing'}"))
     if needs.packages:

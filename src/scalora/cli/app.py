@@ -464,13 +464,15 @@ def export(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN|STUDY", help="Folder of a run or a study.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN|STUDY|TABLE", help="Folder of a run, a study or a table of `reproduce`.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder for report.html and figures/ (default: that of the run or study).")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write an HTML page with figures for a run or a study. The page is self-contained."""
+    """Write an HTML page with figures for a run or a study, or a page for a table. The page is self-contained."""
 
     def run() -> None:
         from scalora.report.write import report as make

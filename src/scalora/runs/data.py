@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -199,11 +201,20 @@ def hub_name(name: str) -> tuple[str, str | None, str | None]:
     return (name, None, None) if found is None else (found["path"], found["config"], found["split"])
 
 
+def _cache_of(folder: Path) -> str:
+    """Where datasets may keep what it reads of a folder: its own names for that tell no folders of one name apart."""
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for path in sorted(folder.rglob("*")):
+        digest.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "scalora" / digest.hexdigest()[:32])
+
+
 def _from_hub(name: str, split: str) -> Dataset:
     path, config, own_split = hub_name(name)
     local = local_path(path)
+    cache = None if local is None else _cache_of(local)
     try:
-        loaded = load_dataset(path if local is None else str(local), config, split=own_split)
+        loaded = load_dataset(path if local is None else str(local), config, split=own_split, cache_dir=cache)
     except Exception as error:  # the libraries below have classes of their own
         what = (
             "is not a local file, and downloading it" if local is None else "does not exist as a file, and loading it"

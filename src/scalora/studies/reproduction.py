@@ -141,9 +141,10 @@ def load_recipe(
     for key, value in pairs:
         section = key.partition(".")[0]
         check_keys("", [section], known)
-        set_dotted(content, _as_named(key, content), value)
+        named = _as_named(key, content)
+        set_dotted(content, named, value)
         if section in Study.model_fields and section != "methods":
-            set_dotted(content.setdefault("smoke", {}), key, value)  # beats what the recipe makes small
+            set_dotted(content.setdefault("smoke", {}), named, value)  # beats what the recipe makes small
     _check_paper(content)
     if smoke:
         content = _smoke(content)
