@@ -127,6 +127,12 @@ def test_only_takes_tasks_and_methods():
     some = load_recipe("glue", only=["RTE", "STS-B", "scalora", "lora"])
     assert list(some.studies) == ["STS-B", "RTE"]
     assert list(some.studies["RTE"].methods) == ["lora", "scalora"]
+    # Where a task has rates of its own, too.
+    some = load_recipe("commonsense", only=["LLaMA3-8B", "lora", "scalora, matrix"])
+    assert {method: some.studies["LLaMA3-8B"].rates(method) for method in some.studies["LLaMA3-8B"].methods} == {
+        "lora": [5e-5, 1e-4, 2e-4],
+        "scalora, matrix": [5e-6, 1e-5, 2e-5],
+    }
     assert "there is no such task or method" in one_line(scalora("reproduce", "glue", "--only", "RTE,dora"))
 
 

@@ -79,7 +79,7 @@ def missing(needs: Needs, there: Machine) -> list[str]:
             f"a GPU with {needs.gpu / GB:.0f} GB for {needs.hungriest}: {there.gpu} has {there.memory / GB:.0f} GB "
             "(set training.per_device_train_batch_size lower, and training.gradient_accumulation_steps higher)"
         )
-    results = needs.kept + needs.output * max(1, there.gpus)
+    results = needs.kept + needs.passing * max(1, there.gpus)
     same = _device(there.cache) == _device(there.output)
     rooms = [("models and data", there.cache, needs.downloads + (results if same else 0), there.cache_free)]
     if not same:
@@ -115,7 +115,7 @@ def shown(needs: Needs, there: Machine, names: Sequence[tuple[str, str]] = ()) -
     rows.append(
         ("downloads", f"about {needs.downloads / GB:.1f} GB to {there.cache}; {there.cache_free / GB:.0f} GB are free")
     )
-    results = needs.kept + needs.output * max(1, there.gpus)
+    results = needs.kept + needs.passing * max(1, there.gpus)
     rows.append(("results", f"about {results / GB:.1f} GB in {there.output}; {there.output_free / GB:.0f} GB are free"))
     hours = "unknown" if needs.hours is None else f"about {_duration(needs.hours)} or more of one H100, an estimate"
     rows.append(("time", f"{hours}, for {needs.runs} run{'s' * (needs.runs != 1)}"))

@@ -87,8 +87,8 @@ class Needs:
         gpu: bytes of the hungriest run on a GPU; 0 if none uses a GPU.
         hungriest: its name.
         downloads: bytes of models and data.
-        output: bytes that results take in the output folders at most at the same time, for one run at a time.
         kept: bytes of results that stay.
+        passing: bytes of a run's results that are deleted when it has been scored; each GPU has one such run.
         hours: of one GPU; None if the number of steps is not known.
         gated: models that need a token.
         packages: packages that are imported besides scalora's own.
@@ -100,8 +100,8 @@ class Needs:
     gpu: int = 0
     hungriest: str = ""
     downloads: int = 0
-    output: int = 0
     kept: int = 0
+    passing: int = 0
     hours: float | None = 0.0
     gated: list[str] = field(default_factory=list)
     packages: list[str] = field(default_factory=list)
@@ -113,7 +113,8 @@ class _Model(NamedTuple):
 
     parameters: int
     saved: int  # bytes of the merged model
-    state: int  # bytes of the exact state beside it
+    state: int  # bytes of the exact state beside it, or of the adapter
+    moments: int  # bytes of the optimizer's state in a checkpoint
     static: int  # bytes of weights, gradients, optimizer and remainder
     operations: float  # per token of a step, forward and backward
     again: float  # per token, for recomputing the forward pass
@@ -168,9 +169,11 @@ def needs_of(jobs: Sequence[Job]) -> Needs:
             if memory > needs.gpu:
                 needs.gpu, needs.hungriest = memory, job.name
         size = model.saved + model.state if settings.save_model else 0
-        needs.output = max(needs.output, size)
-        if not job.tests:
-            needs.kept += job.runs * size
+        checkpoints = _checkpoints(settings, arguments) * (model.state + model.moments)
+        if job.tests:
+            needs.passing = max(needs.passing, size + checkpoints)
+        else:
+            needs.kept += job.runs * (size + checkpoints)
         seconds = _seconds(model, settings, arguments)
         tests = [_seconds_of_test(model, test) for test in job.tests]
         if seconds is None or needs.hours is None:
@@ -265,7 +268,7 @@ def _model(key: _Key) -> _Model:
     trained_bytes = sum(p.nbytes for p in trained)
     adapter = trained_bytes if isinstance(model, PeftModel) else 0
     pairs: list[LoraPair] = []
-    rescale, state = 0.0, 0
+    rescale, state = 0.0, trained_bytes
     if isinstance(method, ScaLoraMethod):
         pairs = pairs_over_quantised(model, quantised)
         merge = resolve_merge(pairs, method.config.merge, method.config.remainder_rank)
@@ -273,7 +276,9 @@ def _model(key: _Key) -> _Model:
         work = rescale_work_of(pairs, merge, method.config.remainder_rank)
         rescale = work.seconds(1e9 * H100_BANDWIDTH, 1e12 * ACHIEVED * H100_TFLOPS["float32"])
         rescale /= max(1, method.config.interval)
-        state = sum(pair.weight.nbytes for pair in pairs) + 3 * adapter
+        state = adapter + memory.remainder
+        if merge != "factored":
+            state += sum(pair.weight.nbytes for pair in pairs)
     else:
         memory = training_memory(weights, adapter, trained_bytes)
     sizes: Any = config.get_text_config()
@@ -283,6 +288,7 @@ def _model(key: _Key) -> _Model:
         parameters=parameters,
         saved=parameters * getattr(torch, settings.dtype).itemsize,
         state=state,
+        moments=2 * trained_bytes,
         static=memory.scalora,
         operations=4 * matrices + own_gradient * rank_two,
         again=2 * matrices,
@@ -326,17 +332,37 @@ def _activations(model: _Model, settings: Settings, arguments: TrainingArguments
     return layer * model.layers + logits + copies
 
 
+def _steps(settings: Settings, arguments: TrainingArguments) -> float | None:
+    """Optimizer steps of a run; None if the number of examples is not known."""
+    if arguments.max_steps > 0:
+        return float(arguments.max_steps)
+    if settings.needs.examples is None:
+        return None
+    batch: int = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    epochs: float = arguments.num_train_epochs
+    return epochs * math.ceil(settings.needs.examples / batch)
+
+
+def _checkpoints(settings: Settings, arguments: TrainingArguments) -> int:
+    """How many checkpoints there are at the end."""
+    strategy = str(getattr(arguments.save_strategy, "value", arguments.save_strategy))
+    if strategy == "no":
+        return 0
+    saves = float(arguments.num_train_epochs)
+    if strategy == "steps":
+        every = arguments.save_steps
+        saves = (_steps(settings, arguments) or 0) / every if every >= 1 else 1 / every
+    limit = arguments.save_total_limit
+    return min(math.ceil(saves), limit or math.ceil(saves))
+
+
 def _seconds(model: _Model, settings: Settings, arguments: TrainingArguments) -> float | None:
     """Seconds of training; None if the number of steps is not known."""
-    batch: int = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    known = settings.needs
-    if arguments.max_steps > 0:
-        steps = float(arguments.max_steps)
-    elif known.examples is None:
+    steps = _steps(settings, arguments)
+    if steps is None:
         return None
-    else:
-        steps = float(arguments.num_train_epochs) * math.ceil(known.examples / batch)
-    length = min(known.tokens or math.inf, _longest(settings, arguments))
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    length = min(settings.needs.tokens or math.inf, _longest(settings, arguments))
     operations = model.operations + (model.again if _recomputes(arguments) else 0)
     computing = operations * length * batch / (1e12 * ACHIEVED * H100_TFLOPS["bfloat16"])
     starting = model.layers * _SECONDS_OF_LAYER * arguments.gradient_accumulation_steps

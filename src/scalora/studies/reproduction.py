@@ -255,7 +255,13 @@ def _reduced(content: dict[str, Any], only: Sequence[str]) -> dict[str, Any]:
                 f"--only {name}: there is no such task or method; the tasks are {', '.join(tasks)}, the methods "
                 f"{', '.join(methods)}"
             )
-    for key, every in (("tasks", tasks), ("methods", methods)):
-        if set(only) & set(every):
-            content = content | {key: {name: value for name, value in every.items() if name in only}}
-    return content
+
+    def chosen(section: Mapping[str, Any], every: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in section.items() if name in only or not set(only) & set(every)}
+
+    # A task may have its own rates for a method.
+    own = {
+        name: {**task, "methods": chosen(task["methods"], methods)} if task and "methods" in task else task
+        for name, task in chosen(tasks, tasks).items()
+    }
+    return {**content, "tasks": own, "methods": chosen(methods, methods)}
