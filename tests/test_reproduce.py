@@ -279,7 +279,8 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(small, tmp_path):
 def test_a_task_without_data_does_not_keep_the_others_from_being_run(small):
     result = scalora("reproduce", small(), "--tasks.Pair.run.data.eval", "absent.jsonl")
     assert result.exit_code == 1
-    assert "failed: Pair: data file 'absent.jsonl' does not exist" in result.stderr
+    assert "Pair is left out: data file 'absent.jsonl' does not exist" in result.stderr
+    assert result.stderr.index("Pair is left out") < result.stderr.index("finished after")
     table = pd.read_parquet("out/table.parquet").set_index(["method", "column"])
     assert table["seeds"]["lora", "One-1"] == 3
     assert table["seeds"]["lora", "average"] == 0
@@ -356,6 +357,10 @@ def test_the_report_has_the_papers_column(small):
     assert "paper: 40.00 %" in page  # a fact at the top
     # A task's own folder is a study's.
     assert scalora("report", "out/one-1").exit_code == 0
+
+
+def test_there_is_no_table_before_a_run(small):
+    assert "nothing was run in 'out' yet" in one_line(scalora("reproduce", small(), "--table-only"))
 
 
 def test_a_folder_with_something_else_is_refused(small, tmp_path):

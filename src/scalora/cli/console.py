@@ -143,7 +143,7 @@ def show_reproduced(reproduced: Reproduced) -> None:
     for cell, error in reproduced.failed:
         print(f"failed: {cell}: {error} ({cell.folder / 'log.txt'})", file=sys.stderr)
     for task, error in reproduced.broken:
-        print(f"failed: {task}: {error}", file=sys.stderr)
+        print(f"left out: {task}: {error}", file=sys.stderr)
     if reproduced.failed or reproduced.broken:
         runs, tasks = len(reproduced.failed), len(reproduced.broken)
         what = " and ".join([f"{runs} runs"] * bool(runs) + [f"{tasks} tasks"] * bool(tasks))

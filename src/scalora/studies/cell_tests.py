@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import mean
 
 from scalora.runs.yaml_file import yaml_dump
-from scalora.studies.study import Cell, slug
+from scalora.studies.folder_names import slug
+from scalora.studies.study import Cell
 
 _WEIGHTS = ("model", "delta", "adapter")  # what training writes of a model
 

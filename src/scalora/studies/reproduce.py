@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,8 @@ from scalora.saving.files import atomic_write
 from scalora.studies.compare import compare
 from scalora.studies.reproduction import REPRODUCTION_FILE, Reproduction
 from scalora.studies.reproduction_table import ReproductionResult, write_table
-from scalora.studies.study import Cell, check_data
+from scalora.studies.study import Cell
+from scalora.studies.study_checks import check_data
 
 
 class Reproduced(NamedTuple):
@@ -66,13 +68,24 @@ def reproduce(
     _write(reproduction.content, folder / REPRODUCTION_FILE)
     failed: list[tuple[Cell, str]] = []
     broken: list[tuple[str, str]] = []
-    result = None
+
+    def give_up(task: str, error: InputError) -> None:
+        broken.append((task, str(error)))
+        print(f"{task} is left out: {error}", file=sys.stderr, flush=True)  # not days later
+
+    usable = {}
     for task, study in reproduction.studies.items():
         try:
             check_data(study)
+            usable[task] = study
+        except InputError as error:
+            give_up(task, error)
+    result = None
+    for task, study in usable.items():
+        try:
             comparison = compare(study, cores=cores, threads=threads, jobs=jobs, gpus=gpus)
         except InputError as error:
-            broken.append((task, str(error)))
+            give_up(task, error)
             continue
         if comparison.result is None:
             return Reproduced(failed, broken, None)

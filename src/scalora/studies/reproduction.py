@@ -17,7 +17,8 @@ from scalora.runs.settings import check_keys, first_problem
 from scalora.runs.strict_model import StrictModel, expanded_field
 from scalora.runs.yaml_file import parse_yaml, parsed_overrides, read_yaml, refuse_repeated, set_dotted
 from scalora.saving.files import atomic_write
-from scalora.studies.study import Study, checked_study, merged, slug
+from scalora.studies.folder_names import slug
+from scalora.studies.study import Study, checked_study, merged
 
 REPRODUCTION_FILE = "reproduction.yaml"
 """The recipe as it was run, in the folder of its table."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 
+from scalora.runs.errors import InputError
 from scalora.saving.files import atomic_write
 from scalora.studies.cells import read_cells
 from scalora.studies.grid import grid
@@ -103,8 +104,11 @@ def write_table(reproduction: Reproduction) -> ReproductionResult:
         The results that were written.
 
     Raises:
+        InputError: nothing was run yet.
         OSError: a file can't be written.
     """
+    if not reproduction.folder.is_dir():
+        raise InputError(f"nothing was run in {str(reproduction.folder)!r} yet: there is no table")
     result = read_reproduction(reproduction)
     with atomic_write(reproduction.folder / "table.parquet") as temporary:
         result.table.to_parquet(temporary, index=False)
