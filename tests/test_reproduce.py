@@ -290,6 +290,7 @@ def test_tests_score_each_trained_model_and_weights_go_when_all_are_done(small, 
     answers = [{"prompt": "a", "completion": " b"}] * 2
     easy, hard = (str(write_jsonl(f"{name}.jsonl", answers)) for name in ("easy", "hard"))
     run = {"model": "some/model", "training": {"use_cpu": True}, "data": {"train": easy, "eval": easy}}
+    run["evaluate"] = {"metrics": ["exact_match", "loss"]}  # the first counts
     tests = {"E": {"evaluate": {"limit": 20}}, "H-1": {"data": {"eval": hard}, "evaluate": {"limit": 40}}}
     recipe = small(
         run=run,

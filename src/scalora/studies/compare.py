@@ -207,7 +207,8 @@ class _Runner:
             self._say(f"{cell}: what an earlier try left is now in {str(move_aside(cell.folder))!r}")
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
         config = _config_file(cell)
-        config.write_text(yaml_dump(cell.settings.model_dump()), encoding="utf-8")
+        # Without what the run needs, which has been checked for all runs.
+        config.write_text(yaml_dump(cell.settings.model_dump(exclude={"needs"})), encoding="utf-8")
         return [sys.executable, "-m", "scalora", "train", str(config)]
 
     def _end(self, cell: Cell, how: str) -> None:

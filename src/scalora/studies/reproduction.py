@@ -50,7 +50,8 @@ class Recipe(StrictModel):
     )
     smoke: dict[str, Any] = Field(
         default_factory=dict,
-        description="Overrides of the study for --smoke, and `only`: the tasks that it runs unless others are named.",
+        description="Overrides of the study for --smoke, and `only`: the tasks and methods that it runs unless others "
+        "are named.",
     )
 
     @field_validator("output_dir")
@@ -150,8 +151,9 @@ def load_recipe(
     if smoke:
         content = _smoke(content)
     wanted = list(only)
-    if smoke and not set(wanted) & set(content.get("tasks", {})):
-        wanted += content["smoke"].get("only", [])
+    for names in (content.get("tasks") or {}, content.get("methods") or {}):
+        if smoke and not set(wanted) & set(names):
+            wanted += [name for name in content["smoke"].get("only", []) if name in names]
     return Reproduction(_reduced(content, wanted))
 
 

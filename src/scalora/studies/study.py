@@ -101,7 +101,10 @@ class Study(StrictModel):
         "`eval_NAME` in the tables, and the mean of all `eval_tests`, for `metric`. The weights are deleted once all "
         "tests are done, unless `run.save_model` is true.",
     )
-    test_score: str = Field("exact_match", description="Score of `scalora evaluate` that counts in `tests`.")
+    test_score: str | None = Field(
+        None,
+        description="Score of `scalora evaluate` that counts in `tests`. null: the first of `run.evaluate.metrics`.",
+    )
     seeds: list[int] = Field(min_length=1, description="Seeds of the reported runs.")
     tuning_seeds: list[int] | None = Field(
         None,
@@ -165,6 +168,10 @@ class Study(StrictModel):
         if self.greater_is_better is None:
             return not self.metric.endswith(_SMALLER_IS_BETTER)
         return self.greater_is_better
+
+    def _test_score(self) -> str:
+        metrics = (self.run.get("evaluate") or {}).get("metrics") or ["loss"]
+        return self.test_score or str(metrics[0])
 
     def shares(self) -> list[float]:
         """The `step_shares`, in ascending order; none if there are none."""
@@ -256,7 +263,7 @@ class Study(StrictModel):
             return replace(
                 cell,
                 tests=tests,
-                score=self.test_score,
+                score=self._test_score(),
                 config=merged(config, {"save_model": True}) if tests else config,
             )
         return replace(cell, config=merged(config, {"training": _shortened(cell.settings.training, share)}))
