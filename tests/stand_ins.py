@@ -192,13 +192,21 @@ COMMONSENSE = {
 }
 
 
-def commonsense(folder):
-    """The training set and the tests; returns the words that put them in place of the hub's."""
-    train = hub_folder(folder / "train", {"default": {"train": ([COMMONSENSE_TRAIN] * 130, None)}})
-    words = ["--run.data.train", f"{train}@train[:-120]", "--run.data.eval", f"{train}@train[-120:]"]
+def commonsense(folder, data):
+    """The training set and the tests; returns the words that put them in place of the hub's in a section `data`."""
+    # As many rows as the hub's, because the recipe holds some out at places of it.
+    path = folder / "train" / "default" / "train-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    Dataset.from_dict({column: [value] * 170_420 for column, value in COMMONSENSE_TRAIN.items()}).to_parquet(path)
+    words = []
+    for split in ("train", "eval"):
+        words += [
+            f"--run.data.{split}",
+            data[split].replace("zwhe99/commonsense_170k", str(folder / "train" / "default")),
+        ]
     for test, (_, config, split, row) in COMMONSENSE.items():
-        path = hub_folder(folder / test, {config: {split: ([row] * 3, None)}})
-        words += [f"--tests.{test}.data.eval", f"{path}:{config}@{split}"]
+        tests = hub_folder(folder / test, {config: {split: ([row] * 3, None)}})
+        words += [f"--tests.{test}.data.eval", f"{tests}:{config}@{split}"]
     return words
 
 

@@ -100,7 +100,8 @@ def _sizes(tokenizer):
 
 @pytest.fixture(scope="module")
 def llama(words_tokenizer, tmp_path_factory):
-    config = LlamaConfig(**_sizes(words_tokenizer))
+    wide = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32, "num_key_value_heads": 2}
+    config = LlamaConfig(**_sizes(words_tokenizer) | wide)  # for LoRA-GA, which needs twice the rank
     return stand_ins.causal(tmp_path_factory.mktemp("llama"), words_tokenizer, config)
 
 
@@ -134,8 +135,10 @@ SHORT = ["--run.training.use_cpu", "true", "--run.training.max_steps", "2", "--r
 @pytest.fixture(scope="module")
 def commonsense(llama, tmp_path_factory):
     root = tmp_path_factory.mktemp("commonsense")
-    words = [*stand_ins.commonsense(root), "--tasks.LLaMA2-7B.run.model", str(llama), "--output_dir", str(root / "out")]
-    every = load_recipe("commonsense").studies["LLaMA2-7B"].methods
+    study = load_recipe("commonsense").studies["LLaMA2-7B"]
+    words = [*stand_ins.commonsense(root, study.run["data"]), "--output_dir", str(root / "out")]
+    words += ["--tasks.LLaMA2-7B.run.model", str(llama)]
+    every = study.methods
     return _finished(load_recipe("commonsense", [*words, *SHORT], smoke=True, only=every), "scalora")
 
 
@@ -184,6 +187,16 @@ def test_the_prompts_of_commonsense(test, commonsense):
     assert re.search(pattern, row["completion"]).group() == answer
     for choice in choices:
         assert re.search(pattern, f"I think {choice} is right, not {answer}").group() == choice
+
+
+def test_the_questions_that_are_held_out_are_not_trained_on():
+    data = load_recipe("commonsense").studies["LLaMA2-7B"].run["data"]
+    rows = {}
+    for split in ("train", "eval"):
+        spans = re.findall(r"train\[(\d*):(\d*)\]", data[split])
+        rows[split] = [row for start, end in spans for row in range(int(start or 0), int(end or 170_420))]
+    assert len(rows["eval"]) == 120
+    assert sorted(rows["train"] + rows["eval"]) == list(range(170_420))
 
 
 def test_only_the_answer_is_trained_on(commonsense):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ def missing(needs: Needs, there: Machine) -> list[str]:
             f"a token of the hub for {', '.join(needs.gated)}: accept the licence on the model's page, then `hf auth "
             "login` or HF_TOKEN"
         )
-    absent = [name for name in needs.packages if importlib.util.find_spec(name.replace("-", "_")) is None]
+    absent = [name for name in needs.packages if not _is_installed(name)]
     if absent:
         lacks.append(f"packages: pip install {' '.join(absent)}")
     return lacks
@@ -128,6 +128,14 @@ def shown(needs: Needs, there: Machine, names: Sequence[tuple[str, str]] = ()) -
 
 def _duration(hours: float) -> str:
     return f"{max(1, round(60 * hours))} minutes" if hours < 1 else f"{hours:,.0f} hours"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _existing(folder: Path) -> Path:
