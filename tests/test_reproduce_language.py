@@ -281,6 +281,16 @@ def test_a_template_fills_columns_as_they_are_written(tmp_path):
     assert made[:] == {"prompt": ["Q: 1 < 2 & {x}?\n"], "completion": [" yes "]}
 
 
+def test_what_a_template_makes_is_shared_by_the_runs_of_a_study(tmp_path):
+    # As two processes would make it: of the same text, without the same objects.
+    words = {"prompt": "{{ q }}", "completion": "{{ a }}"}
+    files = [
+        _made(tmp_path, [{"q": "a", "a": "b"}], **words | {"completion": text}).cache_files[0]["filename"]
+        for text in ("{{ a }}", "".join(["{{ a", " }}"]), "{{ a }}.")
+    ]
+    assert files[0] == files[1] != files[2]
+
+
 BAD = {
     "row 1: data.prompt can't be filled: 'question' is undefined; the columns are q, a": {
         "prompt": "{{ question }}",

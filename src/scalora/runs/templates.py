@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from datasets import Dataset
@@ -27,6 +27,8 @@ _SHOWN = 60  # characters of a value that an error shows
 Maker = Callable[[Mapping[str, Any], str], dict[str, Any]]
 """Makes the columns of the templates from a row, given where it stands."""
 
+_Sources = tuple[tuple[str, str], ...]  # keys and templates
+
 
 def maker(data: DataSettings) -> Maker | None:
     """What makes the columns of a config's templates from a row; None if it has no templates.
@@ -37,15 +39,8 @@ def maker(data: DataSettings) -> Maker | None:
     Raises:
         InputError: a template can't be read.
     """
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    templates: dict[str, Template] = {}
-    for key in TEMPLATES:
-        if (source := getattr(data, key)) is not None:
-            try:
-                templates[key] = environment.from_string(source)
-            except TemplateError as error:
-                raise InputError(f"data.{key} is not a template: {error}") from None
-    return partial(_made, templates) if templates else None
+    sources = _sources(data)
+    return partial(_made, _compiled(sources)) if sources else None
 
 
 def templated(rows: Dataset, name: str, data: DataSettings) -> Dataset:
@@ -59,14 +54,39 @@ def templated(rows: Dataset, name: str, data: DataSettings) -> Dataset:
     Raises:
         InputError: a template can't be read, or can't be filled from a row.
     """
-    make = maker(data)
-    if make is None:
+    sources = _sources(data)
+    if not sources:
         return rows
+    _compiled(sources)
+    # By a function of the module and plain texts, which datasets has the same digest of in every process: the runs of a
+    # study then share what is made.
+    return rows.map(
+        _filled,
+        with_indices=True,
+        fn_kwargs={"name": name, "sources": sources},
+        remove_columns=rows.column_names,
+        desc="Filling templates",
+    )
 
-    def fill(row: dict[str, Any], place: int) -> dict[str, Any]:
-        return make(row, row_name(name, place))
 
-    return rows.map(fill, with_indices=True, remove_columns=rows.column_names, desc="Filling templates")
+def _sources(data: DataSettings) -> _Sources:
+    return tuple((key, getattr(data, key)) for key in TEMPLATES if getattr(data, key) is not None)
+
+
+@lru_cache(maxsize=32)
+def _compiled(sources: _Sources) -> Mapping[str, Template]:
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    templates = {}
+    for key, source in sources:
+        try:
+            templates[key] = environment.from_string(source)
+        except TemplateError as error:
+            raise InputError(f"data.{key} is not a template: {error}") from None
+    return templates
+
+
+def _filled(row: dict[str, Any], place: int, name: str, sources: _Sources) -> dict[str, Any]:
+    return _made(_compiled(sources), row, row_name(name, place))
 
 
 def _made(templates: Mapping[str, Template], row: Mapping[str, Any], where: str) -> dict[str, Any]:
