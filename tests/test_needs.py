@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from models import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from scalora.bench import hub as hub_module
 from scalora.bench import machine as machine_module
 from scalora.bench import needs as needs_module
 from scalora.bench.hub import Hub
@@ -126,6 +128,46 @@ def test_the_hub_is_believed_before_the_recipe(hub):
     assert needs_of([Job("a", settings())]).gpu == stated.gpu
     unknown = needs_of([Job("a", settings(needs={"model": {}, "gated": True}))])
     assert (unknown.unknown, unknown.gpu, unknown.hours) == (["some/model"], 0, None)
+
+
+def test_a_model_that_is_downloaded_needs_no_token(tmp_path, monkeypatch, hub):
+    hub["some/model"] = Hub(SHAPE, size=1000, gated=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    half, all_of_it = (tmp_path / "models--some--model" / "blobs" / name for name in ("a", "b"))
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"." * 400)
+    begun = needs_of([Job("a", settings())])
+    assert (begun.downloads, begun.gated) == (600, ["some/model"])
+    all_of_it.write_bytes(b"." * 600)
+    done = needs_of([Job("a", settings())])
+    assert (done.downloads, done.gated) == (0, [])
+
+
+def test_what_the_hub_says_of_a_model(tmp_path, monkeypatch):
+    files = {
+        "model-1.safetensors": 600,
+        "model-2.safetensors": 400,
+        "original/x.safetensors": 9,
+        "pytorch_model.bin": 7,
+        "a.txt": 5,
+    }
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    monkeypatch.setattr(hub_module, "model_info", lambda *_, **__: SimpleNamespace(siblings=siblings, gated="manual"))
+    monkeypatch.setattr(hub_module, "hf_hub_download", lambda *_, **__: str(tmp_path / "config.json"))
+    hub_module.ask.cache_clear()
+    assert hub_module.ask("x/y") == Hub(SHAPE, 1000, True)
+
+    def refuse(*_, **__):
+        raise OSError("401")
+
+    monkeypatch.setattr(hub_module, "hf_hub_download", refuse)
+    hub_module.ask.cache_clear()
+    assert hub_module.ask("x/y") == Hub(None, 1000, True)
+    monkeypatch.setattr(hub_module, "model_info", refuse)
+    hub_module.ask.cache_clear()
+    assert hub_module.ask("x/y") == Hub()
+    hub_module.ask.cache_clear()
 
 
 def test_a_model_that_is_here_needs_no_download_and_no_token(tmp_path):

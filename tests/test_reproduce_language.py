@@ -253,6 +253,10 @@ ANSWERS = {
         r"Thus $x = \boxed{\frac{1}{2}}$. The answer is: \frac{1}{2}": r"\frac{1}{2}",
         r"\boxed{\sqrt{\frac{a^{2}}{b}}} and \boxed{3}": r"\sqrt{\frac{a^{2}}{b}}",
         r"\boxed {7}": "7",
+        r"so $\boxed 7$ of them": "7",
+        r"\fbox{12}": "12",
+        r"\boxed{\$5}, or \$6": r"\$5",
+        r"\boxed{\{1, 2\}}": r"\{1, 2\}",
         "The answer is 7": None,
     },
 }

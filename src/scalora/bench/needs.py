@@ -147,11 +147,10 @@ def needs_of(jobs: Sequence[Job]) -> Needs:
         config = _config(settings, hub)
         data[json.dumps(settings.data.model_dump(include={"train", "eval"}), sort_keys=True)] = settings.needs.data_gb
         needs.packages += [name for name in settings.needs.packages if name not in needs.packages]
-        gated = settings.needs.gated if hub.gated is None else hub.gated
-        if gated and not local and settings.model not in needs.gated:
-            needs.gated.append(settings.model)
+        gated = not local and (settings.needs.gated if hub.gated is None else hub.gated)
         if config is None:
             needs.hours = None
+            needs.gated += [settings.model] * (gated and settings.model not in needs.gated)
             needs.unknown += [settings.model] * (settings.model not in needs.unknown)
             continue
         with warnings.catch_warnings():
@@ -160,8 +159,10 @@ def needs_of(jobs: Sequence[Job]) -> Needs:
             arguments = training_arguments(settings, method_of(settings), evaluates=settings.data.eval is not None)
         if settings.model not in seen and not local:
             seen.add(settings.model)
-            half = settings.task not in WITH_HEAD
-            needs.downloads += hub.left_to_load(settings.model, model.parameters * (_HALF if half else _SINGLE))
+            size = _SINGLE if settings.task in WITH_HEAD else _HALF
+            left = hub.left_to_load(settings.model, size * model.parameters)
+            needs.downloads += left
+            needs.gated += [settings.model] * (gated and left > 0)
         source = "its folder" if local else "the hub's config" if hub.config is not None else "the recipe's figures"
         needs.models[settings.model] = f"{model.parameters / 1e6:,.0f} million parameters (by {source})"
         if not settings.training.get("use_cpu"):
