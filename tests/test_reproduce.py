@@ -126,14 +126,25 @@ def test_the_smoke_run_has_one_seed_and_one_rate_and_is_elsewhere(glue_words):
 def test_only_takes_tasks_and_methods():
     some = load_recipe("glue", only=["RTE", "STS-B", "scalora", "lora"])
     assert list(some.studies) == ["STS-B", "RTE"]
+    assert some.studies["RTE"].baseline == "lora"
+    assert load_recipe("glue", only=["scalora"]).studies["RTE"].baseline == "scalora"
     assert list(some.studies["RTE"].methods) == ["lora", "scalora"]
     # Where a task has rates of its own, too.
-    some = load_recipe("commonsense", only=["LLaMA3-8B", "lora", "scalora, matrix"])
+    some = load_recipe("commonsense", only=["LLaMA3-8B", "lora", "matrix"])
     assert {method: some.studies["LLaMA3-8B"].rates(method) for method in some.studies["LLaMA3-8B"].methods} == {
         "lora": [5e-5, 1e-4, 2e-4],
-        "scalora, matrix": [5e-6, 1e-5, 2e-5],
+        "matrix": [5e-6, 1e-5, 2e-5],
     }
     assert "there is no such task or method" in one_line(scalora("reproduce", "glue", "--only", "RTE,dora"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_task_and_method_can_be_named_in_a_list(name):
+    made = load_recipe(name)
+    methods = {method for study in made.studies.values() for method in study.methods}
+    assert not [one for one in (*made.studies, *methods) if "," in one]
+    # A smoke run is of one task, and what the recipe makes small is there.
+    assert len(load_recipe(name, smoke=True).studies) == 1
 
 
 @pytest.mark.slow

@@ -81,7 +81,8 @@ def reproduce(
         except InputError as error:
             give_up(task, error)
     result = None
-    for task, study in usable.items():
+    for number, (task, study) in enumerate(usable.items(), start=1):
+        print(f"{task} ({number} of {len(usable)}), in {study.folder}", file=sys.stderr, flush=True)
         try:
             comparison = compare(study, cores=cores, threads=threads, jobs=jobs, gpus=gpus)
         except InputError as error:

@@ -267,4 +267,8 @@ def _reduced(content: dict[str, Any], only: Sequence[str]) -> dict[str, Any]:
         name: {**task, "methods": chosen(task["methods"], methods)} if task and "methods" in task else task
         for name, task in chosen(tasks, tasks).items()
     }
-    return {**content, "tasks": own, "methods": chosen(methods, methods)}
+    left = chosen(methods, methods)
+    baseline = content.get("baseline", Study.model_fields["baseline"].default)
+    if set(only) & set(methods) and baseline not in left:
+        baseline = next(iter(left))  # the table compares with the paper in any case
+    return {**content, "tasks": own, "methods": left, "baseline": baseline}
