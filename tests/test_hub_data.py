@@ -60,6 +60,8 @@ def test_what_a_folder_does_not_have_is_named(folder, tmp_path):
         load_examples(f"{folder}:one", "eval")
     with pytest.raises(InputError, match=r"loading it failed: .*three"):
         load_examples(f"{folder}:three@train", "train")
+    with pytest.raises(InputError, match=r"a file has no configurations and splits; write '.*README\.jsonl'"):
+        load_examples(f"{tmp_path}/README.jsonl@train", "train")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"does not exist as a file, and loading it failed"):
         load_examples(str(tmp_path / "empty"), "train")

@@ -212,6 +212,8 @@ def _cache_of(folder: Path) -> str:
 def _from_hub(name: str, split: str) -> Dataset:
     path, config, own_split = hub_name(name)
     local = local_path(path)
+    if local is not None and not local.is_dir():
+        raise InputError(f"data {name!r}: a file has no configurations and splits; write {path!r}")
     cache = None if local is None else _cache_of(local)
     try:
         loaded = load_dataset(path if local is None else str(local), config, split=own_split, cache_dir=cache)
