@@ -87,6 +87,8 @@ def test_memory_without_activations_is_that_of_weights_gradients_and_adams_momen
     assert lora.models["some/model"].startswith(f"{weights / 1e6:.0f} million")
     assert needs_of([Job("scalora", settings())]).gpu > needs_of([Job("lora", settings(method="lora"))]).gpu
     assert needs_of([Job("cpu", settings(training={"use_cpu": True}))]).gpu == 0
+    sharded = {"fsdp": True, "fsdp_config": {"fsdp_version": 2}}
+    assert needs_of([Job("fsdp", settings(training=sharded))]).gpu == 0
 
 
 def test_hours_grow_with_steps_examples_and_runs():

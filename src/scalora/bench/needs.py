@@ -38,6 +38,7 @@ from scalora.runs.dry_run import adapted_without_weights
 from scalora.runs.errors import InputError
 from scalora.runs.prepare import method_of, peft_config_of, training_arguments
 from scalora.runs.settings import Settings, checked_settings
+from scalora.runs.sharding import splits_weights
 from scalora.runs.tasks import LABELLED, WITH_HEAD
 from scalora.studies.cells import read_cells
 from scalora.studies.reproduction import Reproduction
@@ -84,7 +85,7 @@ class Needs:
     Attributes:
         models: what is known of each model, by name, in words.
         runs: number of runs.
-        gpu: bytes of the hungriest run on a GPU; 0 if none uses a GPU.
+        gpu: bytes of the hungriest run on a GPU; 0 if none uses a GPU, or all split their weights.
         hungriest: its name.
         downloads: bytes of models and data.
         kept: bytes of results that stay.
@@ -165,7 +166,8 @@ def needs_of(jobs: Sequence[Job]) -> Needs:
             needs.gated += [settings.model] * (gated and left > 0)
         source = "its folder" if local else "the hub's config" if hub.config is not None else "the recipe's figures"
         needs.models[settings.model] = f"{model.parameters / 1e6:,.0f} million parameters (by {source})"
-        if not settings.training.get("use_cpu"):
+        # What each GPU has of weights that are split depends on how many there are: `scalora estimate --gpus` says it.
+        if not settings.training.get("use_cpu") and not splits_weights(arguments):
             memory = model.static + _activations(model, settings, arguments)
             if memory > needs.gpu:
                 needs.gpu, needs.hungriest = memory, job.name
