@@ -21,7 +21,7 @@ from scalora.runs import prepare
 from scalora.runs.config_template import config_template, key_list
 from scalora.runs.errors import InputError
 from scalora.runs.prepare import training_arguments
-from scalora.runs.sections import DataSettings, EvaluateSettings, RewardSettings
+from scalora.runs.sections import DataSettings, EvaluateSettings, NeedsSettings, RewardSettings
 from scalora.runs.settings import Settings, load_settings, section_fields
 from scalora.runs.tasks import Task
 from scalora.runs.training_defaults import DEPENDENT_DEFAULTS, TRAINING_DEFAULTS
@@ -36,6 +36,7 @@ OWN = {
     "data": {key: info.description for key, info in DataSettings.model_fields.items()},
     "reward": {key: info.description for key, info in RewardSettings.model_fields.items()},
     "evaluate": {key: info.description for key, info in EvaluateSettings.model_fields.items()},
+    "needs": {key: info.description for key, info in NeedsSettings.model_fields.items()},
     "scalora": {field.name: field.metadata["help"] for field in dataclasses.fields(ScaLoraConfig)},
 }
 
@@ -72,7 +73,7 @@ def built(settings):
     arguments = training_arguments(settings, method, evaluates=settings.data.eval is not None)
     return (
         method,
-        prepare._peft_config(settings, method),
+        prepare.peft_config_of(settings, method),
         arguments.to_dict(),
         getattr(method, "config", ScaLoraConfig.from_dict(settings.scalora)),
     )
@@ -150,7 +151,7 @@ def test_what_the_trainer_is_given_is_declared(monkeypatch):
     assert set(given) == {"learning_rate", *TRAINING_DEFAULTS, *DEPENDENT_DEFAULTS} - {"task_type"}
     assert given["eval_strategy"] == DEPENDENT_DEFAULTS["eval_strategy"][0]
     assert {key: given[key] for key in TRAINING_DEFAULTS} == TRAINING_DEFAULTS
-    assert prepare._peft_config(settings, Method()).task_type == DEPENDENT_DEFAULTS["task_type"][0]
+    assert prepare.peft_config_of(settings, Method()).task_type == DEPENDENT_DEFAULTS["task_type"][0]
     assert not set(LORA_DEFAULTS) & set(DEPENDENT_DEFAULTS)
 
 

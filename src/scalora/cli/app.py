@@ -140,6 +140,11 @@ def train(
         settings = load_settings(config, context.args, _options(context))
         from scalora.cli.run_output import show_plan, show_summary
 
+        if settings.needs != type(settings.needs)() and is_first():
+            from scalora.bench.needs import Job
+            from scalora.cli.needs_output import require_needs
+
+            require_needs([Job(settings.method, settings)], Path(settings.output_dir), show=dry_run)
         if dry_run:
             from scalora.runs.dry_run import dry_run as make_plan
 
@@ -285,6 +290,82 @@ def compare(
     _in_one_line(run, debug)
 
 
+@app.command(context_settings=_OVERRIDES)
+def reproduce(
+    context: typer.Context,
+    table: Annotated[
+        str,
+        typer.Argument(
+            metavar="TABLE", help="glue, commonsense or math; or a recipe file (YAML). --key value overrides its keys."
+        ),
+    ],
+    smoke: Annotated[
+        bool,
+        typer.Option(
+            "--smoke",
+            help="A few steps on a few examples, with one seed and one learning rate, of one task unless --only names "
+            "others: to see that everything works before days are spent.",
+        ),
+    ] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Tasks and methods to run, separated by commas (default: all); of each kind, all if none."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what it needs, and whether it is there. Downloads, trains and writes nothing."
+        ),
+    ] = False,
+    table_only: Annotated[
+        bool, typer.Option("--table-only", help="Train nothing; write the table of the runs that are finished.")
+    ] = False,
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Write the recipe to this file, to change it, and do nothing else.")
+    ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            help="GPUs to use, such as 0,1,2,3. Each executes one run at a time; name it twice for two (default: all)."
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Reproduce a table of the paper, and write it with the paper's figures beside. Finished runs are kept."""
+
+    def run() -> None:
+        from scalora.studies.reproduction import load_recipe, write_recipe
+
+        if write is not None:
+            write_recipe(table, write)
+            typer.echo(f"wrote {write}")
+            return
+        names = [] if only is None else [name.strip() for name in only.split(",")]
+        wanted = load_recipe(table, context.args, _options(context), only=names, smoke=smoke)
+        from scalora.studies.reproduction_table import reproduction_markdown, write_table
+
+        if table_only:
+            typer.echo(reproduction_markdown(write_table(wanted)))
+            return
+        from scalora.bench.needs import jobs_of
+        from scalora.cli.console import show_reproduced
+        from scalora.cli.needs_output import require_needs
+        from scalora.studies.reproduce import reproduce as run_table
+
+        if dry_run:
+            typer.echo("dry run: nothing is downloaded, trained or written\n")
+        require_needs(jobs_of(wanted), wanted.folder, show=dry_run, title=wanted.recipe.title)
+        if dry_run:
+            return
+        used = None if gpus is None else [name.strip() for name in gpus.split(",")]
+        reproduced = run_table(wanted, gpus=used)
+        show_reproduced(reproduced)
+        if not reproduced.complete:
+            sys.exit(1)
+
+    _in_one_line(run, debug)
+
+
 class ExportTarget(str, Enum):
     """The forms of an export."""
 
@@ -383,13 +464,15 @@ def export(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN|STUDY", help="Folder of a run or a study.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN|STUDY|TABLE", help="Folder of a run, a study or a table of `reproduce`.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder for report.html and figures/ (default: that of the run or study).")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write an HTML page with figures for a run or a study. The page is self-contained."""
+    """Write an HTML page with figures for a run or a study, or a page for a table. The page is self-contained."""
 
     def run() -> None:
         from scalora.report.write import report as make

@@ -17,6 +17,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from scalora.studies.compare import Comparison
+    from scalora.studies.reproduce import Reproduced
 
 # Columns by heading, each with its entry in a layer's data and its format.
 _UPDATE_COLUMNS = {
@@ -125,6 +126,28 @@ def show_comparison(comparison: Comparison) -> None:
         print(f"failed: {cell}: {error} ({cell.folder / 'log.txt'})", file=sys.stderr)
     if comparison.failed:
         _print_error(f"{len(comparison.failed)} of {total} runs failed; the same command tries them again")
+
+
+def show_reproduced(reproduced: Reproduced) -> None:
+    """Print the table of a recipe on standard output, and what is not finished on standard error.
+
+    Args:
+        reproduced: the outcome of `scalora.studies.reproduce.reproduce`.
+    """
+    from scalora.studies.reproduction_table import reproduction_markdown
+
+    if reproduced.result is None:
+        _print_error("stopped; what is finished is kept, and the same command continues from there")
+        return
+    print(reproduction_markdown(reproduced.result))
+    for cell, error in reproduced.failed:
+        print(f"failed: {cell}: {error} ({cell.folder / 'log.txt'})", file=sys.stderr)
+    for task, error in reproduced.broken:
+        print(f"left out: {task}: {error}", file=sys.stderr)
+    if reproduced.failed or reproduced.broken:
+        runs, tasks = len(reproduced.failed), len(reproduced.broken)
+        what = " and ".join([f"{runs} runs"] * bool(runs) + [f"{tasks} tasks"] * bool(tasks))
+        _print_error(f"{what} failed; the same command tries them again")
 
 
 def _print_error(message: str) -> None:

@@ -42,9 +42,9 @@ def show_summary(folder: Path, settings: Settings) -> None:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     present = {path.name for path in folder.iterdir()}
     print()
-    _print_rows([*_results(summary), *_costs(summary)])
+    print_rows([*_results(summary), *_costs(summary)])
     print()
-    _print_rows([(label, str(folder / name)) for name, label in _FILES.items() if name in present])
+    print_rows([(label, str(folder / name)) for name, label in _FILES.items() if name in present])
     print("\nnext:")
     for command in _next_commands(folder, settings, present):
         print(f"  {shlex.join(command)}")
@@ -118,7 +118,7 @@ def show_plan(plan: Plan) -> None:
     )
     quantised = f", {settings.quantization}" if settings.quantization else ""
     print("dry run: nothing is trained or written\n")
-    _print_rows(
+    print_rows(
         [
             ("model", f"{plan.model}, {plan.parameters:,} parameters, {settings.dtype}{quantised}"),
             ("method", method),
@@ -177,7 +177,12 @@ def _writes(plan: Plan) -> str:
     return words
 
 
-def _print_rows(rows: list[tuple[str, str]]) -> None:
+def print_rows(rows: list[tuple[str, str]]) -> None:
+    """Print labels and values, the values in a column.
+
+    Args:
+        rows: the labels and values.
+    """
     width = max(len(label) for label, _ in rows) + 2
     for label, value in rows:
         print(f"{label:<{width}}{value}")

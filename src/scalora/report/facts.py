@@ -13,6 +13,8 @@ import pandas as pd  # type: ignore[import-untyped]
 from scalora.report.summaries import RunData
 from scalora.report.tables import with_error
 from scalora.runs.settings import Settings
+from scalora.studies.reproduction import AVERAGE
+from scalora.studies.reproduction_table import ReproductionResult
 from scalora.studies.study import Study
 from scalora.studies.table import StudyResult
 
@@ -99,6 +101,36 @@ def study_subtitle(result: StudyResult) -> str:
     model = _model_name(str(study.run.get("model", "")))
     methods, seeds = _count(len(study.methods), "method"), _count(len(study.seeds), "seed")
     return f"{methods} on {model}, {seeds}, {finished} of {len(result.cells)} runs finished"
+
+
+def table_subtitle(result: ReproductionResult) -> str:
+    """How many tasks and methods a recipe has, and how much of it is finished.
+
+    Args:
+        result: the results of the recipe.
+    """
+    studies = list(result.reproduction.studies.values())
+    tasks = _count(len(studies), "task")
+    methods = _count(max(len(study.methods) for study in studies), "method")
+    return f"{tasks}, {methods}, {result.finished} of {result.runs} runs finished"
+
+
+def table_facts(result: ReproductionResult) -> list[Fact]:
+    """The average of each method of which the paper reports one, with the paper's.
+
+    Args:
+        result: the results of the recipe.
+    """
+    several = result.table["table"].nunique() > 1
+    averages = result.table[(result.table["column"] == AVERAGE) & result.table["paper"].notna()]
+    return [
+        Fact(
+            f"{row['method']}, average" + (f" of {row['table']}" if several else ""),
+            "not finished" if math.isnan(row["ours"]) else f"{with_error(row['ours'], row['error'])} %",
+            f"paper: {row['paper']:.2f} %",
+        )
+        for row in averages.to_dict("records")
+    ]
 
 
 def study_verdict(result: StudyResult) -> str:

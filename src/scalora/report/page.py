@@ -86,6 +86,17 @@ def run_page(run: RunData, opening: Opening, *, summary: Mapping[str, Any], sett
     return _page(run, RUN_CHARTS, opening, kind="run", tables=tables, settings=settings)
 
 
+def table_page(opening: Opening, *, tables: str, settings: str) -> Page:
+    """The report of a recipe's table.
+
+    Args:
+        opening: what the page begins with.
+        tables: the tables, in Markdown.
+        settings: the recipe.
+    """
+    return _rendered(opening, [], {}, {}, kind="table", tables=html_from_markdown(tables), settings=settings)
+
+
 def _page(
     data: Data, charts: tuple[Chart[Data], ...], opening: Opening, *, kind: str, tables: Markup, settings: str
 ) -> Page:
@@ -100,6 +111,19 @@ def _page(
         else:
             shown.append(content)
             beside |= written
+    return _rendered(opening, shown, beside, reasons, kind=kind, tables=tables, settings=settings)
+
+
+def _rendered(
+    opening: Opening,
+    charts: list[dict[str, Any]],
+    beside: dict[str, bytes],
+    reasons: Mapping[str, list[str]],
+    *,
+    kind: str,
+    tables: Markup,
+    settings: str,
+) -> Page:
     missing = [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
     template = files("scalora.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     html = (
@@ -108,7 +132,7 @@ def _page(
         .render(
             kind=kind,
             opening=opening,
-            charts=shown,
+            charts=charts,
             tables=tables,
             settings=settings,
             missing=[html_from_markdown(sentence) for sentence in missing],

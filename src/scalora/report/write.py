@@ -12,6 +12,8 @@ from scalora.runs.errors import InputError
 from scalora.runs.run_folder import json_lines
 from scalora.runs.settings import run_settings
 from scalora.saving.files import atomic_folder, atomic_write, naming_errors
+from scalora.studies.reproduction import REPRODUCTION_FILE, reproduction_of
+from scalora.studies.reproduction_table import read_reproduction, reproduction_markdown
 from scalora.studies.study import STUDY_FILE
 from scalora.studies.table import StudyResult, load_study
 from scalora.studies.table_markdown import markdown
@@ -28,10 +30,10 @@ _LAYER_COLUMNS = ["name", "numerical_rank", "effective_rank", "norm", "residual"
 
 
 def report(folder: Path, output: Path | None = None) -> Page:
-    """Write ``report.html`` and ``figures/`` for a study or a run.
+    """Write ``report.html`` and ``figures/`` for a study, a recipe's table or a run.
 
     Args:
-        folder: folder of the study or the run.
+        folder: folder of the study, the table or the run.
         output: folder to write to; `folder` itself when None.
 
     Returns:
@@ -49,12 +51,16 @@ def report(folder: Path, output: Path | None = None) -> Page:
     output = folder if output is None else output
     figures = output / "figures"
     _check_replaceable(output / "report.html", figures)
-    page = _study_page(folder) if (folder / STUDY_FILE).is_file() else _run_page(folder)
+    if (folder / REPRODUCTION_FILE).is_file():
+        page = _table_page(folder)
+    else:
+        page = _study_page(folder) if (folder / STUDY_FILE).is_file() else _run_page(folder)
     with naming_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(figures, replace=True) as temporary:
-        for name, content in page.files.items():
-            (temporary / name).write_bytes(content)
+    if page.files or figures.exists():
+        with atomic_folder(figures, replace=True) as temporary:
+            for name, content in page.files.items():
+                (temporary / name).write_bytes(content)
     with atomic_write(output / "report.html") as temporary:
         temporary.write_text(page.html, encoding="utf-8")
     return page
@@ -107,6 +113,25 @@ def _study_page(folder: Path) -> Page:
     opening = Opening(folder.resolve().name, study_subtitle(result), study_verdict(result), study_facts(result))
     settings = (folder / STUDY_FILE).read_text(encoding="utf-8")
     return study_page(data, opening, tables=tables, settings=settings)
+
+
+def _table_page(folder: Path) -> Page:
+    from scalora.report.facts import table_facts, table_subtitle
+    from scalora.report.page import Opening, table_page
+
+    try:
+        result = read_reproduction(reproduction_of(folder))
+        tables = reproduction_markdown(result)
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(
+            f"table {str(folder)!r} can't be read ({error}): delete the folder of the damaged run and run "
+            "`scalora reproduce` again"
+        ) from None
+    opening = Opening(result.reproduction.recipe.title, table_subtitle(result), "", table_facts(result))
+    settings = (folder / REPRODUCTION_FILE).read_text(encoding="utf-8")
+    return table_page(opening, tables=tables, settings=settings)
 
 
 def _study(folder: Path) -> tuple[StudyData, StudyResult, str]:

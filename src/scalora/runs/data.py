@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -19,23 +22,29 @@ from scalora.runs.model_limits import TextLimit
 from scalora.runs.names import SetNames, listed, row_name
 from scalora.runs.sections import DataSettings
 from scalora.runs.tasks import Task
+from scalora.runs.templates import templated
 from scalora.saving.errors import short_repr
 
 _SHOWN = 60  # characters of an example's value that an error shows
+
+# A hub id or folder, its configuration and the split to take, as datasets writes it: openai/gsm8k:main@train[:100].
+_HUB_NAME = re.compile(r"(?P<path>.+?)(?::(?P<config>[^:@/]+))?(?:@(?P<split>[^@/]+))?")
 
 
 def load_examples(name: str, split: str) -> Dataset:
     """Load examples from a local file, as they were written, or from the hub.
 
     Args:
-        name: path of a jsonl, json, csv or parquet file, or hub id of a dataset. A path is no pattern.
-        split: the split to take from a hub dataset; a local file has only one.
+        name: path of a jsonl, json, csv or parquet file, or hub id of a dataset, or a folder in the form that the hub
+            has; of these two with a configuration and a split where they have several, as in
+            ``nyu-mll/glue:mnli@validation_matched``. A path is no pattern.
+        split: the split to take from a dataset whose name says none; a local file has only one.
 
     Raises:
         InputError: the file or dataset is missing, unreadable, empty, or in another format.
     """
     path = local_path(name)
-    examples = _from_hub(name, split) if path is None else _from_file(path, name)
+    examples = _from_hub(name, split) if path is None or path.is_dir() else _from_file(path, name)
     if not len(examples):
         raise InputError(f"data {name!r} has no data: no example is in it")
     return examples
@@ -72,6 +81,21 @@ def load_sets(value: str | list[str] | dict[str, float], split: str) -> Examples
         if any(type_ != types[0] for type_ in types):
             sets = [_with_any_values(rows, column, name) for name, rows in zip(names, sets, strict=True)]
     return Examples(concatenate_datasets(sets), SetNames(names, [len(rows) for rows in sets]))
+
+
+def examples_of(data: DataSettings, value: str | list[str] | dict[str, float], split: str) -> Examples:
+    """The examples of a split as a config has them: no more than it wants, as its templates make them.
+
+    Args:
+        data: the section ``data`` of the config.
+        value: value of ``data.train`` or ``data.eval``.
+        split: the split to take from hub datasets whose names say none.
+
+    Raises:
+        InputError: a set can't be read, or a template can't be filled.
+    """
+    rows, name = first_examples(load_sets(value, split), data.first)
+    return Examples(templated(rows, name, data), name)
 
 
 def first_examples(examples: Examples, count: int | None) -> Examples:
@@ -162,13 +186,49 @@ def unreadable(path: Path, name: str, error: Exception) -> InputError:
     return InputError(f"data file {name!r} can't be read as {kind}: {error}")
 
 
+def hub_name(name: str) -> tuple[str, str | None, str | None]:
+    """What the name of a hub dataset, or of a folder in that form, says.
+
+    Args:
+        name: value of ``data.train`` or ``data.eval``, or a name in it.
+
+    Returns:
+        The hub id or folder, and the configuration and the split, each None if the name says none.
+    """
+    if Path(name).is_dir():
+        return name, None, None
+    found = _HUB_NAME.fullmatch(name)
+    return (name, None, None) if found is None else (found["path"], found["config"], found["split"])
+
+
+def _cache_of(folder: Path) -> str:
+    """Where datasets may keep what it reads of a folder: its own names for that tell no folders of one name apart."""
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for path in sorted(folder.rglob("*")):
+        digest.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "scalora" / digest.hexdigest()[:32])
+
+
 def _from_hub(name: str, split: str) -> Dataset:
+    path, config, own_split = hub_name(name)
+    local = local_path(path)
+    if local is not None and not local.is_dir():
+        raise InputError(f"data {name!r}: a file has no configurations and splits; write {path!r}")
+    cache = None if local is None else _cache_of(local)
     try:
-        loaded = load_dataset(name)
+        loaded = load_dataset(path if local is None else str(local), config, split=own_split, cache_dir=cache)
     except Exception as error:  # the libraries below have classes of their own
-        raise InputError(f"data {name!r} is not a local file, and downloading it failed: {error}") from None
-    if isinstance(loaded, DatasetDict) and split not in loaded:
-        raise InputError(f"dataset {name!r} has no split {split!r}; it has {', '.join(loaded)}")
+        what = (
+            "is not a local file, and downloading it" if local is None else "does not exist as a file, and loading it"
+        )
+        raise InputError(f"data {name!r} {what} failed: {error}") from None
+    if not isinstance(loaded, DatasetDict):
+        return loaded
+    if split not in loaded:
+        raise InputError(
+            f"dataset {name!r} has no split {split!r}; it has {', '.join(loaded)}: name one, as in "
+            f"{name}@{next(iter(loaded))}"
+        )
     return loaded[split]
 
 

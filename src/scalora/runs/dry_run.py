@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import Trainer
 
@@ -22,6 +22,7 @@ from scalora.integrations.transformers import warn_if_plain_lora
 from scalora.model.adapters import LoraPair
 from scalora.model.memory import Memory, bytes_of_base, pairs_over_quantised, quantisable_layers, training_memory
 from scalora.model.placement import resolve_merge
+from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.claim import check_unused
 from scalora.runs.data import Examples
@@ -171,22 +172,31 @@ class _NeedsGradients(Exception):
 
 
 def _adapted(run: PreparedRun, base: nn.Module) -> nn.Module:
-    """The model as the method adapts it, without the numbers of its start."""
-    method = run.method
+    check_names(run, base)
+    model = adapted_without_weights(run.method, base, run.peft_config)
+    check_adapted(run, model)
+    return model
+
+
+def adapted_without_weights(method: Method, base: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
+    """The model as a method adapts it, without the numbers of its start.
+
+    Args:
+        method: the fine-tuning method.
+        base: the base model on torch's meta device, which is modified.
+        peft_config: the config of the adapter; None for methods that train all weights.
+    """
     if isinstance(method, ScaLoraMethod):
         method = replace(method, start="zero")
 
     def stop(model: nn.Module) -> NoReturn:
         raise _NeedsGradients(model)
 
-    check_names(run, base)
     try:
         with torch.device("meta"):
-            model = method.adapt(base, run.peft_config, stop)
+            return method.adapt(base, peft_config, stop)
     except _NeedsGradients as adapted:
-        model = adapted.model
-    check_adapted(run, model)
-    return model
+        return adapted.model
 
 
 def _trainers(run: PreparedRun, model: nn.Module) -> tuple[Trainer, Trainer]:

@@ -20,7 +20,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from scalora.parallel.job import from_all, join
-from scalora.runs.data import Examples, first_examples, load_sets, tokenized_for_classification
+from scalora.runs.data import Examples, examples_of, first_examples, tokenized_for_classification
 from scalora.runs.errors import InputError
 from scalora.runs.exact_match import exact_match_score
 from scalora.runs.formats import is_conversational, trl_examples
@@ -96,7 +96,7 @@ def evaluate(model: str, settings: Settings) -> dict[str, Any]:
     source = resolve_source(model)
     if settings.data.eval is None:
         raise InputError("data.eval is missing: set it to the file to evaluate on")
-    examples, name = first_examples(load_sets(settings.data.eval, "test"), settings.evaluate.limit)
+    examples, name = first_examples(examples_of(settings.data, settings.data.eval, "test"), settings.evaluate.limit)
     tokenizer = load_tokenizer(source, settings)
     scores: dict[str, Any] = {"weights": fingerprint(source), "examples": len(examples)}
     if settings.task not in ("sft", *LABELLED):

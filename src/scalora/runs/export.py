@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from scalora.maths.lowrank import DEFAULT_RTOL
 from scalora.runs.base_names import named_base
-from scalora.runs.data import Examples, first_examples, load_sets
+from scalora.runs.data import Examples, examples_of, first_examples
 from scalora.runs.errors import InputError
 from scalora.runs.evaluate import loss_score, sequence_scores
 from scalora.runs.finished_run import FinishedRun
@@ -242,7 +242,7 @@ def _examples(run: Result) -> Examples | None:
         return None
     if run.settings.task not in ("sft", *LABELLED):
         return None  # it is computed from a reference, or from answers that are drawn at random
-    return first_examples(load_sets(name, "test"), run.settings.evaluate.limit or _EXAMPLES)
+    return first_examples(examples_of(run.settings.data, name, "test"), run.settings.evaluate.limit or _EXAMPLES)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from scalora.rivals.method import Method
-from scalora.runs.data import Examples, label_names, load_sets
+from scalora.runs.data import Examples, examples_of, label_names
 from scalora.runs.errors import InputError
 from scalora.runs.models import Source, class_names, load_base, load_tokenizer, resolve_source
 from scalora.runs.run_folder import STOPPED_FILE
@@ -137,7 +137,7 @@ class FinishedRun:
             raise InputError("data.train is missing from the config of the run")
         if self.settings.data.streaming:
             return Stream(self.settings.data, self.settings.task, seed=0).head()
-        return load_sets(self.settings.data.train, "train")
+        return examples_of(self.settings.data, self.settings.data.train, "train")
 
     def load(self, source: Source | None = None) -> PreTrainedModel:
         """Load a model with the task, dtype and quantisation of the run.

@@ -224,19 +224,21 @@ def require_columns(examples: Dataset, name: str, columns: list[str]) -> None:
 
 
 def require_texts(examples: Dataset, name: str, columns: list[str]) -> None:
-    """Check that every example has a text in each of some columns.
+    """Check that every example has a text in each of some columns, of which not all are empty.
 
     Args:
         examples: the examples.
         name: file or hub id of the data, for the error.
-        columns: names of the columns.
+        columns: names of the columns; of a pair, one may be empty, as questions of GLUE's QQP are.
 
     Raises:
         InputError: a value is no text, or has nothing in it.
     """
     for place, example in enumerate(rows_of(examples.select_columns(columns))):
+        empty = all(isinstance(example[column], str) and not example[column].strip() for column in columns)
         for column in columns:
-            _require_text(example[column], row_name(name, place), column)
+            if empty or not isinstance(example[column], str):
+                _require_text(example[column], row_name(name, place), column)
 
 
 def _require_text(value: Any, where: str, column: str) -> Any:

@@ -18,7 +18,7 @@ from scalora.parallel.job import from_first, is_first
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.claim import check_run_folder
-from scalora.runs.data import Examples, label_names, load_sets, tokenized_for_classification, warn_about_unused
+from scalora.runs.data import Examples, examples_of, label_names, tokenized_for_classification, warn_about_unused
 from scalora.runs.errors import InputError
 from scalora.runs.formats import is_conversational, trl_examples, used_columns
 from scalora.runs.losses import CausalTrainer, SequenceTrainer
@@ -108,7 +108,7 @@ def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False
         InputError: something in the config, the data or the run folder can't be used.
     """
     method = method_of(settings)
-    peft_config = _peft_config(settings, method)
+    peft_config = peft_config_of(settings, method)
     if not resume and is_first():
         check_run_folder(settings, overwrite=overwrite)
     # Here the other processes of a job wait for the first, which has taken the run folder by then.
@@ -293,7 +293,16 @@ def _keeping_the_base(config: ScaLoraConfig, task: str) -> ScaLoraConfig:
     return replace(config, merge="factored")
 
 
-def _peft_config(settings: Settings, method: Method) -> PeftConfig | None:
+def peft_config_of(settings: Settings, method: Method) -> PeftConfig | None:
+    """The config of a run's adapter; None for methods that train all weights.
+
+    Args:
+        settings: the run's settings.
+        method: the fine-tuning method.
+
+    Raises:
+        InputError: the method's adapter has no such field, or a value is invalid.
+    """
     task_type = "SEQ_CLS" if settings.task in WITH_HEAD else "CAUSAL_LM"
     try:
         config = method.peft_config({"task_type": task_type, **LORA_DEFAULTS, **settings.lora})
@@ -325,9 +334,9 @@ def _checkpoint(settings: Settings) -> Path:
 def _examples(settings: Settings, stream: Stream | None) -> dict[str, Examples]:
     if settings.data.train is None:
         raise InputError("data.train is missing: which file should it train on?")
-    found = {"train": load_sets(settings.data.train, "train") if stream is None else stream.head()}
+    found = {"train": examples_of(settings.data, settings.data.train, "train") if stream is None else stream.head()}
     if settings.data.eval is not None:
-        found["eval"] = load_sets(settings.data.eval, "eval")
+        found["eval"] = examples_of(settings.data, settings.data.eval, "eval")
     return found
 
 

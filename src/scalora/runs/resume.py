@@ -31,7 +31,7 @@ _RESULTS = (SUMMARY_FILE, DIVERGED_FILE, "delta", "adapter", "model")
 _PACKAGES = ("scalora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 # Keys of a config that decide nothing about the steps of training. The others must be those of the run.
-_FREE = {"output_dir", "save_model", "track_updates", "evaluate", "trust_remote_code", "training"}
+_FREE = {"output_dir", "save_model", "track_updates", "evaluate", "needs", "trust_remote_code", "training"}
 
 # Where the folder is decides nothing either, and the training arguments are compared one by one.
 _SEEN_ELSEWHERE = {"output_dir", "training"}

@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_sq
 from transformers import EvalPrediction
 
 CLASSIFICATION_SCORES = ("accuracy", "f1", "matthews")
-REGRESSION_SCORES = ("pearson", "spearman", "mse")
+REGRESSION_SCORES = ("pearson", "spearman", "correlation", "mse")
 
 
 def classification_scores(prediction: EvalPrediction) -> dict[str, float]:
@@ -37,21 +37,25 @@ def classification_scores(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def regression_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Pearson and Spearman correlation, and mean squared error.
+    """Pearson and Spearman correlation, their mean, and mean squared error.
 
     Args:
         prediction: the Trainer's outputs, (examples, 1), and labels, (examples,).
 
     Returns:
-        ``"pearson"``, ``"spearman"`` and ``"mse"``. The correlations of a single example are NaN.
+        ``"pearson"``, ``"spearman"``, ``"correlation"`` (the mean of the two, as GLUE scores STS-B) and ``"mse"``. The
+        correlations of a single example are NaN.
     """
     outputs, labels = _outputs(prediction).squeeze(-1), prediction.label_ids
     if not np.isfinite(outputs).all():
         return dict.fromkeys(REGRESSION_SCORES, float("nan"))
     correlated = len(labels) > 1
+    pearson = float(pearsonr(labels, outputs).statistic) if correlated else float("nan")
+    spearman = float(spearmanr(labels, outputs).statistic) if correlated else float("nan")
     return {
-        "pearson": float(pearsonr(labels, outputs).statistic) if correlated else float("nan"),
-        "spearman": float(spearmanr(labels, outputs).statistic) if correlated else float("nan"),
+        "pearson": pearson,
+        "spearman": spearman,
+        "correlation": (pearson + spearman) / 2,
         "mse": float(mean_squared_error(labels, outputs)),
     }
 

@@ -17,15 +17,38 @@ class DataSettings(StrictModel):
 
     train: str | list[str] | dict[str, float] | None = Field(
         None,
-        description="Training data: jsonl, json, csv or parquet file, or hub id. Required for training. Several, as a "
-        "list: all of their examples. As names with weights, such as {a.jsonl: 3, b.jsonl: 1}: mixed, so that the "
-        "share of each in the examples is that of its weight; an epoch ends when every example has been seen, and sets "
-        "that end before begin anew.",
+        description="Training data: jsonl, json, csv or parquet file, or hub id, which may name a configuration and a "
+        "split: nyu-mll/glue:mnli@validation_matched, with datasets' slices such as @train[:-120]. Required for "
+        "training. Several, as a list: all of their examples. As names with weights, such as {a.jsonl: 3, b.jsonl: 1}: "
+        "mixed, so that the share of each in the examples is that of its weight; an epoch ends when every example has "
+        "been seen, and sets that end before begin anew.",
     )
     eval: str | list[str] | None = Field(
         None,
         description="Evaluation data, in the same formats; of a list, all. null: train without evaluation. Required "
         "for `scalora evaluate`.",
+    )
+    first: int | None = Field(
+        None,
+        gt=0,
+        description="Use only so many examples of the training and the evaluation data, from the first: to "
+        "try a config. null: all.",
+    )
+    prompt: str | None = Field(
+        None,
+        description="Jinja template that makes the prompt of an example from its columns, such as "
+        "'Question: {{ question }}' (sft), for data that have no column prompt. With completion.",
+    )
+    completion: str | None = Field(
+        None, description="Jinja template that makes the completion of an example from its columns. With prompt."
+    )
+    choices: str | None = Field(
+        None,
+        description="Jinja template that makes the choices of multiple_choice from an example's columns, as a JSON "
+        "list: '{{ [sol1, sol2] | tojson }}'. With prompt.",
+    )
+    answer: str | None = Field(
+        None, description="Jinja template that makes the answer of multiple_choice. With choices."
     )
     streaming: bool = Field(
         False,
@@ -154,3 +177,20 @@ def _pattern(value: str | None) -> str | None:
     except re.error as error:
         raise PydanticCustomError("pattern", "not a regular expression: {why}", {"why": str(error)}) from None
     return value
+
+
+class NeedsSettings(StrictModel):
+    """What is known of a run's model and data before they are downloaded, to say in time what it will need."""
+
+    model: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What the model's config.json says, as far as its sizes go: estimates are made of it where the hub "
+        "can't be reached.",
+    )
+    gated: bool = Field(
+        False, description="Whether the hub asks for a token, because the model's licence is to be accepted."
+    )
+    examples: int | None = Field(None, gt=0, description="Number of training examples.")
+    tokens: float | None = Field(None, gt=0, description="Mean number of tokens of a training example.")
+    data_gb: float = Field(0, ge=0, description="Size of the data on the disk, in GB.")
+    packages: list[str] = Field(default=[], description="Packages that the run imports besides scalora's own.")

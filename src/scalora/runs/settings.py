@@ -22,7 +22,7 @@ from scalora.runs.field_values import converted
 from scalora.runs.library_fields import UNKNOWN, LibraryField, dataclass_fields
 from scalora.runs.limits import SHARPER_TYPES, check_limits, check_together
 from scalora.runs.paths import expanded
-from scalora.runs.sections import DataSettings, EvaluateSettings, RewardSettings
+from scalora.runs.sections import DataSettings, EvaluateSettings, NeedsSettings, RewardSettings
 from scalora.runs.strict_model import StrictModel, expanded_field
 from scalora.runs.tasks import CLASSES, LABELLED, Task
 from scalora.runs.yaml_file import parse_yaml, parsed_overrides, read_yaml, refuse_repeated, set_dotted
@@ -34,6 +34,15 @@ _MOST_LISTED = 20  # an error lists the known keys of a section with at most so 
 
 # Keys of the section training that hold paths, or paths among other things.
 _PATHS_IN_TRAINING = ("logging_dir", "chat_template_path", "accelerator_config", "deepspeed", "fsdp_config")
+
+# Templates of the section data, and what each makes no examples without.
+_TEMPLATES_NEED = (
+    ("prompt", "completion"),
+    ("completion", "prompt"),
+    ("choices", "answer"),
+    ("answer", "choices"),
+    ("choices", "prompt"),
+)
 
 
 class Settings(StrictModel):
@@ -113,6 +122,11 @@ class Settings(StrictModel):
     )
     evaluate: EvaluateSettings = Field(
         default_factory=EvaluateSettings, description="How `scalora evaluate` scores a model."
+    )
+    needs: NeedsSettings = Field(
+        default_factory=NeedsSettings,
+        description="What is known of model and data beforehand. With it, GPU, memory, disk, token and packages are "
+        "checked before anything is downloaded.",
     )
 
     @field_validator("track_updates", mode="before")
@@ -260,15 +274,22 @@ def check_nested(settings: Settings) -> Settings:
         ScaLoraConfig.from_dict(sections["scalora"])
     except ValueError as error:
         raise InputError(f"scalora: {error}") from None
-    _check_stream(settings)
+    _check_data(settings)
     _check_reward(settings.task, settings.reward)
     return settings.model_copy(update=sections)
 
 
-def _check_stream(settings: Settings) -> None:
+def _check_data(settings: Settings) -> None:
     data = settings.data
+    for key, needed in _TEMPLATES_NEED:
+        if getattr(data, key) is not None and getattr(data, needed) is None:
+            raise InputError(f"data.{key} needs data.{needed}: set both, or leave both out")
+    if data.prompt is not None and settings.task != "sft":
+        raise InputError(f"data.prompt: only task: sft takes templates, not {settings.task!r}; leave it out")
     if not data.streaming:
         return
+    if data.first is not None:
+        raise InputError(f"data.first={data.first}: a stream is as long as training.max_steps; leave it out")
     if settings.task in (*LABELLED, "orpo"):
         why = "TRL's ORPOTrainer takes no streams" if settings.task == "orpo" else "it needs the labels of all examples"
         raise InputError(f"data.streaming=True: not for task {settings.task!r}, because {why}; leave it out")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pandas as pd  # type: ignore[import-untyped]
 
 from scalora.runs.run_folder import DIVERGED_FILE, SUMMARY_FILE, json_lines
+from scalora.studies.cell_tests import missing_tests, test_scores
 from scalora.studies.study import Cell, Study
 
 Status = Literal["finished", "failed", "missing"]
@@ -89,8 +90,9 @@ def read_cells(study: Study) -> StudyCells:
 def summary_of(cell: Cell) -> dict[str, Any] | None:
     """The summary of a finished cell; None if the cell is not finished.
 
-    Training writes the summary last and atomically, so a cell is finished if and only if the file exists. One that
-    diverged is finished too, because it would diverge again: its summary has the key ``"diverged"`` and no scores.
+    Training writes the summary last and atomically, so a cell is finished if and only if the file exists, and all of
+    its tests are done, whose scores are added. One that diverged is finished too, because it would diverge again: its
+    summary has the key ``"diverged"`` and no scores.
 
     Args:
         cell: a cell of a study.
@@ -98,7 +100,9 @@ def summary_of(cell: Cell) -> dict[str, Any] | None:
     for path, more in ((cell.folder / SUMMARY_FILE, {}), (cell.folder / DIVERGED_FILE, {DIVERGED: True})):
         if path.is_file():
             summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return summary | more
+            if more:
+                return summary | more
+            return None if missing_tests(cell) else summary | test_scores(cell)
     return None
 
 
@@ -115,15 +119,19 @@ def last_words(cell: Cell) -> str:
 
 
 def _best_learning_rates(study: Study, cells: pd.DataFrame) -> dict[str, float]:
-    """The rate with the lowest mean final evaluation loss, among those whose cells are all finished.
+    """The rate with the best mean final score, by the study's `chosen_by`, among those whose cells are all finished.
 
-    Of two rates with equal losses it is the lower one.
+    Of two rates with equal scores it is the lower one.
     """
+    by_metric = study.chosen_by == "metric"
+    column = study.metric if by_metric else "eval_loss"
+    larger = by_metric and study.larger_is_better()
     best = {}
     for method in study.methods:
         tried = cells[cells["method"] == method].groupby("learning_rate").filter(_all_finished)
         if len(tried):
-            best[method] = float(tried.groupby("learning_rate")["eval_loss"].mean().idxmin())
+            means = tried.groupby("learning_rate")[column].mean()
+            best[method] = float(means.idxmax() if larger else means.idxmin())
     return best
 
 

@@ -24,10 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scalora.runs.claim import move_aside
 from scalora.runs.errors import InputError
-from scalora.runs.run_folder import write_json
+from scalora.runs.run_folder import SUMMARY_FILE, write_json
 from scalora.runs.settings import run_settings
-from scalora.runs.yaml_file import yaml_dump
+from scalora.runs.yaml_file import parse_yaml, yaml_dump
 from scalora.saving.files import atomic_write
+from scalora.studies.cell_tests import config_file, drop_weights, missing_tests, scores_file, test_command
 from scalora.studies.cells import DIVERGED, last_words, read_cells, summary_of
 from scalora.studies.slots import VISIBLE_GPUS, Slots, slots_of
 from scalora.studies.study import STUDY_FILE, Cell, Study
@@ -126,6 +127,7 @@ class _Runner:
         self._parallel = slots.runs
         self._free = list(slots.gpus)
         self._gpus: dict[Path, str] = {}  # of the cells that are running
+        self._left: dict[Path, list[str]] = {}  # tests that a cell has still to do
         self._lock = lock
         self._stop = stop
         self._environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, str(slots.threads))
@@ -160,6 +162,8 @@ class _Runner:
                     cell = waiting.popleft()
                     self._started[cell.folder] = time.monotonic()
                     if summary_of(cell) is None:
+                        if self._free:
+                            self._gpus[cell.folder] = self._free.pop(0)
                         running[self._start(cell)] = cell
                     else:
                         self._end(cell, "kept")
@@ -169,25 +173,26 @@ class _Runner:
                     raise _Stopped
                 for process in [process for process in running if process.poll() is not None]:
                     cell = running.pop(process)
+                    if process.returncode == 0 and _is_trained(cell) and self._goes_on(cell):
+                        running[self._start(cell)] = cell
+                        continue
                     self._seconds.append(time.monotonic() - self._started[cell.folder])
                     self._end(cell, f"{_ending(process, cell)} after {self._seconds[-1]:.0f} s")
         finally:
             _terminate(running)
 
     def _start(self, cell: Cell) -> subprocess.Popen[bytes]:
-        # A failed or killed run has left a folder, which training would refuse to write to.
-        if os.path.lexists(cell.folder):
-            self._say(f"{cell}: what an earlier try left is now in {str(move_aside(cell.folder))!r}")
-        cell.folder.parent.mkdir(parents=True, exist_ok=True)
-        config = _config_file(cell)
-        config.write_text(yaml_dump(cell.settings.model_dump()), encoding="utf-8")
+        """Start what a cell has not been through yet: training, or the next of its tests."""
         environment = self._environment
-        if self._free:
-            gpu = self._gpus[cell.folder] = self._free.pop(0)
+        if (gpu := self._gpus.get(cell.folder)) is not None:
             environment = environment | {VISIBLE_GPUS: gpu}
-        with _log_file(cell).open("wb") as log:
+        if _is_trained(cell):
+            command, mode = test_command(cell, missing_tests(cell)[0]), "ab"
+        else:
+            command, mode = self._training_command(cell), "wb"
+        with _log_file(cell).open(mode) as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "scalora", "train", str(config)],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -195,6 +200,16 @@ class _Runner:
                 # A run that outlives its killed parent keeps the study locked, so that no other is started beside it.
                 pass_fds=(self._lock,),
             )
+
+    def _training_command(self, cell: Cell) -> list[str]:
+        # A failed or killed run has left a folder, which training would refuse to write to.
+        if os.path.lexists(cell.folder):
+            self._say(f"{cell}: what an earlier try left is now in {str(move_aside(cell.folder))!r}")
+        cell.folder.parent.mkdir(parents=True, exist_ok=True)
+        config = _config_file(cell)
+        # Without what the run needs, which has been checked for all runs.
+        config.write_text(yaml_dump(cell.settings.model_dump(exclude={"needs"})), encoding="utf-8")
+        return [sys.executable, "-m", "scalora", "train", str(config)]
 
     def _end(self, cell: Cell, how: str) -> None:
         if (gpu := self._gpus.pop(cell.folder, None)) is not None:
@@ -208,19 +223,27 @@ class _Runner:
             self.failed.append(cell)
         else:
             self.finished += 1
-            self._require_scores(summary)
+            drop_weights(cell, keep=bool(self._study.run.get("save_model")))
+            self._require_scores(cell, summary)
         self.progress.advance(self._bar)
         done = self.finished + len(self.failed)
         self._say(f"[{done}/{self.total}] {self._time_left()}{cell}: {how}")
 
+    def _goes_on(self, cell: Cell) -> bool:
+        """Whether a test is left to do, other than one that has just written no scores and yet ended well."""
+        left = missing_tests(cell)
+        before, self._left[cell.folder] = self._left.get(cell.folder), left
+        return bool(left) and left != before
+
     def _say(self, line: str) -> None:
         self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _require_scores(self, summary: dict[str, Any]) -> None:
+    def _require_scores(self, cell: Cell, summary: dict[str, Any]) -> None:
         if DIVERGED in summary:
             return
         for name in ("eval_loss", self._study.metric):
-            if name not in summary:
+            # A run that only chooses a learning rate has no tests.
+            if name not in summary and bool(cell.tests) == bool(self._study.tests):
                 given = ", ".join(key for key in summary if key.startswith("eval_")) or "none"
                 raise InputError(f"metric {name!r} is not among the scores of the evaluations, which are {given}")
 
@@ -286,14 +309,32 @@ def _check_finished_cells(study: Study) -> None:
     for cell in cells:
         if summary_of(cell) is None:
             continue
-        # Not the folder: a study may have been moved.
-        before, now = (_flat(s.model_dump(exclude={"output_dir"})) for s in (run_settings(cell.folder), cell.settings))
+        # Not the folder: a study may have been moved. Nor what was estimated of it.
+        before, now = (
+            _flat(s.model_dump(exclude={"output_dir", "needs"})) for s in (run_settings(cell.folder), cell.settings)
+        )
         for key in [*now, *before]:
             if before.get(key) != now.get(key):
                 raise InputError(
                     f"{str(cell.folder)!r} was run with {key}={before.get(key)!r}, but the study now has "
                     f"{now.get(key)!r}: choose another output_dir, or delete that folder to run it again"
                 )
+        for test, content in cell.tests.items():
+            earlier = parse_yaml(config_file(cell, test).read_text(encoding="utf-8"))
+            if _tested(earlier) != _tested(content):
+                raise InputError(
+                    f"{str(config_file(cell, test))!r} is not what the study now has in tests.{test}: choose another "
+                    f"output_dir, or delete that file and {scores_file(cell, test).name!r} to do the test again"
+                )
+
+
+def _tested(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a test's config decides about its score besides the run's own settings."""
+    return {key: config.get(key) for key in ("data", "evaluate")}
+
+
+def _is_trained(cell: Cell) -> bool:
+    return bool(cell.tests) and (cell.folder / SUMMARY_FILE).is_file()
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,27 +10,24 @@ sense are rejected when they are loaded.
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from scalora.runs.errors import InputError
 from scalora.runs.limits import check_limits
-from scalora.runs.settings import Settings, check_keys, checked_settings, first_problem
+from scalora.runs.settings import Settings, check_keys, first_problem
 from scalora.runs.strict_model import StrictModel, expanded_field
 from scalora.runs.yaml_file import parsed_overrides, read_yaml, refuse_repeated, set_dotted
+from scalora.studies.folder_names import slug
+from scalora.studies.study_checks import check_cells, check_data, check_fairness, run_settings_of
 
 STUDY_FILE = "study.yaml"
 
-# Keys of a run's config that the study sets in every cell.
-_SET_BY_STUDY = ("output_dir",)
-_SET_BY_STUDY_IN_TRAINING = ("learning_rate", "seed", "data_seed")
 _SMALLER_IS_BETTER = ("loss", "mse", "perplexity")
 
 
@@ -45,6 +42,9 @@ class Cell:
         folder: the run folder.
         config: the run's config as nested keys and values, not validated yet.
         share: share of the study's steps that the run takes; 1 for ordinary cells.
+        tests: config for `scalora evaluate` of each of the study's `tests`, not validated yet; none of a run that is
+            only for choosing a learning rate.
+        score: score of a test that counts.
     """
 
     method: str
@@ -53,6 +53,8 @@ class Cell:
     folder: Path
     config: dict[str, Any]
     share: float = 1.0
+    tests: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    score: str = ""
 
     @property
     def settings(self) -> Settings:
@@ -61,7 +63,7 @@ class Cell:
         Raises:
             InputError: the config is invalid; the message names the method and the key.
         """
-        return _run_settings(self.config, f"methods.{self.method}: ")
+        return run_settings_of(self.config, f"methods.{self.method}: ")
 
     def __str__(self) -> str:
         return f"{self.method} {self.folder.name}"
@@ -85,6 +87,23 @@ class Study(StrictModel):
         None,
         description="Whether larger values of the metric are better. null: false for names ending in loss, mse or "
         "perplexity, true for all others.",
+    )
+    chosen_by: Literal["eval_loss", "metric"] = Field(
+        "eval_loss",
+        description="What a method's learning rate is chosen by on the tuning seeds. eval_loss by default, because it "
+        "is less noisy than most metrics; metric where the loss of a classifier rises, the surer it gets, while its "
+        "answers still become better.",
+    )
+    tests: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Sets that the trained models are scored on: name -> overrides of `run` for `scalora evaluate`. "
+        "The runs on `seeds` are; those that only choose learning rates are not. The score of a test becomes "
+        "`eval_NAME` in the tables, and the mean of all `eval_tests`, for `metric`. The weights are deleted once all "
+        "tests are done, unless `run.save_model` is true.",
+    )
+    test_score: str | None = Field(
+        None,
+        description="Score of `scalora evaluate` that counts in `tests`. null: the first of `run.evaluate.metrics`.",
     )
     seeds: list[int] = Field(min_length=1, description="Seeds of the reported runs.")
     tuning_seeds: list[int] | None = Field(
@@ -149,6 +168,10 @@ class Study(StrictModel):
         if self.greater_is_better is None:
             return not self.metric.endswith(_SMALLER_IS_BETTER)
         return self.greater_is_better
+
+    def _test_score(self) -> str:
+        metrics = (self.run.get("evaluate") or {}).get("metrics") or ["loss"]
+        return self.test_score or str(metrics[0])
 
     def shares(self) -> list[float]:
         """The `step_shares`, in ascending order; none if there are none."""
@@ -231,12 +254,18 @@ class Study(StrictModel):
         # A model takes hundreds of megabytes per cell, and the comparison only reads logs.
         content = merged({"save_model": False, "method": method}, merged(self.run, overrides))
         name = f"lr{learning_rate}-seed{seed}" + ("" if share == 1 else f"-share{share}")
-        folder = self.folder / "cells" / _slug(method) / name
+        folder = self.folder / "cells" / slug(method) / name
         training: dict[str, Any] = {"learning_rate": learning_rate, "seed": seed, "data_seed": seed}
         config = merged(content, {"output_dir": str(folder), "training": training})
         cell = Cell(method, learning_rate, seed, folder, config, share)
         if share == 1:
-            return cell
+            tests = {test: merged(config, overrides) for test, overrides in self.tests.items() if seed in self.seeds}
+            return replace(
+                cell,
+                tests=tests,
+                score=self._test_score(),
+                config=merged(config, {"save_model": True}) if tests else config,
+            )
         return replace(cell, config=merged(config, {"training": _shortened(cell.settings.training, share)}))
 
 
@@ -259,9 +288,23 @@ def load_study_file(path: Path, overrides: Sequence[str] = (), options: Sequence
     for key, value in pairs:
         check_keys("", [key.partition(".")[0]], Study.model_fields)
         set_dotted(content, key, value)
+    study = checked_study(content)
+    check_data(study)
+    return study
+
+
+def checked_study(content: dict[str, Any]) -> Study:
+    """Make a study of the keys and values of a study file, and check all that needs no data.
+
+    Args:
+        content: nested keys and values.
+
+    Raises:
+        InputError: a key or value is invalid, or the methods would not be compared fairly.
+    """
     study = _study(content)
-    _check_fairness(study)
-    _check_cells(study)
+    check_fairness(study)
+    check_cells(study)
     return study
 
 
@@ -301,106 +344,9 @@ def _study(content: dict[str, Any]) -> Study:
         raise InputError(first_problem(error)) from None
 
 
-def _run_settings(content: dict[str, Any], where: str) -> Settings:
-    try:
-        return checked_settings(content)
-    except InputError as error:
-        raise InputError(f"{where}{error}") from None
-
-
-def _check_fairness(study: Study) -> None:
-    if study.baseline not in study.methods:
-        raise InputError(f"baseline={study.baseline!r} is none of the methods {', '.join(study.methods)}")
-    for name in ("seeds", "tuning_seeds", "step_shares"):
-        if twice := _first_duplicate(getattr(study, name) or []):
-            raise InputError(f"{name}: {twice[0]} is listed twice")
-    for method in study.methods:
-        if twice := _first_duplicate(study.rates(method)):
-            raise InputError(f"methods.{method}: learning rate {twice[0]} is listed twice")
-    counts = {method: len(study.rates(method)) for method in study.methods}
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{method} {count}" for method, count in counts.items())
-        raise InputError(
-            f"all methods must have the same number of learning rates, for equal tuning budgets; they have: {listed}"
-        )
-    slugs = {method: _slug(method) for method in study.methods}
-    if twice := _first_duplicate(list(slugs.values())):
-        names = " and ".join(repr(method) for method, slug in slugs.items() if slug == twice[0])
-        raise InputError(f"methods {names} would share the folder {twice[0]!r}: rename one of them")
-    if empty := [method for method, slug in slugs.items() if not slug]:
-        raise InputError(f"method name {empty[0]!r} has no letter or digit, so it gives no folder name: rename it")
-
-
-def _check_cells(study: Study) -> None:
-    """Raise `InputError` for an invalid run: first for mistakes that all runs share, then for those of one method."""
-    if "method" in study.run:
-        raise InputError("run.method: the study sets it from `methods`; leave it out")
-    _refuse_what_the_study_sets("run", study.run)
-    _run_settings({"method": "full"} | study.run, "run: ")
-    data: dict[str, str] = {}
-    for method, overrides in study.methods.items():
-        _refuse_what_the_study_sets(f"methods.{method}", overrides or {})
-        settings = study.cell(method, study.rates(method)[0], study.seeds[0]).settings
-        for split, name in (("train", settings.data.train), ("eval", settings.data.eval)):
-            if name is None:
-                raise InputError(f"methods.{method}: data.{split} is missing; a study needs data.train and data.eval")
-            if not (split == "train" and settings.data.streaming):
-                data |= dict.fromkeys([name] if isinstance(name, str) else name, split)
-    _check_step_shares(study)
-    from scalora.runs.data import load_examples  # loads torch, so after all else has been checked
-
-    for name, split in data.items():
-        load_examples(name, split)
-
-
-def _check_step_shares(study: Study) -> None:
-    """Raise `InputError` unless all methods take the same number of steps, of which each share is another number."""
-    if study.step_shares is None:
-        return
-    steps = {
-        method: study.cell(method, study.rates(method)[0], study.seeds[0]).settings.training.get("max_steps", 0)
-        for method in study.methods
-    }
-    whole = steps[study.baseline]
-    if whole < 1:
-        raise InputError("step_shares: they are shares of run.training.max_steps, which is missing: set it")
-    for method, own in steps.items():
-        if own != whole:
-            raise InputError(
-                f"methods.{method}.training.max_steps={own}: step_shares need the same for all methods, and "
-                f"{study.baseline} has {whole}"
-            )
-    taken = {share: round(share * whole) for share in (*study.shares(), 1.0)}
-    numbers = Counter(taken.values())
-    for share in study.shares():
-        if taken[share] < 1 or numbers[taken[share]] > 1:
-            raise InputError(
-                f"step_shares: {share} of {whole} steps is {taken[share]}, but each share must be another number of "
-                f"steps, from 1 to {whole - 1}: leave it out or change it"
-            )
-
-
 def _shortened(training: Mapping[str, Any], share: float) -> dict[str, Any]:
     """The training arguments that make a run take a share of its steps."""
     changed = {"max_steps": round(share * training["max_steps"])}
     warmup = training.get("warmup_steps", 0)
     # Below 1 it is a share of the steps already.
     return changed | ({"warmup_steps": round(share * warmup)} if warmup >= 1 else {})
-
-
-def _refuse_what_the_study_sets(where: str, content: dict[str, Any]) -> None:
-    training = content.get("training")
-    given = [key for key in _SET_BY_STUDY if key in content]
-    if isinstance(training, dict):
-        given += [f"training.{key}" for key in _SET_BY_STUDY_IN_TRAINING if key in training]
-    if given:
-        raise InputError(f"{where}.{given[0]}: the study sets it from output_dir, learning_rates and seeds")
-
-
-def _slug(method: str) -> str:
-    return re.sub(r"[^a-z0-9_.]+", "-", method.lower()).strip("-.")
-
-
-def _first_duplicate(values: Sequence[Any]) -> list[Any]:
-    """The first value that occurs more than once, as a list of one; an empty list if there is none."""
-    return [value for value, count in Counter(values).items() if count > 1][:1]

@@ -188,7 +188,8 @@ def _learning_rates(study: Study, rows: list[dict[str, Any]]) -> list[str]:
     return [
         "## All learning rates",
         grid(["method", "learning rate", *names.values(), "runs finished"], map(line, rows)),
-        f"Mean over the finished runs on seeds {seeds}. Bold: the best rate, that with the lowest evaluation loss.",
+        f"Mean over the finished runs on seeds {seeds}. Bold: the best rate, "
+        + ("that with the lowest evaluation loss." if study.chosen_by == "eval_loss" else f"by {study.metric}."),
     ]
 
 
