@@ -74,7 +74,7 @@ def glue(glue_words):
 
 def test_every_task_and_method_of_glue_goes_from_the_hubs_columns_to_a_score(glue):
     result = write_table(glue)
-    assert result.finished == 8 + 10 - 1
+    assert result.finished == 8 + 11 - 1
     assert not result.failed
     table = result.table.set_index(["method", "column"])
     rte = {method: table["ours"][method, "RTE"] for method in glue.studies["RTE"].methods}
@@ -116,11 +116,11 @@ def test_the_smoke_run_has_one_seed_and_one_rate_and_is_elsewhere(glue_words):
     assert load_recipe("glue", smoke=True).studies["RTE"].run["training"]["max_steps"] == 12
     assert list(smoke.studies) == ["RTE"]
     cells = smoke.studies["RTE"].tuning_cells()
-    assert len(cells) == len(smoke.studies["RTE"].methods) == 10
+    assert len(cells) == len(smoke.studies["RTE"].methods) == 11
     assert {cell.settings.training["max_steps"] for cell in cells} == {3}  # the recipe's 12, but for the command line
     assert {cell.settings.data.first for cell in cells} == {64}
     assert smoke.folder == Path(f"{whole.folder}-smoke")
-    assert [len(study.tuning_cells()) for study in whole.studies.values()] == [30] * 8
+    assert [len(study.tuning_cells()) for study in whole.studies.values()] == [33] * 8
 
 
 def test_only_takes_tasks_and_methods():
