@@ -267,13 +267,14 @@ def evaluate(
         from scalora.runs.evaluate import evaluate as score
         from scalora.runs.run_folder import check_output, write_json
 
-        if output is not None:
-            check_output(output, "--output", {"weights", "examples"})
-        scores = score(model, settings)
+        file = output if output is not None and (output.suffix == ".json" or output.is_file()) else None
+        if file is not None:
+            check_output(file, "--output", {"weights", "examples"})
+        scores = score(model, settings, output if file is None else None)
         if is_first():
             show_scores(scores)
-            if output is not None:
-                write_json(output, scores)
+            if file is not None:
+                write_json(file, scores)
         leave()
 
     _in_one_line(run, debug)

@@ -11,18 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from scalora._version import __version__
 from scalora.parallel.processes import process_count
 from scalora.runs.errors import InputError
 from scalora.runs.harness_settings import FOR_MODEL, HarnessSettings
+from scalora.runs.kept import RESULTS_FILE
 from scalora.runs.messages import without_message
 from scalora.runs.run_folder import check_output, replace_text, write_json
 from scalora.runs.scored_model import Scored, load_scored
 from scalora.runs.settings import Settings
-
-RESULTS_FILE = "results.json"
 
 _PACKAGES = ("lm_eval", "transformers", "torch", "peft")  # what else a figure depends on
 
@@ -71,8 +68,7 @@ def harness_scores(
     manager = TaskManager(include_path=harness.include_path)
     tasks = _tasks(harness.task_names, manager)
     scored = load_scored(model, settings)
-    if getattr(scored.model, "hf_quantizer", None) is None:  # one that is quantised has been placed
-        scored.model.to(PartialState(cpu=bool(settings.training.get("use_cpu", False))).device)
+    scored.place(settings)
     batch_size = harness.batch_size or settings.evaluate.batch_size
     with ExitStack() as quiet:
         for message in _MEANT:
@@ -134,14 +130,13 @@ def _identity(scored: Scored, settings: Settings, harness: HarnessSettings) -> s
 
     The sizes of batches are left out: they change answers by rounding errors alone.
     """
-    config = scored.model.config
-    parts = {
-        "weights": [scored.weights, getattr(config, "_commit_hash", None)],
-        "loading": [str(scored.model.dtype), settings.quantization],
-        "tokenizer": [scored.tokenizer.name_or_path, len(scored.tokenizer), scored.tokenizer.chat_template],
-        "model": harness.given(FOR_MODEL - {"max_batch_size"}),
-        "versions": [version(package) for package in _PACKAGES],
-    }
+    tokenizer = scored.tokenizer
+    parts = [
+        scored.identity(settings),
+        [tokenizer.name_or_path, len(tokenizer), tokenizer.chat_template],
+        harness.given(FOR_MODEL - {"max_batch_size"}),
+        version("lm_eval"),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

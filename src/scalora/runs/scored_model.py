@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
+from scalora._version import __version__
 from scalora.runs.errors import InputError
 from scalora.runs.models import (
     Source,
@@ -66,6 +69,26 @@ class Scored(NamedTuple):
     model: Any
     tokenizer: PreTrainedTokenizerBase
     weights: str
+
+    def place(self, settings: Settings) -> None:
+        """Move the model to the device that computes; one that is quantised has been placed.
+
+        Args:
+            settings: the config, of which ``training.use_cpu`` matters.
+        """
+        if getattr(self.model, "hf_quantizer", None) is None:
+            self.model.to(PartialState(cpu=bool(settings.training.get("use_cpu", False))).device)
+
+    def identity(self, settings: Settings) -> str:
+        """What outputs depend on, besides what is asked: weights, how they are loaded, and the libraries.
+
+        Args:
+            settings: the config, of which ``quantization`` matters.
+        """
+        commit = getattr(self.model.config, "_commit_hash", None)  # of a model on the hub, whose name is no hash
+        versions = [f"{package} {version(package)}" for package in ("torch", "transformers", "peft")]
+        parts = [self.weights, commit, self.model.dtype, settings.quantization, __version__, *versions]
+        return "; ".join(map(str, parts))
 
 
 def load_scored(model: str, settings: Settings) -> Scored:
