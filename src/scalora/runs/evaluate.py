@@ -29,6 +29,7 @@ from scalora.runs.formats import is_conversational, trl_examples, used_columns
 from scalora.runs.kept import Kept
 from scalora.runs.lengths import require_readable
 from scalora.runs.losses import CausalTrainer, SequenceTrainer
+from scalora.runs.math_score import math_score
 from scalora.runs.model_limits import require_known_tokens, require_trl_tokens, text_limit
 from scalora.runs.models import (
     class_names,
@@ -228,7 +229,12 @@ def _cut(trainer: SFTTrainer, loaded: int, name: str) -> dict[str, int]:
     return counts
 
 
-_SFT_METRICS = {"loss": loss_score, "exact_match": exact_match_score, "multiple_choice": multiple_choice_score}
+_SFT_METRICS = {
+    "loss": loss_score,
+    "exact_match": exact_match_score,
+    "math": math_score,
+    "multiple_choice": multiple_choice_score,
+}
 
 
 def sequence_scores(
