@@ -19,7 +19,7 @@ from scalora._version import __version__
 from scalora.bench.settings import ACHIEVED, H100_TFLOPS, BenchSettings, EstimateSettings, Parallel, Quantization
 from scalora.config import Dtype, Merge
 from scalora.parallel.job import is_first, leave, let_the_first_speak, let_the_lost_be_named
-from scalora.runs.errors import DivergedError
+from scalora.runs.errors import DivergedError, InputError
 from scalora.runs.messages import only_relevant_messages
 
 # Click's own, of which newer versions of typer carry a copy.
@@ -259,7 +259,7 @@ def evaluate(
             show_harness_scores(harness_scores(model, settings, wanted, output))
             return
         if path is None:
-            raise typer.BadParameter("CONFIG is missing: give the file that says what to score on, or --harness")
+            raise InputError("CONFIG is missing: give the file that says what to score on, or --harness")
         from scalora.runs.settings import load_settings
 
         settings = load_settings(path, words, _options(context))
