@@ -239,6 +239,9 @@ def test_names_and_settings_that_are_wrong_are_said_in_one_line(model_folder, ta
     assert "has not written" in refused("--harness", "tasks=arc_easy", "--output", tmp_path)
     near = refused("--harness", "tasks=agreement_choice", "--harness", f"include_path={tasks}")
     assert "there is no task 'agreement_choice': did you mean 'agreement_choices'?" in near
+    with monkeypatch.context() as patch:
+        patch.setattr("scalora.runs.harness.process_count", lambda: 2)
+        assert "--harness runs in one process" in refused("--harness", "tasks=a")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'scalora[harness]'" in refused("--harness", "tasks=a")

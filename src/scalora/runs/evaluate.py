@@ -100,8 +100,7 @@ def evaluate(model: str, settings: Settings, output: Path | None = None) -> dict
         InputError: the model, the data or a column is missing, or `output` holds something else.
     """
     join(use_cpu=bool(settings.training.get("use_cpu", False)))
-    whole = settings.task != "sft"  # the others' models are in files of their own
-    source = resolve_source(model) if whole else None
+    source = None if settings.task == "sft" else resolve_source(model)
     if settings.data.eval is None:
         raise InputError("data.eval is missing: set it to the file to evaluate on")
     data = Examples(*first_examples(load_sets(settings.data.eval, "test"), settings.evaluate.limit))

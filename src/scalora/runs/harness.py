@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scalora._version import __version__
+from scalora.parallel.job import join
 from scalora.parallel.processes import process_count
 from scalora.runs.errors import InputError
 from scalora.runs.harness_settings import FOR_MODEL, HarnessSettings
@@ -54,6 +55,7 @@ def harness_scores(
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("--harness needs lm-evaluation-harness: pip install 'scalora[harness]'")
+    join(use_cpu=bool(settings.training.get("use_cpu", False)))
     if process_count() > 1:
         raise InputError(
             "--harness runs in one process: on several GPUs, give the merged model to the harness's own command "

@@ -62,17 +62,18 @@ def opened(
     return FinishedRun(path, base)
 
 
-def dtype_on_disk(source: Source) -> str:
+def dtype_on_disk(source: Source, *, trust_remote_code: bool = False) -> str:
     """The dtype that Transformers loads a model in if nobody says otherwise.
 
     Args:
         source: the model.
+        trust_remote_code: whether its config may be code that comes with it. Not by default: whose it is must be said.
 
     Raises:
         InputError: its config can't be read.
     """
     try:
-        config = AutoConfig.from_pretrained(source.name, **source.arguments)
+        config = AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.arguments)
     except (OSError, ValueError) as error:
         raise InputError(f"model {source.name!r} can't be loaded: {error}") from None
     return str(config.dtype or torch.float32).removeprefix("torch.")

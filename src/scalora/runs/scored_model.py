@@ -53,7 +53,8 @@ def settings_of_model(
     settings = overridden({"model": model}, overrides, options)
     if "dtype" in settings.model_fields_set or _has_state(path):
         return settings
-    dtype = dtype_on_disk(_base_of_adapter(path) if _is_adapter(path) else resolve_source(model))
+    source = _base_of_adapter(path) if _is_adapter(path) else resolve_source(model)
+    dtype = dtype_on_disk(source, trust_remote_code=settings.trust_remote_code)
     return settings.model_copy(update={"dtype": dtype})
 
 
