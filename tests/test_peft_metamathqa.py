@@ -248,7 +248,7 @@ def test_the_real_benchmark_runs_unchanged(source, mode, work, tmp_path):
     assert ours["train_info"]["num_trainable_params"] == lora["train_info"]["num_trainable_params"]
     sizes = ours[NAME]["bytes_of_trained_factors"], ours[NAME]["bytes_of_remainder"]
     assert ours["train_info"]["file_size"] == sum(sizes)
-    assert min(sizes) > 4096  # more than the header of the file
+    assert ours[NAME]["rank_of_saved_adapter"] > 4
     if sys.version_info >= (3, 12):  # earlier, the benchmark can't save
         assert sizes[0] < lora["train_info"]["file_size"] < sizes[0] + 8192
     losses = [result["train_info"]["metrics"][-1]["train loss"] for result in (ours, lora)]
