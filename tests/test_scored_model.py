@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from scalora.cli import app
+from scalora.runs.scored_model import load_scored
+from scalora.runs.settings import Settings
 
 
 def command(*words):
@@ -75,8 +77,20 @@ def test_an_adapter_is_scored_on_the_base_that_it_names(causal_folder, data, tmp
     AutoTokenizer.from_pretrained(causal_folder).save_pretrained(tmp_path / "merged")
     found, merged = (scores(tmp_path / name, data, tmp_path / f"{name}.json") for name in ("adapter", "merged"))
     assert found["loss"] == pytest.approx(merged["loss"], rel=1e-4)
+
+    # The same files are the same model, and others, also of the same weights, are not.
     path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "/nowhere"}))
+    config = json.loads(path.read_text())
+    plain = Settings(model="unused")
+    first, again = (load_scored(str(path.parent), plain).identity(plain) for _ in range(2))
+    path.write_text(json.dumps(config | {"lora_alpha": 3, "target_modules": config["target_modules"][::-1]}))
+    scaled = load_scored(str(path.parent), plain)
+    assert first == again != scaled.identity(plain)
+    path.write_text(json.dumps(config | {"target_modules": config["target_modules"][::-1]}))
+    assert load_scored(str(path.parent), plain).identity(plain) == first
+    assert scaled.weights == load_scored(str(path.parent), plain).weights
+
+    path.write_text(json.dumps(config | {"base_model_name_or_path": "/nowhere"}))
     refused = command("evaluate", tmp_path / "adapter", data / "run.yaml")
     assert refused.exit_code == 2
     assert "names '/nowhere' as its base" in refused.stderr

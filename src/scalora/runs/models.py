@@ -275,7 +275,16 @@ def fingerprint(source: Source) -> str:
         return f"hub:{source.name}"
     if source.gguf_file:
         return fingerprint_of_files(folder / source.gguf_file, [folder / source.gguf_file])
-    return fingerprint_of_files(folder, sorted(folder.glob("*.safetensors")))
+    return fingerprint_of_files(folder, weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that Transformers or PEFT load from a folder, in an order that is always the same.
+
+    Args:
+        folder: the folder of a model or an adapter.
+    """
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
 def fingerprint_of_files(path: Path, files: Collection[Path]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +23,7 @@ from scalora.runs.models import (
     load_causal_model,
     load_tokenizer,
     resolve_source,
+    weight_files,
 )
 from scalora.runs.saved_folder import dtype_on_disk, opened
 from scalora.runs.settings import Settings, load_settings, overridden
@@ -81,14 +84,23 @@ class Scored(NamedTuple):
             self.model.to(PartialState(cpu=bool(settings.training.get("use_cpu", False))).device)
 
     def identity(self, settings: Settings) -> str:
-        """What outputs depend on, besides what is asked: weights, how they are loaded, and the libraries.
+        """What outputs depend on, besides what is asked: weights, how they are loaded and used, and the libraries.
 
         Args:
             settings: the config, of which ``quantization`` matters.
         """
-        commit = getattr(self.model.config, "_commit_hash", None)  # of a model on the hub, whose name is no hash
-        versions = [f"{package} {version(package)}" for package in ("torch", "transformers", "peft")]
-        parts = [self.weights, commit, self.model.dtype, settings.quantization, __version__, *versions]
+        config = self.model.config
+        adapters = {name: adapter.to_dict() for name, adapter in getattr(self.model, "peft_config", {}).items()}
+        used = config.to_json_string() + json.dumps(adapters, sort_keys=True, default=_in_order)
+        parts = [
+            self.weights,
+            getattr(config, "_commit_hash", None),  # of a model on the hub, whose name is no hash
+            self.model.dtype,
+            settings.quantization,
+            sha256(used.encode()).hexdigest()[:12],
+            __version__,
+            *(f"{package} {version(package)}" for package in ("torch", "transformers", "peft")),
+        ]
         return "; ".join(map(str, parts))
 
 
@@ -166,6 +178,11 @@ def _of_run(run: Any, state: Path | None, adapter: Path | None) -> Scored:
     return Scored(_ready(model), run.tokenizer, f"{_identity(folder)} on {fingerprint(run.source)}")
 
 
+def _in_order(value: Any) -> Any:
+    """For JSON: a set as a list that is always the same, anything else as it is printed."""
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+
 def _ready(model: PeftModel) -> PeftModel:
     # TRL converts trainable parameters on a quantised base to bfloat16, even if it only evaluates.
     model.requires_grad_(False)
@@ -174,5 +191,4 @@ def _ready(model: PeftModel) -> PeftModel:
 
 def _identity(folder: Path) -> str:
     """Identifies the weights of an adapter or a state."""
-    files = [*folder.glob("*.safetensors"), *folder.glob(f"{SHARDED_STATE}/**/*.safetensors")]
-    return fingerprint_of_files(folder, sorted(files))
+    return fingerprint_of_files(folder, weight_files(folder) + sorted(folder.glob(f"{SHARDED_STATE}/**/*.safetensors")))
