@@ -16,7 +16,16 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from models import tiny_llama, trainable
 from peft import LoraConfig, get_peft_model
-from serving.agreement import NEW_TOKENS, PATTERN, TASKS, completion_tokens, of_harness, own_config, write_tasks
+from serving.agreement import (
+    NEW_TOKENS,
+    PATTERN,
+    TASKS,
+    completion_tokens,
+    of_harness,
+    own_config,
+    with_choices,
+    write_tasks,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -273,6 +282,16 @@ def test_a_model_is_loaded_in_its_own_dtype_unless_told_otherwise(model_folder, 
         assert result.exit_code == 0, result.output
         assert json.loads((output / "results.json").read_text())["config"]["model_dtype"] == f"torch.{dtype}"
         assert len(lines(output / "samples_agreement_choices.jsonl")) == 1
+
+
+def test_the_choices_are_orders_of_the_words_with_the_right_one_at_changing_places():
+    rows = [{"prompt": "p", "completion": f"\n{words}"} for words in ("c, a, b", "b, a", "d, b, c, a")]
+    examples = with_choices(rows, "<eos>")
+    assert [row["choices"][row["answer"]] for row in examples] == ["\nc, a, b", "\nb, a", "\nd, b, c, a"]
+    assert [row["answer"] for row in examples] == [0, 1, 2]
+    assert examples[1]["choices"] == ["\na, b", "\nb, a"]
+    assert len(examples[2]["choices"]) == len(set(examples[2]["choices"])) == 4
+    assert examples[0]["ended"] == "\nc, a, b<eos>"
 
 
 def test_the_pattern_is_that_of_the_demo():
