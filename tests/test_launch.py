@@ -387,17 +387,23 @@ def test_several_processes_score_as_one(alone, config, place):
     (place / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
     content = yaml.safe_load((alone / "config.yaml").read_text())
     content["data"]["eval"] = str(place / "scored.jsonl")
-    content["evaluate"] = {"metrics": ["loss", "exact_match", "multiple_choice"], "batch_size": 2, "max_new_tokens": 4}
+    metrics = ["loss", "exact_match", "math", "multiple_choice"]
+    content["evaluate"] = {"metrics": metrics, "batch_size": 2, "max_new_tokens": 4}
     file = place / "scored.yaml"
     file.write_text(yaml.safe_dump(content))
-    scalora("evaluate", alone, file, "--output", place / "one.json")
+    scalora("evaluate", alone, file, "--output", place / "one")
     error, (shown, nothing), messages = launch(
-        place / "logs" / "scored", "evaluate", alone, file, "--output", place / "two.json"
+        place / "logs" / "scored", "evaluate", alone, file, "--output", place / "two"
     )
     assert error is None, messages
     assert shown.count("exact_match") >= 1
     assert not nothing
-    one, two = read(place / "one.json"), read(place / "two.json")
+    one, two = read(place / "one" / "results.json"), read(place / "two" / "results.json")
+    kept = ["results.json", *(f"samples_{metric}.jsonl" for metric in metrics[1:])]
+    for folder in (place / "one", place / "two"):
+        assert sorted(path.name for path in folder.iterdir()) == kept
+    for name in kept[1:]:
+        assert (place / "one" / name).read_text() == (place / "two" / name).read_text()
     close = {key: pytest.approx(one[key], rel=1e-6) for key in ("loss", "perplexity")}
     assert two == one | close
     assert list(two) == list(one)

@@ -189,7 +189,8 @@ if config["save_model"]:
 score = 0.5 + 0.01 * training["seed"] ** 2 + 10 * training["learning_rate"] * (rank != 2)
 score -= 0.1 * ("pair" in config["data"]["train"])
 summary = {{"steps": 1, "eval_loss": 1 - score, "eval_accuracy": score}}
-(folder / "summary.json").write_text(json.dumps(summary))
+(folder / "summary").write_text(json.dumps(summary))
+(folder / "summary").rename(folder / "summary.json")
 """
 
 

@@ -19,7 +19,7 @@ from scalora._version import __version__
 from scalora.bench.settings import ACHIEVED, H100_TFLOPS, BenchSettings, EstimateSettings, Parallel, Quantization
 from scalora.config import Dtype, Merge
 from scalora.parallel.job import is_first, leave, let_the_first_speak, let_the_lost_be_named
-from scalora.runs.errors import DivergedError
+from scalora.runs.errors import DivergedError, InputError
 from scalora.runs.messages import only_relevant_messages
 
 # Click's own, of which newer versions of typer carry a copy.
@@ -214,31 +214,72 @@ def config(
 @app.command(context_settings=_OVERRIDES)
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Run folder, model folder, GGUF file, or hub id.")],
-    config: Config,
-    output: Annotated[Path | None, typer.Option("--output", help="Also write the scores to this JSON file.")] = None,
+    model: Annotated[
+        str,
+        typer.Argument(help="Run folder, checkpoint, model folder, folder of an adapter, GGUF file, or hub id."),
+    ],
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            help="Config file (YAML). --key value and --section.key value override its keys. --harness needs none.",
+            show_default=False,
+        ),
+    ] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--harness",
+            metavar="KEY=VALUE",
+            help="Score by lm-evaluation-harness: tasks=NAME,NAME and its other settings, such as num_fewshot=5, each "
+            "after a --harness of its own.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            help="Also write the scores: to a JSON file (NAME.json), or to a folder, with the outputs for each "
+            "example. The same command goes on from what a killed one left in the folder.",
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Score a model on the evaluation data of a config.
+    """Score a model on the evaluation data of a config, or on tasks of lm-evaluation-harness.
 
     `scalora train --help` lists the keys of a config.
     """
 
     def run() -> None:
+        path, words = _config_and_overrides(config, context.args)
+        if harness:
+            from scalora.runs.harness_settings import harness_settings
+
+            wanted = harness_settings(harness)
+            from scalora.cli.console import show_harness_scores
+            from scalora.runs.harness import harness_scores
+            from scalora.runs.scored_model import settings_of_model
+
+            options = _options(context)
+            settings = settings_of_model(model, path, words, options)
+            show_harness_scores(harness_scores(model, settings, wanted, output))
+            return
+        if path is None:
+            raise InputError("CONFIG is missing: give the file that says what to score on, or --harness")
         from scalora.runs.settings import load_settings
 
-        settings = load_settings(config, context.args, _options(context))
+        settings = load_settings(path, words, _options(context))
         from scalora.cli.console import show_scores
         from scalora.runs.evaluate import evaluate as score
         from scalora.runs.run_folder import check_output, write_json
 
-        if output is not None:
-            check_output(output, "--output", {"weights", "examples"})
-        scores = score(model, settings)
+        file = output if output is not None and (output.suffix == ".json" or output.is_file()) else None
+        if file is not None:
+            check_output(file, "--output", {"weights", "examples"})
+        scores = score(model, settings, output if file is None else None)
         if is_first():
             show_scores(scores)
-            if output is not None:
-                write_json(output, scores)
+            if file is not None:
+                write_json(file, scores)
         leave()
 
     _in_one_line(run, debug)
@@ -716,6 +757,13 @@ def bench(
         typer.echo(text)
 
     _in_one_line(run, debug)
+
+
+def _config_and_overrides(config: str | None, words: list[str]) -> tuple[Path | None, list[str]]:
+    """Tell a config from an override, which stands in its place where there is none."""
+    if config is None or not config.startswith("--"):
+        return None if config is None else Path(config), words
+    return None, [config, *words]
 
 
 def _options(context: typer.Context) -> list[str]:

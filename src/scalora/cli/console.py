@@ -49,6 +49,20 @@ def show_scores(scores: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def show_harness_scores(found: dict[str, Any]) -> None:
+    """Print the scores of lm-evaluation-harness, as it prints them itself, and which weights they are of.
+
+    Args:
+        found: the result of `scalora.runs.harness.harness_scores`.
+    """
+    from lm_eval.utils import make_table
+
+    print(f"weights: {found['weights']}")
+    print(make_table(found))
+    if found.get("groups"):
+        print(make_table(found, "groups"))
+
+
 def show_export(report: dict[str, Any], target: Path) -> None:
     """Print how closely an export agrees with its run, and where it is.
 

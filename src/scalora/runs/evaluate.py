@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -17,29 +18,33 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.trainer_utils import PredictionOutput
 from trl import SFTConfig, SFTTrainer
 
 from scalora.parallel.job import from_all, join
 from scalora.runs.data import Examples, examples_of, first_examples, tokenized_for_classification
 from scalora.runs.errors import InputError
 from scalora.runs.exact_match import exact_match_score
-from scalora.runs.formats import is_conversational, trl_examples
+from scalora.runs.formats import is_conversational, trl_examples, used_columns
+from scalora.runs.kept import Kept
 from scalora.runs.lengths import require_readable
 from scalora.runs.losses import CausalTrainer, SequenceTrainer
+from scalora.runs.math_score import math_score
 from scalora.runs.model_limits import require_known_tokens, require_trl_tokens, text_limit
 from scalora.runs.models import (
     class_names,
     fingerprint,
-    load_causal_model,
     load_classifier,
     load_tokenizer,
     resolve_source,
 )
 from scalora.runs.multiple_choice import multiple_choice_score
+from scalora.runs.scored_model import load_scored
 from scalora.runs.scores import (
     CLASSIFICATION_SCORES,
     REGRESSION_SCORES,
     classification_scores,
+    head_outputs,
     regression_scores,
 )
 from scalora.runs.settings import Settings
@@ -74,47 +79,64 @@ _LOSS_ARGUMENTS = {
 _HEAD_LOSS_ARGUMENTS = {"label_smoothing_factor", "use_cpu"}  # the same for classification and regression
 
 
-def evaluate(model: str, settings: Settings) -> dict[str, Any]:
+def evaluate(model: str, settings: Settings, output: Path | None = None) -> dict[str, Any]:
     """Score a model on the evaluation data of a config.
 
     In a job of several processes, as torchrun starts them, each loads the model and takes a part of the examples, and
     all return the scores.
 
     Args:
-        model: run folder, model folder, GGUF file or hub id.
+        model: run folder, model folder, GGUF file or hub id; for sft also a checkpoint or the folder of an adapter.
         settings: the config, of which ``data``, ``task``, ``evaluate`` and ``training`` matter.
+        output: folder for the scores and the outputs for each example, which is created. Answers and log-likelihoods
+            are kept there as they are computed, and an evaluation that is killed goes on from them. None: nothing is
+            written.
 
     Returns:
         The scores by name, with the numbers of examples that they leave out or cut; the number of ``"examples"``; and
         ``"weights"``, which identifies the weights scored.
 
     Raises:
-        InputError: the model, the data or a column is missing.
+        InputError: the model, the data or a column is missing, or `output` holds something else.
     """
-    use_cpu = bool(settings.training.get("use_cpu", False))
-    join(use_cpu=use_cpu)
-    source = resolve_source(model)
+    join(use_cpu=bool(settings.training.get("use_cpu", False)))
+    source = None if settings.task == "sft" else resolve_source(model)
     if settings.data.eval is None:
         raise InputError("data.eval is missing: set it to the file to evaluate on")
-    examples, name = first_examples(examples_of(settings.data, settings.data.eval, "test"), settings.evaluate.limit)
+    data = Examples(*first_examples(examples_of(settings.data, settings.data.eval, "test"), settings.evaluate.limit))
+    if source is None:
+        return _sft_scores(model, data, settings, output)
     tokenizer = load_tokenizer(source, settings)
-    scores: dict[str, Any] = {"weights": fingerprint(source), "examples": len(examples)}
-    if settings.task not in ("sft", *LABELLED):
-        return scores | trl_scores(source, tokenizer, Examples(examples, name), settings)
-    if settings.task == "sft":
-        causal = load_causal_model(source, settings)
-        if getattr(causal, "hf_quantizer", None) is None:  # one that is quantised has been placed
-            causal.to(PartialState(cpu=use_cpu).device)
-        for metric in settings.evaluate.metrics:
-            scores |= _SFT_METRICS[metric](causal, tokenizer, examples, name, settings)
-        return scores
-    labels = class_names(source, settings)
-    classifier = load_classifier(source, settings, tokenizer, labels, new_head=False)
-    return scores | sequence_scores(classifier, tokenizer, examples, name, settings, labels)
+    scores: dict[str, Any] = {"weights": fingerprint(source), "examples": len(data.rows)}
+    kept = Kept(output)
+    if settings.task not in LABELLED:
+        scores |= trl_scores(source, tokenizer, data, settings)
+    else:
+        labels = class_names(source, settings)
+        classifier = load_classifier(source, settings, tokenizer, labels, new_head=False)
+        scores |= sequence_scores(classifier, tokenizer, *data, settings, labels, kept)
+    kept.finish(scores)
+    return scores
+
+
+def _sft_scores(model: str, data: Examples, settings: Settings, output: Path | None) -> dict[str, Any]:
+    scored = load_scored(model, settings)
+    scored.place(settings)
+    kept = Kept(output, scored.identity(settings))
+    scores: dict[str, Any] = {"weights": scored.weights, "examples": len(data.rows)}
+    for metric in settings.evaluate.metrics:
+        scores |= _SFT_METRICS[metric](scored.model, scored.tokenizer, *data, settings, kept)
+    kept.finish(scores)
+    return scores
 
 
 def loss_score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Dataset, name: str, settings: Settings
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Dataset,
+    name: str,
+    settings: Settings,
+    kept: Kept | None = None,
 ) -> dict[str, float]:
     """Loss and perplexity on the tokens that the config trains on: what training logs as ``eval_loss``.
 
@@ -124,6 +146,7 @@ def loss_score(
         examples: the examples, in one of TRL's formats.
         name: name of the data, for error messages.
         settings: the config, of which ``data``, ``evaluate.batch_size`` and ``training`` matter.
+        kept: of no use here, where nothing is computed for one example alone.
 
     Returns:
         ``"loss"``, the mean over all tokens; ``"perplexity"`` of the tokens; and, unless examples are packed, the
@@ -205,7 +228,12 @@ def _cut(trainer: SFTTrainer, loaded: int, name: str) -> dict[str, int]:
     return counts
 
 
-_SFT_METRICS = {"loss": loss_score, "exact_match": exact_match_score, "multiple_choice": multiple_choice_score}
+_SFT_METRICS = {
+    "loss": loss_score,
+    "exact_match": exact_match_score,
+    "math": math_score,
+    "multiple_choice": multiple_choice_score,
+}
 
 
 def sequence_scores(
@@ -215,6 +243,7 @@ def sequence_scores(
     name: str,
     settings: Settings,
     labels: list[str] | None,
+    kept: Kept | None = None,
 ) -> dict[str, float]:
     """Loss and scores of a model for classification or regression.
 
@@ -225,6 +254,7 @@ def sequence_scores(
         name: name of the data, for error messages.
         settings: the config, of which ``data``, ``task``, ``evaluate.batch_size`` and ``training`` matter.
         labels: names of the classes in order; None for regression.
+        kept: where the outputs for each example are kept. None: nowhere.
 
     Returns:
         ``"loss"``, and ``"accuracy"``, ``"f1"`` (macro average) and ``"matthews"`` for classification, or
@@ -252,9 +282,38 @@ def sequence_scores(
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=regression_scores if labels is None else classification_scores,
         )
-        scores = trainer.evaluate(data)
+        predicted = trainer.predict(data, metric_key_prefix="eval")
+    if kept is not None:
+        kept.write(settings.task, _outputs(predicted, examples, settings, labels))
+    scores = predicted.metrics
     names = ("loss", *(REGRESSION_SCORES if labels is None else CLASSIFICATION_SCORES))
     return {score: scores[f"eval_{score}"] for score in names} | {"truncated": truncated}
+
+
+def _outputs(
+    predicted: PredictionOutput, examples: Dataset, settings: Settings, labels: list[str] | None
+) -> list[dict[str, Any]]:
+    """What a model for classification or regression says of each example, and what is right."""
+    columns = used_columns(examples, "", settings.data, settings.task)[:-1]
+    texts, goals = examples.select_columns(columns), predicted.label_ids.tolist()
+    found: list[dict[str, Any]]
+    if labels is None:
+        values = head_outputs(predicted).squeeze(-1).tolist()
+        found = [{"prediction": value, "label": goal} for value, goal in zip(values, goals, strict=True)]
+    else:
+        found = [
+            {"prediction": (name := _likeliest(row, labels)), "label": labels[goal], "right": name == labels[goal]}
+            for row, goal in zip(head_outputs(predicted), goals, strict=True)
+        ]
+    return [
+        {"row": number, **text, **outcome}
+        for number, (text, outcome) in enumerate(zip(texts, found, strict=True), start=1)
+    ]
+
+
+def _likeliest(logits: Any, labels: list[str]) -> str | None:
+    """The class that a model predicts; None if its outputs are not numbers."""
+    return None if np.isnan(logits).any() else labels[int(logits.argmax())]
 
 
 def _not_training() -> dict[str, Any]:

@@ -273,13 +273,33 @@ def fingerprint(source: Source) -> str:
     folder = Path(source.name)
     if not folder.is_dir():
         return f"hub:{source.name}"
-    files = [folder / source.gguf_file] if source.gguf_file else sorted(folder.glob("*.safetensors"))
+    if source.gguf_file:
+        return fingerprint_of_files(folder / source.gguf_file, [folder / source.gguf_file])
+    return fingerprint_of_files(folder, weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that Transformers or PEFT load from a folder, in an order that is always the same.
+
+    Args:
+        folder: the folder of a model or an adapter.
+    """
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+
+
+def fingerprint_of_files(path: Path, files: Collection[Path]) -> str:
+    """Identifies the weights in some files, by a path and a hash.
+
+    Args:
+        path: what is said to hold them.
+        files: the files, in an order that is always the same.
+    """
     digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
+    for name in files:
+        with name.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-    return f"{folder.resolve() / (source.gguf_file or '')} sha256:{digest.hexdigest()[:12]}"
+    return f"{path.resolve()} sha256:{digest.hexdigest()[:12]}"
 
 
 def _head(labels: list[str] | None) -> dict[str, Any]:

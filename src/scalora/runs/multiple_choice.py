@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from itertools import takewhile
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scalora.runs.errors import InputError
 from scalora.runs.formats import require_columns
+from scalora.runs.kept import Kept
 from scalora.runs.model_limits import positions
 from scalora.runs.prompts import (
     Prompt,
@@ -31,7 +33,7 @@ from scalora.runs.prompts import (
     use_training_tokens,
 )
 from scalora.runs.settings import Settings
-from scalora.runs.track import of_all, share, track
+from scalora.runs.track import share, track
 from scalora.saving.errors import short_repr
 
 _SHOWN = 60  # characters of an example's value that an error shows
@@ -49,7 +51,12 @@ class _Question:
 
 
 def multiple_choice_score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Dataset, name: str, settings: Settings
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Dataset,
+    name: str,
+    settings: Settings,
+    kept: Kept | None = None,
 ) -> dict[str, float]:
     """Share of examples whose correct choice has the highest log-likelihood after the prompt.
 
@@ -62,6 +69,7 @@ def multiple_choice_score(
             ``text`` with their names as ``label``), and ``answer`` (place from 0, text or label of the correct choice).
         name: name of the data, for error messages.
         settings: the config, of which ``evaluate.batch_size`` and the tokens of ``training`` matter.
+        kept: where log-likelihoods are kept, and the outputs for each example. None: nowhere.
 
     Returns:
         ``"multiple_choice"`` and ``"acc"``, which are the same; ``"acc_norm"``, by log-likelihoods divided by the
@@ -72,6 +80,7 @@ def multiple_choice_score(
     Raises:
         InputError: an example can't be used.
     """
+    kept = kept or Kept()
     require_columns(examples, name, ["prompt", "choices", "answer"])
     use_training_tokens(model, tokenizer, settings.training)
     questions = [_question(row, f"data {name!r}, row {number:,}") for number, row in enumerate(examples, start=1)]
@@ -81,9 +90,9 @@ def multiple_choice_score(
     for number, question in enumerate(questions, start=1):
         where = f"data {name!r}, row {number:,}"
         pairs = _encoded_choices(tokenizer, question, where)
-        kept = pairs if longest is None else [_end_of_context(pair, longest, where) for pair in pairs]
-        shortened += kept != pairs
-        encoded.append(kept)
+        fitting = pairs if longest is None else [_end_of_context(pair, longest, where) for pair in pairs]
+        shortened += fitting != pairs
+        encoded.append(fitting)
     if shortened:
         warnings.warn(
             f"data {name!r}: multiple_choice uses only the end of {shortened:,} prompts, since the model has "
@@ -91,21 +100,36 @@ def multiple_choice_score(
             stacklevel=2,
         )
     likelihoods = _log_likelihoods(
-        model, sorted({pair for pairs in encoded for pair in pairs}), settings.evaluate.batch_size
+        model, sorted({pair for pairs in encoded for pair in pairs}), settings.evaluate.batch_size, kept
     )
-    acc, acc_norm, ties = 0, 0, 0
+    rows: list[dict[str, Any]] = []
+    ties = 0
     for number, (question, pairs) in enumerate(zip(questions, encoded, strict=True), start=1):
         found = [likelihoods[pair] for pair in pairs]
         if any(map(math.isnan, found)):
             raise InputError(f"data {name!r}, row {number:,}: the model's log-likelihoods are not numbers (NaN)")
         each = [value / len(choice) for value, choice in zip(found, question.choices, strict=True)]
-        acc += found.index(max(found)) == question.answer
-        acc_norm += each.index(max(each)) == question.answer
+        choice, by_length = found.index(max(found)), each.index(max(each))
         ties += found.count(max(found)) > 1
+        rows.append(
+            {
+                "row": number,
+                "prompt": question.prompt,
+                "choices": question.choices,
+                "log_likelihoods": found,
+                "choice": choice,
+                "choice_norm": by_length,
+                "answer": question.answer,
+                "right": choice == question.answer,
+                "right_norm": by_length == question.answer,
+            }
+        )
+    kept.write("multiple_choice", rows)
+    acc, acc_norm = (sum(row[right] for row in rows) / len(rows) for right in ("right", "right_norm"))
     return {
-        "multiple_choice": acc / len(questions),
-        "acc": acc / len(questions),
-        "acc_norm": acc_norm / len(questions),
+        "multiple_choice": acc,
+        "acc": acc,
+        "acc_norm": acc_norm,
         "multiple_choice_ties": ties,
         "multiple_choice_shortened": shortened,
     }
@@ -238,16 +262,21 @@ def _end_of_context(pair: Encoded, longest: int, where: str) -> Encoded:
 
 
 @torch.no_grad()
-def _log_likelihoods(model: PreTrainedModel, pairs: list[Encoded], batch_size: int) -> dict[Encoded, float]:
+def _log_likelihoods(model: PreTrainedModel, pairs: list[Encoded], batch_size: int, kept: Kept) -> dict[Encoded, float]:
     model.eval()
     given = [(*before, *after)[:-1] for before, after in pairs]
-    found: list[tuple[Encoded, float]] = []
+    keys = [sha256(str(pair).encode()).hexdigest() for pair in pairs]
     batches = equal_length_batches([len(ids) for ids in given], batch_size)
-    for batch in track(share(batches), "multiple choice"):  # whole ones, so that a figure is that of one process
+    # Whole batches are done, by one process each, and done again: a figure is then always that of the same batch.
+    missing = [batch for batch in batches if not all(keys[place] in kept for place in batch)]
+    for batch in track(share(missing), "multiple choice"):
         ids = torch.tensor([given[place] for place in batch], device=model.device)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        found = {}
         for place, row in zip(batch, logits, strict=True):
             after = torch.tensor(pairs[place][1], device=row.device)
             each = row[-len(after) :].float().log_softmax(-1).gather(-1, after[:, None])
-            found.append((pairs[place], float(each.sum())))
-    return dict(of_all(found))
+            found[keys[place]] = float(each.sum())
+        kept.add(found)
+    kept.exchange()
+    return {pair: kept[key] for pair, key in zip(pairs, keys, strict=True)}

@@ -62,6 +62,23 @@ def opened(
     return FinishedRun(path, base)
 
 
+def dtype_on_disk(source: Source, *, trust_remote_code: bool = False) -> str:
+    """The dtype that Transformers loads a model in if nobody says otherwise.
+
+    Args:
+        source: the model.
+        trust_remote_code: whether its config may be code that comes with it. Not by default: whose it is must be said.
+
+    Raises:
+        InputError: its config can't be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.arguments)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {source.name!r} can't be loaded: {error}") from None
+    return str(config.dtype or torch.float32).removeprefix("torch.")
+
+
 class SavedFolder:
     """The state in a folder, and the models that belong to it.
 
@@ -97,7 +114,7 @@ class SavedFolder:
         name = base or _named_base(self.path, (state["adapter"] or {}).get("base_model_name_or_path"))
         self.source: Source = resolve_source(name)
         if dtype is None:
-            dtype = _dtype(self._loading, state["tensors"]) or _dtype_on_disk(self.source)
+            dtype = _dtype(self._loading, state["tensors"]) or dtype_on_disk(self.source)
         self.settings = Settings(model=name, dtype=dtype, quantization=quantization)
 
     @cached_property
@@ -242,15 +259,6 @@ def _dtype(loading: dict[str, Any] | None, tensors: dict[str, torch.Tensor]) -> 
     weights = (tensor for name, tensor in tensors.items() if name.startswith("weight."))
     weight = next(weights, None)
     return None if weight is None else str(weight.dtype).removeprefix("torch.")
-
-
-def _dtype_on_disk(source: Source) -> str:
-    """The dtype that Transformers loads a model in if nobody says otherwise."""
-    try:
-        config = AutoConfig.from_pretrained(source.name, **source.arguments)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {source.name!r} can't be loaded: {error}") from None
-    return str(config.dtype or torch.float32).removeprefix("torch.")
 
 
 def _arguments(loading: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
 from transformers import EvalPrediction
+from transformers.trainer_utils import PredictionOutput
 
 CLASSIFICATION_SCORES = ("accuracy", "f1", "matthews")
 REGRESSION_SCORES = ("pearson", "spearman", "correlation", "mse")
@@ -25,7 +26,7 @@ def classification_scores(prediction: EvalPrediction) -> dict[str, float]:
     Returns:
         ``"accuracy"``, ``"f1"`` (macro average) and ``"matthews"``.
     """
-    logits, labels = _outputs(prediction), prediction.label_ids
+    logits, labels = head_outputs(prediction), prediction.label_ids
     if np.isnan(logits).any():
         return dict.fromkeys(CLASSIFICATION_SCORES, float("nan"))
     predicted = logits.argmax(-1)
@@ -46,7 +47,7 @@ def regression_scores(prediction: EvalPrediction) -> dict[str, float]:
         ``"pearson"``, ``"spearman"``, ``"correlation"`` (the mean of the two, as GLUE scores STS-B) and ``"mse"``. The
         correlations of a single example are NaN.
     """
-    outputs, labels = _outputs(prediction).squeeze(-1), prediction.label_ids
+    outputs, labels = head_outputs(prediction).squeeze(-1), prediction.label_ids
     if not np.isfinite(outputs).all():
         return dict.fromkeys(REGRESSION_SCORES, float("nan"))
     correlated = len(labels) > 1
@@ -60,7 +61,14 @@ def regression_scores(prediction: EvalPrediction) -> dict[str, float]:
     }
 
 
-def _outputs(prediction: EvalPrediction) -> Any:
-    """The outputs of the head, which come first where a model returns hidden states too."""
+def head_outputs(prediction: EvalPrediction | PredictionOutput) -> Any:
+    """The outputs of a head, which come first where a model returns hidden states too.
+
+    Args:
+        prediction: the Trainer's predictions.
+
+    Returns:
+        An array of (examples, outputs).
+    """
     predictions = prediction.predictions
     return predictions[0] if isinstance(predictions, tuple) else predictions

@@ -143,7 +143,7 @@ class RewardSettings(StrictModel):
 class EvaluateSettings(StrictModel):
     """How `scalora evaluate` scores a model."""
 
-    metrics: list[Literal["loss", "exact_match", "multiple_choice"]] = Field(
+    metrics: list[Literal["loss", "exact_match", "math", "multiple_choice"]] = Field(
         default=["loss"],
         min_length=1,
         description="Scores of an sft model. Only the loss by default, because it needs no columns but those for "

@@ -156,7 +156,20 @@ def load_settings(path: Path, overrides: Sequence[str] = (), options: Sequence[s
     Raises:
         InputError: the file is missing or not YAML, or a key or value is wrong.
     """
-    content = read_yaml(path, "config")
+    return overridden(read_yaml(path, "config"), overrides, options)
+
+
+def overridden(content: dict[str, Any], overrides: Sequence[str], options: Sequence[str] = ()) -> Settings:
+    """Apply the overrides of a command line to the keys and values of a config, and check all of them.
+
+    Args:
+        content: nested keys and values; modified.
+        overrides: as for `load_settings`.
+        options: as for `load_settings`.
+
+    Raises:
+        InputError: a key or value is wrong.
+    """
     given = []
     words = list(parsed_overrides(overrides, options))
     task = next((value for key, value in words if key == "task"), content.get("task"))
