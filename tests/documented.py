@@ -11,6 +11,7 @@ import typer
 from markdown_it import MarkdownIt
 
 from scalora.cli import app
+from scalora.runs.harness_settings import harness_settings
 from scalora.runs.settings import load_settings
 from scalora.studies.study import load_study_file
 
@@ -106,7 +107,10 @@ def check_scalora(words, folder):
     assert name in root.commands, f"scalora has no command {name!r}"
     context = root.commands[name].make_context(name, rest)
     options = [one for parameter in root.commands[name].params for one in parameter.opts if one.startswith("--")]
-    if name in ("train", "evaluate"):
+    if harness := context.params.get("harness"):
+        assert not context.args
+        harness_settings(harness)
+    elif name in ("train", "evaluate"):
         load_settings(_config(context.params["config"], folder), context.args, options)
     elif name == "compare":
         load_study_file(_config(context.params["study"], folder, study=True), context.args, options)
