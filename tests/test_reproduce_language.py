@@ -124,9 +124,7 @@ def _finished(reproduction, scored):
             train(cell.settings)
             if cell.method == scored:
                 for test, content in cell.tests.items():
-                    scores_file(cell, test).parent.mkdir(exist_ok=True)
-                    scores = evaluate(str(cell.folder), checked_settings(content))
-                    scores_file(cell, test).write_text(json.dumps(scores))
+                    evaluate(str(cell.folder), checked_settings(content), scores_file(cell, test).parent)
     return reproduction
 
 
@@ -165,6 +163,8 @@ def test_commonsense_goes_from_the_hubs_columns_to_a_table(commonsense):
     assert "| scalora | 74.51 |" in (commonsense.folder / "table.md").read_text()
     cell = next(cell for cell in commonsense.studies["LLaMA2-7B"].tuning_cells() if cell.method == "scalora")
     scores = json.loads(scores_file(cell, "PIQA").read_text())
+    outputs = (scores_file(cell, "PIQA").parent / "samples_exact_match.jsonl").read_text().splitlines()
+    assert len(outputs) == scores["examples"]
     assert scores["examples"] == 3
     assert {"exact_match", "exact_match_unmatched", "multiple_choice", "acc_norm"} <= scores.keys()
     # All methods have gone through training; nothing has been written but by runs.

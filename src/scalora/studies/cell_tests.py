@@ -1,7 +1,7 @@
 """The tests of a study's cells: sets that a trained model is scored on, each by a `scalora evaluate` of its own.
 
-What they leave is in the folder ``tests`` of the run folder: for each test the config that it was scored with, and the
-scores, which are written last.
+What they leave is in the folder ``tests`` of the run folder: for each test the config that it was scored with, and a
+folder with the outputs for each example and the scores, which are written last. A test that is killed goes on from it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+from scalora.runs.kept import RESULTS_FILE
 from scalora.runs.yaml_file import yaml_dump
 from scalora.studies.folder_names import slug
 from scalora.studies.study import Cell
@@ -54,8 +55,8 @@ def test_command(cell: Cell, test: str) -> list[str]:
     config = config_file(cell, test)
     config.parent.mkdir(exist_ok=True)
     config.write_text(yaml_dump(cell.tests[test]), encoding="utf-8")
-    scores = scores_file(cell, test)
-    return [sys.executable, "-m", "scalora", "evaluate", str(cell.folder), str(config), "--output", str(scores)]
+    output = scores_file(cell, test).parent
+    return [sys.executable, "-m", "scalora", "evaluate", str(cell.folder), str(config), "--output", str(output)]
 
 
 def drop_weights(cell: Cell, *, keep: bool) -> None:
@@ -87,4 +88,4 @@ def scores_file(cell: Cell, test: str) -> Path:
         cell: a cell of a study.
         test: name of the test.
     """
-    return cell.folder / "tests" / f"{slug(test)}.json"
+    return cell.folder / "tests" / slug(test) / RESULTS_FILE
