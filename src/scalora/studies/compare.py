@@ -324,8 +324,8 @@ def _check_finished_cells(study: Study) -> None:
             if _tested(earlier) != _tested(content):
                 raise InputError(
                     f"{str(config_file(cell, test))!r} is not what the study now has in tests.{test}: choose another "
-                    f"output_dir, or delete that file and the folder {scores_file(cell, test).parent.name!r} to do the test "
-                    "again"
+                    f"output_dir, or delete that file and the folder {scores_file(cell, test).parent.name!r} to do the "
+                    "test again"
                 )
 
 
