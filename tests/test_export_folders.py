@@ -158,7 +158,8 @@ def test_what_is_no_state_or_several_is_refused_in_one_line(trained, causal_fold
 
 def test_evaluate_says_that_a_state_is_no_model(trained, tmp_path):
     folder, _ = trained("factored", "bfloat16")
-    (tmp_path / "config.yaml").write_text("model: m\ndata: {eval: e.jsonl}\n")
+    # As sft it would be scored on its base.
+    (tmp_path / "config.yaml").write_text("model: m\ntask: classification\ndata: {eval: e.jsonl}\n")
     for path in (folder, folder / "checkpoint-6"):
         result = command("evaluate", path, tmp_path / "config.yaml")
         assert result.exit_code == 2

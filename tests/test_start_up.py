@@ -26,7 +26,7 @@ print(json.dumps(answers))
 """
 
 ANSWERS = {
-    "help": (["--help"], "evaluate  Score a model"),
+    "help": (["--help"], "Score a model"),
     "version": (["--version"], "scalora "),
     "help-of-train": (["train", "--help"], "data.train  [text | list of text | mapping | null"),
     "help-of-evaluate": (["evaluate", "--help"], "--output"),

@@ -16,9 +16,9 @@ from scalora.parallel.job import join
 from scalora.parallel.processes import process_count
 from scalora.runs.errors import InputError
 from scalora.runs.harness_settings import FOR_MODEL, HarnessSettings
-from scalora.runs.kept import RESULTS_FILE
+from scalora.runs.kept import RESULTS_FILE, check_folder
 from scalora.runs.messages import without_message
-from scalora.runs.run_folder import check_output, replace_text, write_json
+from scalora.runs.run_folder import replace_text, write_json
 from scalora.runs.scored_model import Scored, load_scored
 from scalora.runs.settings import Settings
 
@@ -62,7 +62,7 @@ def harness_scores(
             "(accelerate launch -m lm_eval)"
         )
     if output is not None:
-        check_output(output / RESULTS_FILE, "--output", {"weights", "results"})
+        check_folder(output, {"weights", "results"})
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from scalora.parallel.job import is_first
 from scalora.parallel.processes import process_rank
+from scalora.runs.errors import InputError
 from scalora.runs.run_folder import as_json, check_output, json_lines, replace_text, write_json
 from scalora.runs.track import of_all
 
@@ -16,6 +17,30 @@ RESULTS_FILE = "results.json"
 """The scores, written last: an evaluation whose folder has it is finished."""
 
 _UNFINISHED = "unfinished-*.jsonl"
+
+
+_OWN = (RESULTS_FILE, "samples_*.jsonl", "unfinished-*", ".*")
+
+
+def check_folder(folder: Path, keys: set[str]) -> None:
+    """Check that an evaluation's folder is new, empty or that of another evaluation of its kind.
+
+    Args:
+        folder: what ``--output`` names; need not exist.
+        keys: keys that the scores of its kind have.
+
+    Raises:
+        InputError: there is something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {str(folder)!r} is neither a folder nor a .json file: choose another name")
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        if not any(path.match(pattern) for pattern in _OWN):
+            raise InputError(
+                f"--output {str(folder)!r} holds {path.name!r}, which is nothing of an evaluation: choose a folder of "
+                "its own"
+            )
+    check_output(folder / RESULTS_FILE, "--output", keys)
 
 
 class Kept:
@@ -38,7 +63,7 @@ class Kept:
         self._file: IO[str] | None = None
         if folder is None:
             return
-        check_output(folder / RESULTS_FILE, "--output", {"weights", "examples"})
+        check_folder(folder, {"weights", "examples"})
         folder.mkdir(parents=True, exist_ok=True)
         head = {"of": identity}
         for path in sorted(folder.glob(_UNFINISHED)):
