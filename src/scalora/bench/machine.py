@@ -127,7 +127,7 @@ def shown(needs: Needs, there: Machine, names: Sequence[tuple[str, str]] = ()) -
 
 
 def _duration(hours: float) -> str:
-    return f"{max(1, round(60 * hours))} minutes" if hours < 1 else f"{hours:,.0f} hours"
+    return f"{max(1, round(60 * hours))} min" if hours < 1 else f"{hours:,.0f} h"
 
 
 def _is_installed(package: str) -> bool:
