@@ -17,6 +17,7 @@ from conftest import WORDS
 from typer.testing import CliRunner
 
 from scalora.cli import app
+from scalora.saving.checkpoints import last_checkpoint
 from scalora.studies.study import load_study_file
 
 # Stands in for `python -m scalora train CONFIG`, in no time: the figures follow from the config alone. What a method's
@@ -24,16 +25,17 @@ from scalora.studies.study import load_study_file
 # learns faster.
 TRAINER = """#!{python}
 import json, os, pathlib, signal, sys, time, yaml
-config = yaml.safe_load(open(sys.argv[-1]))
+resumes = sys.argv[-1] == "--resume"
+config = yaml.safe_load(open(sys.argv[-2 if resumes else -1]))
 folder = pathlib.Path(config["output_dir"])
-assert not folder.exists(), "must be run from the start"
-folder.mkdir(parents=True)
+assert folder.exists() == resumes, "must be run from the start"
+folder.mkdir(parents=True, exist_ok=resumes)
 (folder / "config.yaml").write_text(yaml.safe_dump(config))
 training, rank = config["training"], config["lora"].get("r")
 (folder / "started.json").write_text(json.dumps({{
     "arguments": sys.argv[1:-1], "threads": os.environ["OMP_NUM_THREADS"], "pid": os.getpid(),
     "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "began": time.monotonic()}}))
-print("training", flush=True)
+print("resumed" if resumes else "training", flush=True)
 if rank == 12:
     (folder / "metrics.jsonl").write_text(json.dumps({{"step": 1, "loss": None}}))
     (folder / "diverged.json").write_text(json.dumps({{"step": 1, "error": "training diverged"}}))
@@ -379,6 +381,19 @@ def test_what_an_earlier_try_left_is_kept(write_study, trainer):
     assert "no such layer" in (aside / "log.txt").read_text()
 
 
+def test_a_checkpoint_with_other_settings_is_not_gone_on_from(write_study, trainer, monkeypatch):
+    study = write_study(methods={"lora": {"lora": {"r": 13}}}, learning_rates=[1e-3], seeds=[1])
+    assert scalora("compare", study).exit_code == 1
+    monkeypatch.setattr("scalora.studies.compare.last_checkpoint", lambda folder: folder / "checkpoint-1")
+    again = scalora("compare", study)
+    assert "goes on from its last checkpoint" in again.stderr
+    assert "resumed" in (cell("lora", 1e-3, 1) / "log.txt").read_text()
+    changed = scalora("compare", study, "--methods.lora.lora.r", 8)
+    assert changed.exit_code == 0, changed.output
+    assert "goes on" not in changed.stderr
+    assert "what an earlier try left" in changed.stderr
+
+
 def test_a_study_file_of_the_user_s_is_not_replaced(write_study, trainer):
     study = write_study(learning_rates=[1e-3], seeds=[1])
     before = study.read_text()
@@ -582,10 +597,12 @@ def test_the_table_is_made_anew_without_running_anything(write_study, trainer):
 def test_real_runs_killed_after_the_first_go_on_from_there(write_study, encoder_folder):
     study = write_study(learning_rates=[1e-3], seeds=[1])
     command = [sys.executable, "-m", "scalora", "compare", str(study), "--cores", "1", "--metric", "eval_accuracy"]
-    command += ["--run.model", str(encoder_folder)]
+    command += ["--run.model", str(encoder_folder), "--run.training.max_steps", "60"]
+    command += ["--run.training.save_strategy", "steps", "--run.training.save_steps", "5"]
     killed = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    first = cell("lora", 1e-3, 1) / "summary.json"
-    while not (first.exists() and cell("scalora", 1e-3, 1).with_suffix(".001-seed1.log").exists()):
+    first, second = (cell(method, 1e-3, 1) for method in ("lora", "scalora"))
+    first /= "summary.json"
+    while not (first.exists() and last_checkpoint(second / "trainer")):
         assert killed.poll() is None
         time.sleep(0.05)
     os.killpg(killed.pid, signal.SIGKILL)
@@ -596,6 +613,10 @@ def test_real_runs_killed_after_the_first_go_on_from_there(write_study, encoder_
     assert "[1/2] lora lr0.001-seed1: kept" in done.stderr
     assert first.stat().st_mtime_ns == written
     assert finished() == {cell("lora", 1e-3, 1), cell("scalora", 1e-3, 1)}
+    assert "scalora lr0.001-seed1: goes on from its last checkpoint" in done.stderr
+    losses = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in losses if "loss" in row] == list(range(1, 61))
+    assert json.loads((second / "environment.json").read_text())["resumed"]
     table = pd.read_parquet("study/table.parquet").set_index("method")
     assert table.loc["scalora", "metric_mean"] <= 1
     assert table["eval_loss_mean"].gt(0).all()

@@ -24,9 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scalora.runs.claim import move_aside
 from scalora.runs.errors import InputError
-from scalora.runs.run_folder import SUMMARY_FILE, write_json
-from scalora.runs.settings import run_settings
+from scalora.runs.run_folder import SUMMARY_FILE, trainer_folder, write_json
+from scalora.runs.settings import Settings, run_settings
 from scalora.runs.yaml_file import parse_yaml, yaml_dump
+from scalora.saving.checkpoints import last_checkpoint
 from scalora.saving.files import atomic_write
 from scalora.studies.cell_tests import config_file, drop_weights, missing_tests, scores_file, test_command
 from scalora.studies.cells import DIVERGED, last_words, read_cells, summary_of
@@ -202,14 +203,17 @@ class _Runner:
             )
 
     def _training_command(self, cell: Cell) -> list[str]:
+        resume = _is_resumable(cell)
+        if resume:
+            self._say(f"{cell}: goes on from its last checkpoint")
         # A failed or killed run has left a folder, which training would refuse to write to.
-        if os.path.lexists(cell.folder):
+        elif os.path.lexists(cell.folder):
             self._say(f"{cell}: what an earlier try left is now in {str(move_aside(cell.folder))!r}")
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
         config = _config_file(cell)
         # Without what the run needs, which has been checked for all runs.
         config.write_text(yaml_dump(cell.settings.model_dump(exclude={"needs"})), encoding="utf-8")
-        return [sys.executable, "-m", "scalora", "train", str(config)]
+        return [sys.executable, "-m", "scalora", "train", str(config), *(["--resume"] if resume else [])]
 
     def _end(self, cell: Cell, how: str) -> None:
         if (gpu := self._gpus.pop(cell.folder, None)) is not None:
@@ -309,10 +313,7 @@ def _check_finished_cells(study: Study) -> None:
     for cell in cells:
         if summary_of(cell) is None:
             continue
-        # Not the folder: a study may have been moved. Nor what was estimated of it.
-        before, now = (
-            _flat(s.model_dump(exclude={"output_dir", "needs"})) for s in (run_settings(cell.folder), cell.settings)
-        )
+        before, now = map(_compared, (run_settings(cell.folder), cell.settings))
         for key in [*now, *before]:
             if before.get(key) != now.get(key):
                 raise InputError(
@@ -332,6 +333,21 @@ def _check_finished_cells(study: Study) -> None:
 def _tested(config: dict[str, Any]) -> dict[str, Any]:
     """What of a test's config decides about its score besides the run's own settings."""
     return {key: config.get(key) for key in ("data", "evaluate")}
+
+
+def _compared(settings: Settings) -> dict[str, Any]:
+    """What of a cell's settings must not change: not the folder, which may have been moved, nor what was estimated."""
+    return _flat(settings.model_dump(exclude={"output_dir", "needs"}))
+
+
+def _is_resumable(cell: Cell) -> bool:
+    """Whether an earlier try, with the settings that the cell has now, has left a checkpoint."""
+    if last_checkpoint(trainer_folder(cell.settings)) is None:
+        return False
+    try:
+        return _compared(run_settings(cell.folder)) == _compared(cell.settings)
+    except (InputError, OSError):
+        return False
 
 
 def _is_trained(cell: Cell) -> bool:
