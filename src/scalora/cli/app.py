@@ -83,6 +83,12 @@ _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 Config = Annotated[
     Path, typer.Argument(help="Config file (YAML). --key value and --section.key value override its keys.")
 ]
+Gpus = Annotated[
+    str | None,
+    typer.Option(
+        help="GPUs to use, such as 0,1,2,3. Each executes one run at a time; name it twice for two (default: all)."
+    ),
+]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the full traceback of an error, and all messages of the libraries.")
 ]
@@ -297,12 +303,7 @@ def compare(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Runs in parallel, which divide the cores; instead of --threads.")
     ] = None,
-    gpus: Annotated[
-        str | None,
-        typer.Option(
-            help="GPUs to use, such as 0,1,2,3. Each executes one run at a time; name it twice for two (default: all)."
-        ),
-    ] = None,
+    gpus: Gpus = None,
     table_only: Annotated[
         bool, typer.Option("--table-only", help="Train nothing; write the tables of the runs that are finished.")
     ] = False,
@@ -322,8 +323,7 @@ def compare(
         from scalora.cli.console import show_comparison
         from scalora.studies.compare import compare as run_study
 
-        names = None if gpus is None else [name.strip() for name in gpus.split(",")]
-        comparison = run_study(wanted, cores=cores, threads=threads, jobs=jobs, gpus=names)
+        comparison = run_study(wanted, cores=cores, threads=threads, jobs=jobs, gpus=_names(gpus))
         show_comparison(comparison)
         if not comparison.complete:
             sys.exit(1)
@@ -364,12 +364,7 @@ def reproduce(
     write: Annotated[
         Path | None, typer.Option("--write", help="Write the recipe to this file, to change it, and do nothing else.")
     ] = None,
-    gpus: Annotated[
-        str | None,
-        typer.Option(
-            help="GPUs to use, such as 0,1,2,3. Each executes one run at a time; name it twice for two (default: all)."
-        ),
-    ] = None,
+    gpus: Gpus = None,
     debug: Debug = False,
 ) -> None:
     """Reproduce a table of the paper, and write it with the paper's figures beside. Finished runs are kept."""
@@ -381,8 +376,7 @@ def reproduce(
             write_recipe(table, write)
             typer.echo(f"wrote {write}")
             return
-        names = [] if only is None else [name.strip() for name in only.split(",")]
-        wanted = load_recipe(table, context.args, _options(context), only=names, smoke=smoke)
+        wanted = load_recipe(table, context.args, _options(context), only=_names(only) or [], smoke=smoke)
         from scalora.studies.reproduction_table import reproduction_markdown, write_table
 
         if table_only:
@@ -398,8 +392,7 @@ def reproduce(
         require_needs(jobs_of(wanted), wanted.folder, show=dry_run, title=wanted.recipe.title)
         if dry_run:
             return
-        used = None if gpus is None else [name.strip() for name in gpus.split(",")]
-        reproduced = run_table(wanted, gpus=used)
+        reproduced = run_table(wanted, gpus=_names(gpus))
         show_reproduced(reproduced)
         if not reproduced.complete:
             sys.exit(1)
@@ -757,6 +750,11 @@ def bench(
         typer.echo(text)
 
     _in_one_line(run, debug)
+
+
+def _names(listed: str | None) -> list[str] | None:
+    """The names in an option's list with commas."""
+    return None if listed is None else [name.strip() for name in listed.split(",")]
 
 
 def _config_and_overrides(config: str | None, words: list[str]) -> tuple[Path | None, list[str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,20 +117,27 @@ def _study_page(folder: Path) -> Page:
     return study_page(data, opening, tables=tables, settings=settings)
 
 
-def _table_page(folder: Path) -> Page:
-    from scalora.report.facts import table_facts, table_subtitle
-    from scalora.report.page import Opening, table_page
-
+@contextmanager
+def _naming_damage(kind: str, folder: Path, command: str) -> Iterator[None]:
+    """Context manager that names a study or table whose files are damaged, and the command that mends it."""
     try:
-        result = read_reproduction(reproduction_of(folder))
-        tables = reproduction_markdown(result)
+        yield
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(
-            f"table {str(folder)!r} can't be read ({error}): delete the folder of the damaged run and run "
-            "`scalora reproduce` again"
+            f"{kind} {str(folder)!r} can't be read ({error}): delete the folder of the damaged run and run "
+            f"`scalora {command}` again"
         ) from None
+
+
+def _table_page(folder: Path) -> Page:
+    from scalora.report.facts import table_facts, table_subtitle
+    from scalora.report.page import Opening, table_page
+
+    with _naming_damage("table", folder, "reproduce"):
+        result = read_reproduction(reproduction_of(folder))
+        tables = reproduction_markdown(result)
     opening = Opening(result.reproduction.recipe.title, table_subtitle(result), "", table_facts(result))
     settings = (folder / REPRODUCTION_FILE).read_text(encoding="utf-8")
     return table_page(opening, tables=tables, settings=settings)
@@ -137,16 +146,9 @@ def _table_page(folder: Path) -> Page:
 def _study(folder: Path) -> tuple[StudyData, StudyResult, str]:
     from scalora.report.summaries import StudyData
 
-    try:
+    with _naming_damage("study", folder, "compare"):
         result = load_study(folder)
         tables = markdown(result)
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(
-            f"study {str(folder)!r} can't be read ({error}): delete the folder of the damaged run and run "
-            "`scalora compare` again"
-        ) from None
     study = result.study
     # The figures show full runs; those over a share of the steps have a table.
     cells, curves, updates = (frame[frame["share"] == 1] for frame in (result.cells, result.curves, result.updates))

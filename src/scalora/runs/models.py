@@ -25,7 +25,7 @@ from scalora.runs.errors import InputError
 from scalora.runs.model_limits import require_known_padding, vocabulary
 from scalora.runs.settings import Settings
 from scalora.runs.tasks import WITH_HEAD
-from scalora.saving.state_file import holds_state, states_below
+from scalora.saving.state_file import holds_any_state
 
 _NAMED = 3  # parameters that a warning names
 
@@ -69,7 +69,7 @@ def resolve_source(model: str) -> Source:
                 f"run {model!r} holds no merged model (a run on a quantised base writes none): make one with "
                 f"`scalora export {model} --to merged`, and give that"
             )
-        if holds_state(path) or states_below(path, "checkpoint-*"):
+        if holds_any_state(path):
             raise InputError(
                 f"folder {model!r} holds the state of a model with ScaLoRA, not a model: make one with "
                 f"`scalora export {model} --to merged`, and give that"

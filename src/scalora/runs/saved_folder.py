@@ -24,7 +24,7 @@ from scalora.saving.base_name import loadable_name
 from scalora.saving.errors import StateError
 from scalora.saving.loading import convert_as
 from scalora.saving.state import check_content
-from scalora.saving.state_file import STATE_FILE, check_state, holds_state, read_state, states_below
+from scalora.saving.state_file import STATE_FILE, check_state, holds_any_state, holds_state, read_state, states_below
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WRITTEN_LAST = "trainer_state.json"
@@ -190,15 +190,11 @@ def _belongs_to_run(path: Path) -> bool:
             run_settings(folder)
         except InputError:
             # Somebody's own config.yaml beside a Trainer's output, unless there is nothing else that it could be.
-            if folder == path and not _holds_state(path):
+            if folder == path and not holds_any_state(path):
                 raise
             continue
-        return folder == path or _holds_state(path) or _CHECKPOINT.fullmatch(path.name) is not None
-    return (path / "config.yaml").is_file() and not _holds_state(path)
-
-
-def _holds_state(path: Path) -> bool:
-    return holds_state(path) or bool(states_below(path, "checkpoint-*"))
+        return folder == path or holds_any_state(path) or _CHECKPOINT.fullmatch(path.name) is not None
+    return (path / "config.yaml").is_file() and not holds_any_state(path)
 
 
 def _state_folder(path: Path) -> Path:

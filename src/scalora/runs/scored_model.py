@@ -30,7 +30,7 @@ from scalora.runs.settings import Settings, load_settings, overridden
 from scalora.runs.special_tokens import adopt_special_tokens
 from scalora.saving.base_name import loadable_name
 from scalora.saving.export import load_model
-from scalora.saving.state_file import SHARDED_STATE, holds_state, states_below
+from scalora.saving.state_file import SHARDED_STATE, holds_any_state
 
 _ADAPTER = "adapter_config.json"
 
@@ -54,7 +54,7 @@ def settings_of_model(
     if config is not None or of_run.is_file():
         return load_settings(config or of_run, overrides, options)
     settings = overridden({"model": model}, overrides, options)
-    if "dtype" in settings.model_fields_set or _has_state(path):
+    if "dtype" in settings.model_fields_set or holds_any_state(path):
         return settings
     source = _base_of_adapter(path) if _is_adapter(path) else resolve_source(model)
     dtype = dtype_on_disk(source, trust_remote_code=settings.trust_remote_code)
@@ -122,7 +122,7 @@ def load_scored(model: str, settings: Settings) -> Scored:
     if _is_adapter(path):
         return _adapter_by_name(path, settings)
     whole = any((folder / "config.json").is_file() for folder in (path, path / "model"))
-    if not whole and (_has_state(path) or (path / "config.yaml").is_file()):
+    if not whole and (holds_any_state(path) or (path / "config.yaml").is_file()):
         run = opened(path)
         adapter = getattr(run, "adapter", None)
         if run.state is not None or adapter is not None:
@@ -132,13 +132,9 @@ def load_scored(model: str, settings: Settings) -> Scored:
     return Scored(load_causal_model(source, settings), tokenizer, fingerprint(source))
 
 
-def _has_state(path: Path) -> bool:
-    return holds_state(path) or bool(states_below(path, "checkpoint-*"))
-
-
 def _is_adapter(path: Path) -> bool:
     """Whether a folder holds an ordinary adapter, and neither a whole model nor a state."""
-    return (path / _ADAPTER).is_file() and not (path / "config.json").is_file() and not _has_state(path)
+    return (path / _ADAPTER).is_file() and not (path / "config.json").is_file() and not holds_any_state(path)
 
 
 def _base_of_adapter(path: Path) -> Source:

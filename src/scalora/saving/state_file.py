@@ -62,6 +62,15 @@ def states_below(folder: Path, pattern: str) -> set[Path]:
     return {below for below in folder.glob(pattern) if holds_state(below)}
 
 
+def holds_any_state(folder: Path) -> bool:
+    """Whether a folder holds a state, in itself or in a checkpoint.
+
+    Args:
+        folder: the folder; need not exist.
+    """
+    return holds_state(folder) or bool(states_below(folder, "checkpoint-*"))
+
+
 def write_state(path: Path, content: Mapping[str, Any]) -> None:
     """Write a tree of dicts, lists, tuples, numbers, strings and tensors to one file, atomically.
 
