@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +27,15 @@ from scalora.rescale.optimizers import loss_of
 
 _Group = dict[str, Any]
 
-# A pair, and the parameter groups of its lora_A and lora_B.
-_Member = tuple[LoraPair, _Group, _Group]
+
+class _Member(NamedTuple):
+    """A pair that is stepped, with the parameter groups and the states of its factors."""
+
+    pair: LoraPair
+    group_A: _Group
+    group_B: _Group
+    state_A: dict[str, Any]
+    state_B: dict[str, Any]
 
 
 class _Moments(NamedTuple):
@@ -39,13 +45,16 @@ class _Moments(NamedTuple):
     betas: tuple[float, float]
     eps: float
 
+    @classmethod
+    def of(cls, group: _Group, step: int) -> _Moments:
+        return cls(step, tuple(group["betas"]), group["eps"])
+
 
 class _Alike(NamedTuple):
     """What pairs that are stepped together have in common."""
 
-    m: int
-    n: int
-    r: int
+    shape_A: torch.Size
+    shape_B: torch.Size
     experts: int
     dtype: torch.dtype
     device: torch.device
@@ -53,9 +62,10 @@ class _Alike(NamedTuple):
     of_B: _Moments
 
     @classmethod
-    def of(cls, pair: LoraPair, groups: Sequence[_Group], steps: Sequence[int]) -> _Alike:
-        moments = (_Moments(step, tuple(g["betas"]), g["eps"]) for g, step in zip(groups, steps, strict=True))
-        return cls(pair.m, pair.n, pair.r, pair.experts, pair.lora_A.dtype, pair.lora_A.device, *moments)
+    def of(cls, member: _Member, steps: tuple[int, int]) -> _Alike:
+        A, B, experts = member.pair.lora_A, member.pair.lora_B, member.pair.experts
+        of_A, of_B = _Moments.of(member.group_A, steps[0]), _Moments.of(member.group_B, steps[1])
+        return cls(A.shape, B.shape, experts, A.dtype, A.device, of_A, of_B)
 
 
 class _Tensors(NamedTuple):
@@ -70,7 +80,7 @@ class _Factors(NamedTuple):
     """The factors of one shape, A or B, of pairs that are alike. Each expert is a layer.
 
     Attributes:
-        parameters: the parameters.
+        states: the parameters' states.
         tensors: their tensors.
         values: the parameters with r columns each, (layers, d, r); may be overwritten.
         tall: whether the parameters themselves have r columns, as ``lora_B``, and not r rows, as ``lora_A``.
@@ -79,7 +89,7 @@ class _Factors(NamedTuple):
         sizes: step sizes with which an entry of a weight moves by 1, (layers,).
     """
 
-    parameters: list[nn.Parameter]
+    states: Sequence[dict[str, Any]]
     tensors: list[_Tensors]
     values: Float[Tensor, "layers d r"]
     tall: bool
@@ -88,18 +98,18 @@ class _Factors(NamedTuple):
     sizes: Float[Tensor, " layers"]
 
     @classmethod
-    def of(cls, members: list[_Member], tensors: Callable[[nn.Parameter], _Tensors]) -> tuple[_Factors, _Factors]:
+    def of(cls, members: list[_Member], wholes: dict[nn.Parameter, _Tensors]) -> tuple[_Factors, _Factors]:
         """The two factors of pairs."""
-        pairs, groups_A, groups_B = zip(*members, strict=True)
-        of_A, of_B = [pair.lora_A for pair in pairs], [pair.lora_B for pair in pairs]
-        tensors_A, tensors_B = list(map(tensors, of_A)), list(map(tensors, of_B))
+        pairs, groups_A, groups_B, states_A, states_B = zip(*members, strict=True)
+        tensors_A = [_tensors(wholes, m.pair.lora_A, m.state_A) for m in members]
+        tensors_B = [_tensors(wholes, m.pair.lora_B, m.state_B) for m in members]
         experts = pairs[0].experts
         A = _stacked([t.value for t in tensors_B], experts, tall=True)
         B = _stacked([t.value for t in tensors_A], experts, tall=False)
         sizes = step_sizes(A, B, _of_layers([pair.scaling for pair in pairs], A, experts))
         return (
-            cls(of_A, tensors_A, B, False, experts, groups_A, sizes),
-            cls(of_B, tensors_B, A, True, experts, groups_B, sizes),
+            cls(states_A, tensors_A, B, False, experts, groups_A, sizes),
+            cls(states_B, tensors_B, A, True, experts, groups_B, sizes),
         )
 
     def stacked(self, tensors: list[Tensor]) -> Float[Tensor, "layers d r"]:
@@ -124,15 +134,15 @@ class _Factors(NamedTuple):
     def of_parameters(self, stack: Tensor) -> list[Tensor]:
         """The inverse of `of_layers`."""
         if self.experts > 1:
-            stack = stack.view(len(self.parameters), self.experts, *stack.shape[1:])
+            stack = stack.view(len(self.states), self.experts, *stack.shape[1:])
         return list(stack.unbind())
 
     def move(self, directions: Float[Tensor, "layers d r"]) -> None:
         """Take a step in directions with entries of order 1, which are overwritten."""
         if any(group["weight_decay"] for group in self.groups):
             kept = _of_layers([_kept(group) for group in self.groups], self.values, self.experts)
-            self.values.mul_(kept[:, None, None])
-        lengths = _of_layers([group["lr"] for group in self.groups], self.values, self.experts) * self.sizes
+            self.values.mul_(kept[:, None, None] if isinstance(kept, Tensor) else kept)
+        lengths = self.sizes * _of_layers([group["lr"] for group in self.groups], self.values, self.experts)
         self.store([t.value for t in self.tensors], directions.mul_(-lengths[:, None, None]).add_(self.values))
 
 
@@ -189,7 +199,7 @@ class PairAdamW(Optimizer):
             raise ValueError(f"betas must be at least 0 and below 1, got {betas!r}")
         self._pairs = find_lora_pairs(model, sharded=True, all_shapes=True)
         check_shards(self._pairs)
-        self._had_steps = False
+        self._had_steps = self._is_sharded = False
         given = [p for p in model.parameters() if p.requires_grad] if params is None else params
         super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         held = {id(p) for group in self.param_groups for p in group["params"]}
@@ -211,22 +221,24 @@ class PairAdamW(Optimizer):
             The value of the closure; None without one.
         """
         loss: float | None = loss_of(closure)
-        alike: dict[_Alike, list[_Member]] = defaultdict(list)
         if not self._had_steps:  # Accelerate shards a model that has its optimizer already
             self._pairs = with_their_shards(self._pairs)
+            self._is_sharded = any(pair.is_sharded for pair in self._pairs)
             self._had_steps = True
-        members = self._members()
-        self._count_steps([pair for pair, *_ in members])
-        for (pair, group_A, group_B), counts in zip(members, self._counts(members), strict=True):
-            alike[_Alike.of(pair, (group_A, group_B), counts)].append((pair, group_A, group_B))
-        wholes = self._wholes([pair for pair, *_ in members])
-        tensors = partial(self._tensors, wholes)
+        members = [
+            _Member(pair, group_A, group_B, self._state_of(pair.lora_A, pair), self._state_of(pair.lora_B, pair))
+            for pair, group_A, group_B in self._taking_part()
+        ]
+        alike: dict[_Alike, list[_Member]] = defaultdict(list)
+        for member, counts in zip(members, _count_steps(members), strict=True):
+            alike[_Alike.of(member, counts)].append(member)
+        wholes = self._wholes(members) if self._is_sharded else {}
         together: dict[tuple[Any, ...], list[_Factors]] = defaultdict(list)
         for kind, alike_members in alike.items():
-            for factors, moments in zip(_Factors.of(alike_members, tensors), (kind.of_A, kind.of_B), strict=True):
-                together[moments, kind.r, kind.dtype, kind.device].append(factors)
+            for factors, moments in zip(_Factors.of(alike_members, wholes), (kind.of_A, kind.of_B), strict=True):
+                together[moments, factors.values.shape[-1], kind.dtype, kind.device].append(factors)
         for (moments, *_), of_all_shapes in together.items():
-            for factors, found in zip(of_all_shapes, self._directions(of_all_shapes, moments), strict=True):
+            for factors, found in zip(of_all_shapes, _directions(of_all_shapes, moments), strict=True):
                 factors.move(found)
         self._keep_rows(wholes)
         in_pairs = {id(p) for pair in self._pairs for p in (pair.lora_A, pair.lora_B)}
@@ -245,7 +257,7 @@ class PairAdamW(Optimizer):
         Yields:
             The pair, and the factor that the step leaves of its product.
         """
-        for pair, group_A, group_B in self._members():
+        for pair, group_A, group_B in self._taking_part():
             if (kept := _kept(group_A) * _kept(group_B)) != 1:
                 yield pair, kept
 
@@ -264,7 +276,7 @@ class PairAdamW(Optimizer):
                 dtype = solver_dtype(parameter.device)
                 self.state[parameter]["second_moment"] = exact.to(parameter.device, dtype, copy=True)
 
-    def _members(self) -> list[_Member]:
+    def _taking_part(self) -> list[tuple[LoraPair, _Group, _Group]]:
         """The pairs that have gradients and are among the parameters, with the groups of lora_A and lora_B."""
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         return [
@@ -273,15 +285,15 @@ class PairAdamW(Optimizer):
             if pair.has_gradients and id(pair.lora_A) in group_of
         ]
 
-    def _wholes(self, pairs: list[LoraPair]) -> dict[nn.Parameter, _Tensors]:
+    def _wholes(self, members: list[_Member]) -> dict[nn.Parameter, _Tensors]:
         """The whole tensors of factors that are split over processes, with one collective for each group of them."""
         of_axis: dict[Any, list[nn.Parameter]] = defaultdict(list)
-        for parameter in (factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)):
+        for parameter in (factor for m in members for factor in (m.pair.lora_A, m.pair.lora_B)):
             if (axis := axis_of(parameter)) is not None:
                 of_axis[axis].append(parameter)
         found: dict[nn.Parameter, _Tensors] = {}
         for axis, parameters in of_axis.items():
-            parts = [t for p in parameters for t in self._tensors({}, p)]
+            parts = [t for p in parameters for t in _tensors({}, p, self.state[p])]
             totals = [p.shape[0] for p in parameters for _ in _Tensors._fields]
             of_all = iter(gathering([local(part) for part in parts], totals, axis)())
             found |= {p: _Tensors(next(of_all), next(of_all), next(of_all)) for p in parameters}
@@ -296,54 +308,19 @@ class PairAdamW(Optimizer):
             local(parameter).copy_(whole.value[rows])
             local(self.state[parameter]["exp_avg"]).copy_(whole.first[rows])
 
-    def _tensors(self, wholes: dict[nn.Parameter, _Tensors], parameter: nn.Parameter) -> _Tensors:
-        """The tensors of a parameter that has a gradient: whole ones, if there are."""
-        if parameter in wholes:
-            return wholes[parameter]
-        assert parameter.grad is not None
-        return _Tensors(parameter, parameter.grad, self.state[parameter]["exp_avg"])
-
-    def _count_steps(self, pairs: list[LoraPair]) -> None:
-        """Count a step in the states of factors, which are created before their first one."""
-        for pair in pairs:
+    def _state_of(self, parameter: nn.Parameter, pair: LoraPair) -> dict[str, Any]:
+        """The state of a factor of a pair, which is created before its first step."""
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
             stack = () if pair.experts == 1 else (pair.experts,)
-            for parameter, rows in ((pair.lora_A, pair.n), (pair.lora_B, pair.m)):
-                if not (state := self.state[parameter]):
-                    state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, as AdamW's
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    # Whole in every process, also where the parameter is split.
-                    square, dtype = (*stack, pair.r, pair.r), solver_dtype(parameter.device)
-                    state["second_moment"] = local(parameter).new_zeros(square, dtype=dtype)
-                    state["row_weights"] = local(parameter).new_zeros(*stack, rows)
-        if pairs:
-            torch._foreach_add_([self.state[f]["step"] for pair in pairs for f in (pair.lora_A, pair.lora_B)], 1)
-
-    def _counts(self, members: list[_Member]) -> list[tuple[int, int]]:
-        """The steps of lora_A and lora_B of each pair so far."""
-        if not members:
-            return []
-        counts = [self.state[factor]["step"] for pair, *_ in members for factor in (pair.lora_A, pair.lora_B)]
-        numbers = torch.stack(counts).int().tolist()
-        return list(zip(numbers[::2], numbers[1::2], strict=True))
-
-    def _directions(self, of_all_shapes: list[_Factors], moments: _Moments) -> list[Tensor]:
-        """Update the moments of factors of one rank, and return the directions of those of each shape."""
-        states = [[self.state[p] for p in factors.parameters] for factors in of_all_shapes]
-        step, betas, eps = moments
-        gradients, firsts, seconds, row_weights = [], [], [], []
-        for factors, of_shape in zip(of_all_shapes, states, strict=True):
-            gradients.append(factors.stacked([t.gradient for t in factors.tensors]))
-            firsts.append(factors.stacked([t.first for t in factors.tensors]))
-            seconds.append(factors.of_layers([state["second_moment"] for state in of_shape]))
-            row_weights.append(factors.of_layers([state["row_weights"] for state in of_shape]))
-        update_moments(gradients, firsts, seconds, row_weights, step=step, betas=betas)
-        for factors, of_shape, first, second, weights in zip(
-            of_all_shapes, states, firsts, seconds, row_weights, strict=True
-        ):
-            factors.store([t.first for t in factors.tensors], first)
-            torch._foreach_copy_([state["second_moment"] for state in of_shape], factors.of_parameters(second))
-            torch._foreach_copy_([state["row_weights"] for state in of_shape], factors.of_parameters(weights))
-        return directions(firsts, seconds, row_weights, step=step, betas=betas, eps=eps)
+            rows = pair.n if parameter is pair.lora_A else pair.m
+            state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, as AdamW's
+            state["exp_avg"] = torch.zeros_like(parameter)
+            # Whole in every process, also where the parameter is split.
+            square, dtype = (*stack, pair.r, pair.r), solver_dtype(parameter.device)
+            state["second_moment"] = local(parameter).new_zeros(square, dtype=dtype)
+            state["row_weights"] = local(parameter).new_zeros(*stack, rows)
+        return state
 
     def _step_others(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         """Step parameters of one group that belong to no pair by AdamW."""
@@ -374,6 +351,41 @@ class PairAdamW(Optimizer):
         )
 
 
+def _tensors(wholes: dict[nn.Parameter, _Tensors], parameter: nn.Parameter, state: dict[str, Any]) -> _Tensors:
+    """The tensors of a parameter that has a gradient: whole ones, if there are."""
+    if wholes and parameter in wholes:
+        return wholes[parameter]
+    assert parameter.grad is not None
+    return _Tensors(parameter, parameter.grad, state["exp_avg"])
+
+
+def _count_steps(members: list[_Member]) -> list[tuple[int, int]]:
+    """Count a step of the factors of each pair, and return how many they have had by then."""
+    if not members:
+        return []
+    counts = [state["step"] for member in members for state in (member.state_A, member.state_B)]
+    torch._foreach_add_(counts, 1)
+    numbers = torch.stack(counts).int().tolist()
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def _directions(of_all_shapes: list[_Factors], moments: _Moments) -> list[Tensor]:
+    """Update the moments of factors of one rank, and return the directions of those of each shape."""
+    step, betas, eps = moments
+    gradients, firsts, seconds, row_weights = [], [], [], []
+    for factors in of_all_shapes:
+        gradients.append(factors.stacked([t.gradient for t in factors.tensors]))
+        firsts.append(factors.stacked([t.first for t in factors.tensors]))
+        seconds.append(factors.of_layers([state["second_moment"] for state in factors.states]))
+        row_weights.append(factors.of_layers([state["row_weights"] for state in factors.states]))
+    update_moments(gradients, firsts, seconds, row_weights, step=step, betas=betas)
+    for factors, first, second, weights in zip(of_all_shapes, firsts, seconds, row_weights, strict=True):
+        factors.store([t.first for t in factors.tensors], first)
+        torch._foreach_copy_([s["second_moment"] for s in factors.states], factors.of_parameters(second))
+        torch._foreach_copy_([s["row_weights"] for s in factors.states], factors.of_parameters(weights))
+    return directions(firsts, seconds, row_weights, step=step, betas=betas, eps=eps)
+
+
 def _kept(group: _Group) -> float:
     """What weight decay leaves of a factor: the root of what it leaves of a product."""
     kept: float = (1 - group["lr"] * group["weight_decay"]) ** 0.5
@@ -399,7 +411,12 @@ def _as_stack(tensor: Tensor, experts: int, *, tall: bool) -> Float[Tensor, "exp
     return stack_of_B(tensor, experts) if tall else stack_of_A(tensor, experts)
 
 
-def _of_layers(numbers: list[float], like: Tensor, experts: int) -> Float[Tensor, " layers"]:
-    """One number for each pair, for each of its experts, on the device of their factors. The host does not wait."""
+def _of_layers(numbers: list[float], like: Tensor, experts: int) -> Float[Tensor, " layers"] | float:
+    """One number for each pair, for each of its experts, on the device of their factors; or the one that all have.
+
+    What is the same for all need not be sent there, for which some drivers wait.
+    """
+    if len(set(numbers)) == 1:
+        return numbers[0]
     repeated = [number for number in numbers for _ in range(experts)]
     return torch.tensor(repeated, dtype=like.dtype).to(like.device, non_blocking=True)

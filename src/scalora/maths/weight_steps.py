@@ -20,20 +20,20 @@ from torch import Tensor
 
 
 def step_sizes(
-    A: Float[Tensor, "*layers m r"], B: Float[Tensor, "*layers n r"], scaling: Float[Tensor, "*layers"]
+    A: Float[Tensor, "*layers m r"], B: Float[Tensor, "*layers n r"], scaling: Float[Tensor, "*layers"] | float
 ) -> Float[Tensor, "*layers"]:
     """The step size δ of both factors with which an entry of the weight moves by 1 in root mean square.
 
     Args:
         A: PEFT's ``lora_B.weight``, (…, m, r).
         B: PEFT's ``lora_A.weight`` transposed, (…, n, r).
-        scaling: s, PEFT's scaling of each layer, (…).
+        scaling: s, PEFT's scaling: of each layer, (…), or of all of them.
 
     Returns:
         ``1/(s·√(‖A‖²/m + ‖B‖²/n))``, (…); zero where both factors or the scaling are zero.
     """
     of_A, of_B = (torch.linalg.vector_norm(f, dim=(-2, -1)) / f.shape[-2] ** 0.5 for f in (A, B))
-    moved = scaling.abs() * torch.hypot(of_A, of_B)
+    moved = (scaling * torch.hypot(of_A, of_B)).abs()
     sizes: Tensor = torch.where(moved > 0, 1 / torch.where(moved > 0, moved, 1), 0)
     return sizes
 

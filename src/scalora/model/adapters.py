@@ -125,7 +125,8 @@ class LoraPair:
     @property
     def remainder(self) -> Remainder:
         """The layer's remainder, which `scalora.model.placement.place_remainders` has attached."""
-        remainder: Remainder = getattr(self.layer, REMAINDER)
+        # Without the detour of a module's attributes: a rescale asks for it several times.
+        remainder: Remainder = self.layer._modules[REMAINDER]
         return remainder
 
     @property

@@ -48,9 +48,12 @@ def factors_of(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Paramet
         layer: the PEFT layer.
         adapter: the adapter's name.
     """
-    if adapter in layer.lora_embedding_A:
+    # Asked of all layers in every rescale, so without the calls that the attributes of modules take.
+    submodules = layer._modules
+    of_A, of_B = submodules["lora_A"]._modules.get(adapter), submodules["lora_B"]._modules.get(adapter)
+    if of_A is None or of_B is None:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return of_A.weight, of_B.weight
 
 
 def configured_scaling(layer: LoraLayer, adapter: str) -> float:

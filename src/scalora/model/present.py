@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import nn
 from torch.optim import Optimizer
 
 from scalora.model.adapters import LoraPair, refuse
@@ -49,23 +49,38 @@ def check_present(pairs: list[LoraPair], optimizer: Optimizer) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for pair in pairs:
         _check_layer(pair)
-        for key, factor in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
-            if id(factor) not in held:
-                raise ValueError(
-                    f"the optimizer does not hold {key} of module {pair.name!r} any more: attach again, with "
-                    "ScaLora(model, optimizer), after its parameters have been changed"
-                )
+        if id(pair.lora_A) not in held or id(pair.lora_B) not in held:
+            key = "lora_B" if id(pair.lora_A) in held else "lora_A"
+            raise ValueError(
+                f"the optimizer does not hold {key} of module {pair.name!r} any more: attach again, with "
+                "ScaLora(model, optimizer), after its parameters have been changed"
+            )
 
 
 def _check_layer(pair: LoraPair) -> None:
     lora_A, lora_B = factors_of(pair.layer, pair.adapter)
-    found: list[tuple[str, Tensor, Tensor]] = [("lora_A", pair.lora_A, lora_A), ("lora_B", pair.lora_B, lora_B)]
+    weight = pair.weight
     if isinstance(pair.remainder, DenseRemainder):
-        found.append(("base weight", pair.weight, getattr(pair.layer.get_base_layer(), weight_key(pair.layer))))
-    for key, own, now in found:
-        if own is not now and not pair.is_sharded:  # with FSDP2 the layers hold whole ones at times
+        weight = getattr(_base_layer(pair.layer), weight_key(pair.layer))
+    if lora_A is pair.lora_A and lora_B is pair.lora_B and weight is pair.weight:
+        return
+    if pair.is_sharded:  # with FSDP2 the layers hold whole ones at times
+        return
+    for key, own, now in (
+        ("lora_A", pair.lora_A, lora_A),
+        ("lora_B", pair.lora_B, lora_B),
+        ("base weight", pair.weight, weight),
+    ):
+        if own is not now:
             refuse(
                 pair.name,
                 f"its {key} has been replaced by another parameter since ScaLoRA was attached",
                 "attach again, with ScaLora(model, optimizer), to an optimizer of the present parameters",
             )
+
+
+def _base_layer(layer: nn.Module) -> nn.Module:
+    """PEFT's ``get_base_layer``, in a fifth of the time: `hasattr` of a module that lacks an attribute is slow."""
+    while (inner := layer._modules.get("base_layer")) is not None:
+        layer = inner
+    return layer

@@ -45,7 +45,7 @@ class ConstantsOnDevice:
         self._places = {
             pair.name: range(start, start + pair.experts) for pair, start in zip(self._pairs, starts, strict=False)
         }
-        self._values: list[tuple[tuple[float, float], float, float]] = []
+        self._followed_from: tuple[Mapping[str, Rates], list[tuple[float, float]]] | None = None
         self._of_all: SolveConstants | None = None
 
     def of(self, active: list[LoraPair], rates: Mapping[str, Rates]) -> SolveConstants:
@@ -55,19 +55,25 @@ class ConstantsOnDevice:
             active: the layers that have gradients. In mixtures of experts, others at every step.
             rates: the base learning rates of all layers.
         """
-        norms = target_norms(self._pairs, rates, self._config)
-        values = [
-            of_pair
-            for pair in self._pairs
-            for of_pair in [(norms[pair.name], pair.scaling, pair.merge_scaling)] * pair.experts
-        ]
-        if self._of_all is None or values != self._values:
-            device = self._pairs[0].lora_A.device
-            columns = (torch.tensor(column, dtype=solver_dtype(device)) for column in zip(*values, strict=True))
-            targets, scaling, merge_scaling = (column.to(device) for column in columns)
-            self._values, self._of_all = values, SolveConstants(targets, scaling[:, None], merge_scaling[:, None])
+        scalings = [(pair.scaling, pair.merge_scaling) for pair in self._pairs]
+        if self._of_all is None or self._followed_from != (rates, scalings):
+            self._of_all = self._on_device(scalings, rates)
+            self._followed_from = dict(rates), scalings
         if len(active) == len(self._pairs):
             return self._of_all
         places = [place for pair in active for place in self._places[pair.name]]
         chosen = torch.tensor(places).to(self._of_all.scaling.device)
         return SolveConstants(*(column[chosen] for column in self._of_all))
+
+    def _on_device(self, scalings: list[tuple[float, float]], rates: Mapping[str, Rates]) -> SolveConstants:
+        """The constants of all layers."""
+        norms = target_norms(self._pairs, rates, self._config)
+        values = [
+            of_pair
+            for pair, of_scalings in zip(self._pairs, scalings, strict=True)
+            for of_pair in [(norms[pair.name], *of_scalings)] * pair.experts
+        ]
+        device = self._pairs[0].lora_A.device
+        columns = (torch.tensor(column, dtype=solver_dtype(device)) for column in zip(*values, strict=True))
+        targets, scaling, merge_scaling = (column.to(device) for column in columns)
+        return SolveConstants(targets, scaling[:, None], merge_scaling[:, None])

@@ -56,16 +56,12 @@ class BaseRates:
 
     def current(self) -> dict[str, Rates]:
         """The base learning rates by now, by the layer's name. A scheduler may have been added since attaching."""
-        scheduled = self._read(_peak_of_schedule)
-        return {
-            name: tuple(
-                max(at_attach if peak is None else peak, highest)
-                for peak, at_attach, highest in zip(
-                    scheduled[name], self._at_attach[name], self._highest.get(name, (0.0, 0.0)), strict=True
-                )
-            )
-            for name in scheduled
-        }
+        rates = {}
+        for name, peaks in self._read(_peak_of_schedule).items():
+            at_attach, highest = self._at_attach[name], self._highest.get(name, (0.0, 0.0))
+            of_A, of_B = (base if peak is None else peak for peak, base in zip(peaks, at_attach, strict=True))
+            rates[name] = (max(of_A, highest[0]), max(of_B, highest[1]))
+        return rates
 
     def observe(self) -> None:
         """Take in the rates of the step that the optimizer is about to take."""
@@ -93,16 +89,18 @@ class BaseRates:
     def _read(self, what: Any) -> dict[str, Any]:
         """Something of the groups of each layer's lora_A and lora_B, by the layer's name."""
         # Looked up anew each time: loading a state replaces the groups.
-        of_parameter = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        of_parameter: dict[int, Any] = {}
+        for group in self._optimizer.param_groups:
+            of_parameter |= dict.fromkeys(map(id, group["params"]), what(group))
         read = {}
         for pair in self._pairs:
-            for key, parameter in (("lora_A", pair.lora_A), ("lora_B", pair.lora_B)):
-                if id(parameter) not in of_parameter:
-                    raise ValueError(
-                        f"the optimizer does not hold {key} of module {pair.name!r}: create it from this model's "
-                        "parameters"
-                    )
-            read[pair.name] = (what(of_parameter[id(pair.lora_A)]), what(of_parameter[id(pair.lora_B)]))
+            of_A, of_B = id(pair.lora_A), id(pair.lora_B)
+            if of_A not in of_parameter or of_B not in of_parameter:
+                key = "lora_B" if of_A in of_parameter else "lora_A"
+                raise ValueError(
+                    f"the optimizer does not hold {key} of module {pair.name!r}: create it from this model's parameters"
+                )
+            read[pair.name] = of_parameter[of_A], of_parameter[of_B]
         return read
 
 

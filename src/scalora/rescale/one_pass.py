@@ -171,7 +171,8 @@ def merge(
     for tensor in written:
         torch.autograd.graph.increment_version(tensor)
     for remainder in dense:
-        remainder.changed = True
+        if not remainder.changed:  # setting an attribute of a module takes a while
+            remainder.changed = True
     return True
 
 

@@ -11,7 +11,7 @@ optimizer's state.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -66,30 +66,23 @@ def scale_gradients_and_states(
     """
     # By what is multiplied in one operation: the power of the factors, and where the tensors are. Paged state is on the
     # CPU, and state may be of another dtype than the gradients.
-    entries: dict[tuple[int, torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    entries: dict[tuple[int, torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = defaultdict(list)
     codes: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-
-    def add(tensor: Tensor, factor: Tensor, degree: int) -> None:
-        device, dtype = tensor.device, tensor.dtype
-        tensors, factors = entries.setdefault((degree, device, dtype), ([], []))
-        tensors.append(tensor)
-        factors.append(factor if factor.dtype == dtype and factor.device == device else factor.to(tensor))
-
     for parameter, factor in zip(parameters, factors, strict=True):
-        if parameter.grad is not None:
-            add(parameter.grad, factor, 1)
-        state = optimizer.state.get(parameter, {})
-        for key, value in _entries(state, parameter):
-            _check_entry(optimizer, kinds, state, key, value, matrix=False)
-            degree = _degree(kinds[key])
-            if degree == 0:
+        if (gradient := parameter.grad) is not None:
+            entries[1, gradient.device, gradient.dtype].append((gradient, factor))
+        for key, value in _checked_entries(optimizer, kinds, parameter, matrix=False):
+            if (degree := _degree(kinds[key])) == 0:
                 continue
             if value.is_floating_point():
-                add(value, factor, degree)
+                entries[degree, value.device, value.dtype].append((value, factor))
             else:
+                state = optimizer.state[parameter]
                 absmax, qmap = (state[name] for name in COMPANIONS[key])
                 codes.append((value, absmax, qmap, factor.to(qmap) ** degree))
-    for (degree, _, _), (tensors, of_tensors) in entries.items():
+    for (degree, device, dtype), products in entries.items():
+        tensors = [tensor for tensor, _ in products]
+        of_tensors = [f if f.dtype == dtype and f.device == device else f.to(device, dtype) for _, f in products]
         multiply(tensors, of_tensors, degree)
     for code in codes:
         scale_block_quantised(*code)
@@ -118,19 +111,18 @@ def transform_gradients_and_states(
     Raises:
         UnsupportedOptimizerError: the state has an entry that can't be carried over. Nothing has been changed then.
     """
-    check_states(optimizer, kinds, parameters, matrix=True)
     linear: dict[str, list[tuple[Tensor, int]]] = defaultdict(list)
     matrix: dict[str, list[tuple[Tensor, int]]] = defaultdict(list)
+    of_kind_matrix = [key for key, kind in kinds.items() if kind == MATRIX]
     for index, parameter in enumerate(parameters):
         if parameter.grad is not None:
             linear["gradient"].append((parameter.grad, index))
-        state = optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            if kinds.get(key) == MATRIX:
-                matrix[key].append((value, index))
-        for key, value in _entries(state, parameter):
+        for key, value in _checked_entries(optimizer, kinds, parameter, matrix=True):
             if kinds[key] == LINEAR:
                 linear[key].append((value, index))
+        for key in of_kind_matrix:
+            if (value := optimizer.state.get(parameter, {}).get(key)) is not None:
+                matrix[key].append((value, index))
     for entries in linear.values():
         values, chosen = _chosen(entries, matrices)
         multiply_by_matrices(values, chosen, tall=tall)
@@ -201,8 +193,7 @@ def check_states(
     for parameter in parameters:
         state = optimizer.state.get(parameter, {})
         found = found or bool(state)
-        for key, value in _entries(state, parameter):
-            _check_entry(optimizer, kinds, state, key, value, matrix=matrix)
+        _checked_entries(optimizer, kinds, parameter, matrix=matrix)
     return found
 
 
@@ -231,8 +222,13 @@ def _check_entry(
         )
 
 
-def _entries(state: Mapping[str, Any], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The entries of a parameter's state that belong to its entries one by one."""
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            yield key, value
+def _checked_entries(
+    optimizer: HoldsState, kinds: Mapping[str, Kind], parameter: Tensor, *, matrix: bool
+) -> list[tuple[str, Tensor]]:
+    """The entries of a parameter's state that belong to its entries one by one, which can be transported."""
+    state, shape = optimizer.state.get(parameter, {}), parameter.shape
+    found = [(key, value) for key, value in state.items() if isinstance(value, Tensor) and value.shape == shape]
+    for key, value in found:
+        if matrix or key not in kinds or not value.is_floating_point():
+            _check_entry(optimizer, kinds, state, key, value, matrix=matrix)
+    return found
