@@ -1,6 +1,9 @@
 """What a rescale asks of the machine: operations, device-to-host copies, temporaries."""
 
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,29 +148,43 @@ def test_a_step_takes_no_value_from_the_device(meta_model, merge, skipping, dtyp
         engine.metrics()  # what is logged is what has to be fetched
 
 
-class BlockingCopies(TorchDispatchMode):
-    """Counts copies from the host for which CUDA would wait until the device has done what is queued on it."""
+class CopiesToDevice(TorchDispatchMode):
+    """Counts copies from the host: for some, CUDA waits until the device has done what is queued on it."""
 
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default and args[0].is_cpu and kwargs.get("device") is not None:
-            self.count += torch.device(kwargs["device"]).type != "cpu" and not kwargs.get("non_blocking")
+            self.count += torch.device(kwargs["device"]).type != "cpu"
         return func(*args, **kwargs)
 
 
 @pytest.mark.slow
-def test_a_step_of_matrix_scaling_waits_for_the_device_neither_way(meta_model):
-    optimizer = PairAdamW(meta_model, lr=1e-3)
-    ScaLora(meta_model, optimizer, ScaLoraConfig(warmup_steps=0, mode="matrix"))
+@pytest.mark.parametrize("mode", ["auto", "matrix"])
+def test_a_step_takes_nothing_from_the_device_and_sends_nothing_there(meta_model, mode):
+    if mode == "matrix":
+        optimizer = PairAdamW(meta_model, lr=1e-3)
+    else:
+        optimizer = torch.optim.AdamW(trainable(meta_model), lr=1e-3, foreach=True)
+    ScaLora(meta_model, optimizer, ScaLoraConfig(warmup_steps=0, mode=mode))
     for step in range(3):
         for parameter in trainable(meta_model):
             parameter.grad = torch.randn_like(parameter)
         optimizer.param_groups[0]["lr"] = 1e-3 / (step + 1)
-        with BlockingCopies() as of_last_step:  # the first one copies constants
+        with CopiesToDevice() as of_last_step:  # the first one copies constants
             optimizer.step()
     assert of_last_step.count == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["auto", "matrix"])
+def test_the_host_is_done_with_a_layer_after_few_calls(mode):
+    """A GPU that is ahead of the host waits for them. 77 and 81 with torch 2.13 and peft 0.21, AdamW's own included."""
+    # In a process of its own: here, shape checks are among the functions.
+    script = Path(__file__).with_name("host_calls.py")
+    printed = subprocess.run([sys.executable, script, mode], capture_output=True, text=True, check=True)
+    assert 20 < float(printed.stdout) < 100
 
 
 def test_bfloat16_and_what_is_kept_beside_it_are_the_float32_weight_bit_for_bit():
