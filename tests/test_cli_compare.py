@@ -119,6 +119,16 @@ def test_a_cell_is_the_run_with_the_methods_overrides_and_the_seed_for_weights_a
     assert study.reported_cells({"lora": 2e-3}) == [cells[2]]
 
 
+def test_the_command_line_reaches_methods_whose_names_have_hyphens(write_study):
+    methods = {"lora": None, "scalora-I": {"method": "scalora", "scalora": {"interval": 10}}}
+    words = ["--methods.scalora-I.scalora.interval", "5", "--run.lora.lora-alpha=16"]
+    study = load_study_file(write_study(methods=methods), words)
+    settings = {cell.method: cell.settings for cell in study.tuning_cells()}
+    assert settings.keys() == {"lora", "scalora-I"}
+    assert settings["scalora-I"].scalora["interval"] == 5
+    assert settings["lora"].lora == {"lora_alpha": 16}
+
+
 def test_the_study_may_keep_the_models(write_study):
     study = load_study_file(write_study(), ["--run.save_model", "true"])
     assert all(c.settings.save_model for c in study.tuning_cells())

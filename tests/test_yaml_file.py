@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalora.runs.errors import InputError
-from scalora.runs.yaml_file import parse_yaml, parsed_overrides, read_yaml, yaml_dump
+from scalora.runs.yaml_file import as_written, parse_yaml, parsed_overrides, read_yaml, yaml_dump
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12)
@@ -141,6 +141,21 @@ def test_a_word_in_brackets_or_quotes_is_yaml():
     words = ["--a", "[1e-3, no]", "--b", "{c: {d: 1}}", "--e", "'3'", '--f="1e3"']
     expected = [("a", [1e-3, "no"]), ("b", {"c": {"d": 1}}), ("e", "3"), ("f", "1e3")]
     assert parsed_overrides(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("dotted", "named"),
+    [
+        ("methods.scalora_I.scalora.interval", "methods.scalora-I.scalora.interval"),
+        ("methods.a_b.r", "methods.a_b.r"),
+        ("methods.new_one.r", "methods.new_one.r"),
+        ("methods.1.r", "methods.1.r"),
+        ("run.learning_rate", "run.learning_rate"),
+    ],
+)
+def test_a_word_of_the_command_line_names_what_the_file_has(dotted, named):
+    content = {"methods": {"scalora-I": None, "a-b": {}, "a_b": {}, 1: {}}}
+    assert as_written(content, dotted) == named
 
 
 @pytest.mark.parametrize("words", [["--key", ""], ["--key="], ["--key", "  "]])

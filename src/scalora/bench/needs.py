@@ -29,13 +29,14 @@ from transformers import (
 from scalora.bench.floor import rescale_work_of
 from scalora.bench.hub import Hub, ask
 from scalora.bench.settings import ACHIEVED, H100_BANDWIDTH, H100_TFLOPS
-from scalora.model.adapters import LoraPair
+from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.model.layers import ADAPTABLE
 from scalora.model.memory import bytes_of_base, pairs_over_quantised, quantisable_layers, training_memory
 from scalora.model.placement import resolve_merge
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.dry_run import adapted_without_weights
 from scalora.runs.errors import InputError
+from scalora.runs.optimizer_checks import uses_pair_adamw
 from scalora.runs.prepare import method_of, peft_config_of, training_arguments
 from scalora.runs.settings import Settings, checked_settings
 from scalora.runs.sharding import splits_weights
@@ -271,19 +272,21 @@ def _model(key: _Key) -> _Model:
     trained_bytes = sum(p.nbytes for p in trained)
     adapter = trained_bytes if isinstance(model, PeftModel) else 0
     pairs: list[LoraPair] = []
+    in_pairs = find_lora_pairs(model, all_shapes=True) if uses_pair_adamw(settings, method) else []
     rescale, state = 0.0, trained_bytes
     if isinstance(method, ScaLoraMethod):
         pairs = pairs_over_quantised(model, quantised)
         merge = resolve_merge(pairs, method.config.merge, method.config.remainder_rank)
-        memory = training_memory(weights, adapter, trained_bytes, pairs, merge, method.config.remainder_rank)
-        work = rescale_work_of(pairs, merge, method.config.remainder_rank)
+        rank = method.config.remainder_rank
+        memory = training_memory(weights, adapter, trained_bytes, pairs, merge, rank, in_pairs=in_pairs)
+        work = rescale_work_of(pairs, merge, rank)
         rescale = work.seconds(1e9 * H100_BANDWIDTH, 1e12 * ACHIEVED * H100_TFLOPS["float32"])
         rescale /= max(1, method.config.interval)
         state = adapter + memory.remainder
         if merge != "factored":
             state += sum(pair.weight.nbytes for pair in pairs)
     else:
-        memory = training_memory(weights, adapter, trained_bytes)
+        memory = training_memory(weights, adapter, trained_bytes, in_pairs=in_pairs)
     sizes: Any = config.get_text_config()
     rank_two = sum(p.numel() for p in trained if p.ndim == 2)
     own_gradient = 6 if adapter else 2  # an adapter's weights are met on top of the base's; those of the base are not
@@ -291,7 +294,7 @@ def _model(key: _Key) -> _Model:
         parameters=parameters,
         saved=parameters * getattr(torch, settings.dtype).itemsize,
         state=state,
-        moments=2 * trained_bytes,
+        moments=memory.optimizer,
         static=memory.scalora,
         operations=4 * matrices + own_gradient * rank_two,
         again=2 * matrices,

@@ -125,7 +125,7 @@ def show_plan(plan: Plan) -> None:
             ("examples", examples),
             ("tokens", _lengths(plan.lengths)),
             ("steps", _steps(plan.steps)),
-            ("memory", _memory(plan.memory)),
+            ("memory", _memory(plan.memory, "optimizer" if plan.pair_adamw else "optimizer (as Adam)")),
             ("run folder", _writes(plan)),
         ]
     )
@@ -151,12 +151,12 @@ def _steps(steps: Steps) -> str:
     return f"{about}{steps.total:,} of {steps.batch:,} examples; an epoch takes {about}{steps.per_epoch:,}"
 
 
-def _memory(memory: Memory) -> str:
+def _memory(memory: Memory, optimizer: str) -> str:
     parts = {
         "weights": memory.base,
         "adapter": memory.adapter,
         "gradients": memory.gradients,
-        "optimizer (as Adam)": memory.optimizer,
+        optimizer: memory.optimizer,
         "remainder": memory.remainder,
         "rescale": memory.scratch,
     }

@@ -32,7 +32,7 @@ class Memory:
         base: the base weights.
         adapter: the adapter's weights.
         gradients: the gradients of the trained weights.
-        optimizer: Adam's two moments of the trained weights.
+        optimizer: the optimizer's state: Adam's two moments of the trained weights, or what `scalora.PairAdamW` keeps.
         remainder: what ScaLoRA keeps in addition to the weights, at its largest.
         scratch: temporary tensors of a rescale, for the largest stack of layers of one shape; free again after it.
     """
@@ -62,6 +62,8 @@ def training_memory(
     pairs: Sequence[LoraPair] = (),
     merge: Merge = "dense",
     remainder_rank: int = 0,
+    *,
+    in_pairs: Sequence[LoraPair] = (),
 ) -> Memory:
     """Memory of a training run, without activations.
 
@@ -72,12 +74,14 @@ def training_memory(
         pairs: layers that ScaLoRA rescales; none for other methods.
         merge: where their remainders go, any but ``"auto"``.
         remainder_rank: columns that a factored remainder keeps.
+        in_pairs: layers whose factors `scalora.PairAdamW` steps; none with another optimizer.
     """
+    by_adam = trained - sum(pair.lora_A.nbytes + pair.lora_B.nbytes for pair in in_pairs)
     return Memory(
         base=base,
         adapter=adapter,
         gradients=trained,
-        optimizer=_MOMENTS * trained,
+        optimizer=_MOMENTS * by_adam + sum(map(_bytes_of_pair_state, in_pairs)),
         remainder=sum(_bytes_of_remainder(pair, merge, remainder_rank) for pair in pairs),
         scratch=max(map(_bytes_of_scratch, by_shape(list(pairs))), default=0),
     )
@@ -129,6 +133,13 @@ def _bytes_of_remainder(pair: LoraPair, merge: Merge, remainder_rank: int) -> in
         # Before a compression, which comes when there are more columns than twice the rank.
         return _SINGLE * pair.experts * (m + n) * (2 * remainder_rank + r)
     return bytes_beside(merge, pair.weight.dtype) * pair.experts * m * n
+
+
+def _bytes_of_pair_state(pair: LoraPair) -> int:
+    """First moments and row weights, as the factors, and two r × r second moments in float64."""
+    first_moments = pair.lora_A.nbytes + pair.lora_B.nbytes
+    row_weights = (pair.m + pair.n) * pair.lora_A.element_size()
+    return first_moments + pair.experts * (row_weights + 2 * _DOUBLE * pair.r**2)
 
 
 def _bytes_of_scratch(stack: list[LoraPair]) -> int:

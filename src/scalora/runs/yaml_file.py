@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,23 @@ def parsed_overrides(words: Sequence[str], options: Sequence[str] = ()) -> list[
         except _Problem as problem:
             raise InputError(f"--{key} {value}: {problem}") from None
     return pairs
+
+
+def as_written(content: Mapping[str, Any], dotted: str) -> str:
+    """A dotted key of the command line, in which hyphens have become underscores, as a file has its names.
+
+    Args:
+        content: the file's keys and values.
+        dotted: the key with its sections, such as ``"methods.scalora_I.scalora.interval"``.
+
+    Returns:
+        The key with the names that the file has, such as ``"methods.scalora-I.scalora.interval"``.
+    """
+    first, dot, rest = dotted.partition(".")
+    if first not in content:
+        first = next((n for n in content if isinstance(n, str) and n.replace("-", "_") == first), first)
+    inner = content.get(first)
+    return f"{first}.{as_written(inner if isinstance(inner, dict) else {}, rest)}" if dot else first
 
 
 def set_dotted(content: dict[str, Any], dotted: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 from scalora.runs.errors import InputError
 from scalora.runs.settings import check_keys, first_problem
 from scalora.runs.strict_model import StrictModel, expanded_field
-from scalora.runs.yaml_file import parse_yaml, parsed_overrides, read_yaml, refuse_repeated, set_dotted
+from scalora.runs.yaml_file import as_written, parse_yaml, parsed_overrides, read_yaml, refuse_repeated, set_dotted
 from scalora.saving.files import atomic_write
 from scalora.studies.folder_names import slug
 from scalora.studies.study import Study, checked_study, merged
@@ -143,7 +143,8 @@ def load_recipe(
     for key, value in pairs:
         section = key.partition(".")[0]
         check_keys("", [section], known)
-        named = _as_named(key, content)
+        named = as_written(content, key)
+        _check_named(named, content)
         set_dotted(content, named, value)
         if section in Study.model_fields and section != "methods":
             set_dotted(content.setdefault("smoke", {}), named, value)  # beats what the recipe makes small
@@ -198,19 +199,12 @@ def reproduction_of(folder: Path) -> Reproduction:
     return Reproduction(read_yaml(folder / REPRODUCTION_FILE, "recipe") | {"output_dir": str(folder)})
 
 
-def _as_named(key: str, content: Mapping[str, Any]) -> str:
-    """A dotted key of the command line with the name of a task, method or test as the recipe has it.
-
-    The command line's keys have underscores where they were written with hyphens.
-    """
-    section, dot, rest = key.partition(".")
-    if section not in ("tasks", "methods", "tests") or not dot:
-        return key
-    name, dot, rest = rest.partition(".")
-    names = {known.replace("-", "_"): known for known in content.get(section) or {}}
-    if name not in names and section != "methods":
-        raise InputError(f"--{key}: {section} has no {name!r}; it has {', '.join(names.values())}")
-    return f"{section}.{names.get(name, name)}{dot}{rest}"
+def _check_named(key: str, content: Mapping[str, Any]) -> None:
+    """Check that the task or test that a dotted key names is in the recipe."""
+    section, *rest = key.split(".")
+    names = content.get(section) or {}
+    if section in ("tasks", "tests") and rest and rest[0] not in names:
+        raise InputError(f"--{key}: {section} has no {rest[0]!r}; it has {', '.join(names)}")
 
 
 def _smoke(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from scalora.runs.errors import InputError
 from scalora.runs.limits import check_limits
 from scalora.runs.settings import Settings, check_keys, first_problem
 from scalora.runs.strict_model import StrictModel, expanded_field
-from scalora.runs.yaml_file import parsed_overrides, read_yaml, refuse_repeated, set_dotted
+from scalora.runs.yaml_file import as_written, parsed_overrides, read_yaml, refuse_repeated, set_dotted
 from scalora.studies.folder_names import slug
 from scalora.studies.study_checks import check_cells, check_data, check_fairness, run_settings_of
 
@@ -287,7 +287,7 @@ def load_study_file(path: Path, overrides: Sequence[str] = (), options: Sequence
     refuse_repeated([key for key, _ in pairs])
     for key, value in pairs:
         check_keys("", [key.partition(".")[0]], Study.model_fields)
-        set_dotted(content, key, value)
+        set_dotted(content, as_written(content, key), value)
     study = checked_study(content)
     check_data(study)
     return study
