@@ -83,8 +83,8 @@ def test_the_state_is_what_it_would_be_with_factors_changed_from_the_start(make,
             lora_A, lora_B = factors_of(changed)
             lora_B.data, lora_A.data = lora_B.data @ P, Q.mT @ lora_A.data
             kinds = state_kinds(optimizer, "matrix")
-            transform_gradients_and_states(optimizer, kinds, [lora_B], Q[None], tall=True)
-            transform_gradients_and_states(optimizer, kinds, [lora_A], P[None], tall=False)
+            transform_gradients_and_states(optimizer, kinds, [lora_B], Q[None], torch.tensor([True]), tall=True)
+            transform_gradients_and_states(optimizer, kinds, [lora_A], P[None], torch.tensor([True]), tall=False)
         optimizer.step()
         truth.step()
     for mine, true in zip(factors_of(changed), factors_of(from_the_start), strict=True):

@@ -152,8 +152,10 @@ class Rescaling:
             change.apply(share.factors, self._kernels, scaling)
         with record_function(PARTS[2]):
             if isinstance(change, MatrixChange):
-                transform_gradients_and_states(share.optimizer, self._kinds, share.lora_B, change.Q, tall=True)
-                transform_gradients_and_states(share.optimizer, self._kinds, share.lora_A, change.P, tall=False)
+                for factors, matrices, tall in ((share.lora_B, change.Q, True), (share.lora_A, change.P, False)):
+                    transform_gradients_and_states(
+                        share.optimizer, self._kinds, factors, matrices, change.changed, tall=tall
+                    )
             else:
                 for factors, spread in (
                     (share.lora_B, share.spread_B(self._kernels, change.beta)),

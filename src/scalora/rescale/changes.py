@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from scalora.maths.matrix import MatrixScaling
@@ -100,7 +100,7 @@ class ColumnChange(NamedTuple):
     def as_matrices(self) -> MatrixChange:
         """The same change, for optimizers with a state that only matrices can carry over."""
         P, Q = (torch.diag_embed(factors.to(self.merged.dtype)) for factors in (self.alpha, self.beta))
-        return MatrixChange(P, Q, self.merged_matrix)
+        return MatrixChange.by(P, Q, self.merged_matrix)
 
     def apply(self, factors: Factors, kernels: Kernels, scaling: Float[Tensor, "layers 1"]) -> None:
         """Move what the change takes out of the factors to the remainders, and change the factors, in place.
@@ -123,11 +123,15 @@ class MatrixChange(NamedTuple):
         P: (layers, r, r), in the solver's dtype.
         Q: (layers, r, r), in the solver's dtype.
         merged_matrix: ``1 − P·Qᵀ``, (layers, r, r), in the solver's dtype.
+        inverse_of_Q: (layers, r, r), in the solver's dtype.
+        changed: whether P or Q is another matrix than 1, (layers,).
     """
 
     P: Float[Tensor, "layers r r"]
     Q: Float[Tensor, "layers r r"]
     merged_matrix: Float[Tensor, "layers r r"]
+    inverse_of_Q: Float[Tensor, "layers r r"]
+    changed: Bool[Tensor, " layers"]
 
     @classmethod
     def of(cls, scaling: MatrixScaling) -> MatrixChange:
@@ -136,8 +140,21 @@ class MatrixChange(NamedTuple):
         Args:
             scaling: the matrices, in the solver's dtype.
         """
-        identity = torch.eye(scaling.P.shape[-1], dtype=scaling.P.dtype, device=scaling.P.device)
-        return cls(scaling.P, scaling.Q, identity - scaling.P @ scaling.Q.mT)
+        P, Q = scaling.P, scaling.Q
+        return cls.by(P, Q, torch.eye(P.shape[-1], dtype=P.dtype, device=P.device) - P @ Q.mT)
+
+    @classmethod
+    def by(cls, P: Tensor, Q: Tensor, merged_matrix: Tensor) -> MatrixChange:
+        """The change by two matrices of each layer.
+
+        Args:
+            P: (layers, r, r), in the solver's dtype.
+            Q: (layers, r, r), in the solver's dtype.
+            merged_matrix: ``1 − P·Qᵀ``, (layers, r, r), in the solver's dtype.
+        """
+        identity = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+        changed = (P.ne(identity) | Q.ne(identity)).any(-1).any(-1)
+        return cls(P, Q, merged_matrix, torch.linalg.inv_ex(Q).inverse, changed)
 
     def apply(self, factors: Factors, kernels: Kernels, scaling: Float[Tensor, "layers 1"]) -> None:
         """Move what the change takes out of the factors to the remainders, and change the factors, in place.
@@ -148,14 +165,13 @@ class MatrixChange(NamedTuple):
             scaling: what each layer's remainder is added at.
         """
         A = torch.stack(list(factors.lora_B)).to(self.P.dtype)
-        new_A = multiply_by_matrices(factors.lora_B, self.P, tall=True)
-        multiply_by_matrices(factors.lora_A, self.Q, tall=False)
+        new_A = multiply_by_matrices(factors.lora_B, self.P, self.changed, tall=True)
+        multiply_by_matrices(factors.lora_A, self.Q, self.changed, tall=False)
         # A·Bᵀ − Ã·B̃ᵀ as (A·Q⁻ᵀ − Ã)·B̃ᵀ, with Ã and B̃ as they have been rounded. With A·(1 − P·Qᵀ)·Bᵀ the rounding
         # errors would grow with the condition number of B, which that of B̃ does not.
-        inverse = torch.linalg.inv_ex(self.Q).inverse
-        left = A @ inverse.mT - new_A.to(A.dtype)
+        left = A @ self.inverse_of_Q.mT - new_A.to(A.dtype)
         left = (scaling[..., None] * left).to(factors.lora_A[0].dtype)
-        moved = (self.merged_matrix != 0).any(-1).any(-1, keepdim=True).expand(-1, left.shape[-1])
+        moved = self.changed[:, None].expand(-1, left.shape[-1])
         factors.merge(kernels, list(left.unbind()), moved.to(self.P.dtype))
 
 

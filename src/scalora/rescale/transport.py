@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from scalora.rescale.kernels import Multiply, multiply
@@ -94,52 +94,62 @@ def transform_gradients_and_states(
     kinds: Mapping[str, Kind],
     parameters: Sequence[Tensor],
     matrices: Float[Tensor, "layers r r"],
+    changed: Bool[Tensor, " layers"],
     *,
     tall: bool,
 ) -> None:
     """Multiply the gradients and the state of parameters in place by r × r matrices.
 
-    Each entry of the state takes one operation for all parameters together.
+    The gradients and all linear entries of the state take one operation for all parameters together, and so does each
+    entry that is r × r.
 
     Args:
         optimizer: the optimizer that holds the state.
         kinds: how each entry of its state depends on the gradients, from `state_kinds`.
         parameters: adapter matrices of one shape.
         matrices: what the gradient of each, with r columns, is multiplied by from the right: Q for A, P for B.
+        changed: whether that of each is another than 1.
         tall: whether the parameters have r columns, as ``lora_B``, and not r rows, as ``lora_A``.
 
     Raises:
         UnsupportedOptimizerError: the state has an entry that can't be carried over. Nothing has been changed then.
     """
-    linear: dict[str, list[tuple[Tensor, int]]] = defaultdict(list)
-    matrix: dict[str, list[tuple[Tensor, int]]] = defaultdict(list)
+    # By what is multiplied in one operation: tensors of one kind, and where they are, with the numbers of their layers.
+    entries: dict[tuple[str, torch.device, torch.dtype], list[tuple[Tensor, int]]] = defaultdict(list)
     of_kind_matrix = [key for key, kind in kinds.items() if kind == MATRIX]
     for index, parameter in enumerate(parameters):
-        if parameter.grad is not None:
-            linear["gradient"].append((parameter.grad, index))
+        if (gradient := parameter.grad) is not None:
+            entries[LINEAR, gradient.device, gradient.dtype].append((gradient, index))
         for key, value in _checked_entries(optimizer, kinds, parameter, matrix=True):
             if kinds[key] == LINEAR:
-                linear[key].append((value, index))
+                entries[LINEAR, value.device, value.dtype].append((value, index))
         for key in of_kind_matrix:
             if (value := optimizer.state.get(parameter, {}).get(key)) is not None:
-                matrix[key].append((value, index))
-    for entries in linear.values():
-        values, chosen = _chosen(entries, matrices)
-        multiply_by_matrices(values, chosen, tall=tall)
-    for entries in matrix.values():
-        values, chosen = _chosen(entries, matrices)
-        transformed = chosen.mT @ torch.stack(values) @ chosen
-        torch._foreach_copy_(values, list(transformed.unbind()))
+                entries[key, value.device, value.dtype].append((value, index))
+    for (kind, device, dtype), of_layers in entries.items():
+        tensors = [tensor for tensor, _ in of_layers]
+        theirs, are_changed = _repeated([index for _, index in of_layers], matrices, changed)
+        theirs, are_changed = theirs.to(device, dtype), are_changed.to(device)
+        if kind == LINEAR:
+            multiply_by_matrices(tensors, theirs, are_changed, tall=tall)
+        else:
+            transformed = theirs.mT @ torch.stack(tensors) @ theirs
+            torch._foreach_copy_(tensors, list(transformed.unbind()))
 
 
 def multiply_by_matrices(
-    tensors: Sequence[Tensor], matrices: Float[Tensor, "layers r r"], *, tall: bool
+    tensors: Sequence[Tensor],
+    matrices: Float[Tensor, "layers r r"],
+    changed: Bool[Tensor, " layers"],
+    *,
+    tall: bool,
 ) -> Float[Tensor, "layers rows columns"]:
     """Multiply factors, or what has their shape, by r × r matrices, in place.
 
     Args:
         tensors: matrices of one shape.
         matrices: what each, with r columns, is multiplied by from the right. The products are computed in their dtype.
+        changed: whether each is to be changed. One that is not stays as it is, even if it has NaN or infinite entries.
         tall: whether the tensors have r columns, as ``lora_B``, and not r rows, as ``lora_A``.
 
     Returns:
@@ -148,12 +158,18 @@ def multiply_by_matrices(
     stack = torch.stack(list(tensors))
     wide = stack.to(matrices.dtype)
     product = (wide @ matrices if tall else matrices.mT @ wide).to(stack.dtype)
-    # A layer that is left alone stays as it is, even if it has NaN or infinite entries.
-    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    changed = (matrices != identity).any(-1, keepdim=True).any(-2, keepdim=True)
-    multiplied = torch.where(changed, product, stack)
+    multiplied = torch.where(changed[:, None, None], product, stack)
     torch._foreach_copy_(list(tensors), list(multiplied.unbind()))
     return multiplied
+
+
+def _repeated(layers: list[int], matrices: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices of layers that are given by their numbers, in order, and whether they are changed."""
+    each = len(layers) // len(matrices)
+    if layers != [layer for layer in range(len(matrices)) for _ in range(each)]:
+        return matrices[layers], changed[layers]
+    # Without sending the numbers to the device.
+    return (matrices, changed) if each == 1 else (matrices.repeat_interleave(each, 0), changed.repeat_interleave(each))
 
 
 def _degree(kind: Kind) -> int:
@@ -161,13 +177,6 @@ def _degree(kind: Kind) -> int:
     if kind == MATRIX:
         raise UnsupportedOptimizerError("a state of kind 'matrix' is carried over by transform_gradients_and_states")
     return 1 if kind == LINEAR else int(kind)
-
-
-def _chosen(entries: list[tuple[Tensor, int]], matrices: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The tensors, and the matrix of each in the tensors' dtype and on their device."""
-    tensors = [tensor for tensor, _ in entries]
-    chosen = matrices if len(entries) == len(matrices) else matrices[[index for _, index in entries]]
-    return tensors, chosen.to(tensors[0])
 
 
 def check_states(
