@@ -180,7 +180,7 @@ def test_a_step_takes_nothing_from_the_device_and_sends_nothing_there(meta_model
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["auto", "matrix"])
 def test_the_host_is_done_with_a_layer_after_few_calls(mode):
-    """A GPU that is ahead of the host waits for them. 77 and 81 with torch 2.13 and peft 0.21, AdamW's own included."""
+    """A GPU that is ahead of the host waits for them. 78 with torch 2.13 and peft 0.21, AdamW's own included."""
     # In a process of its own: here, shape checks are among the functions.
     script = Path(__file__).with_name("host_calls.py")
     printed = subprocess.run([sys.executable, script, mode], capture_output=True, text=True, check=True)

@@ -51,18 +51,20 @@ def update_moments(
         betas: β₁ and β₂.
     """
     beta1, beta2 = betas
-    for gradient, first, second in zip(gradients, firsts, seconds, strict=True):
-        first.lerp_(gradient, 1 - beta1)
-        # In the solver's precision: fewer gradients than columns leave V singular, and a Gram matrix that is rounded to
-        # float32 then has negative eigenvalues far beyond the damping.
-        wide = gradient.to(second.dtype)
-        second.lerp_(wide.mT @ wide / gradient.shape[1], 1 - beta2)
-    whitening = torch.split(
-        _whitening(torch.cat(list(seconds)) / (1 - beta2**step)), [len(second) for second in seconds]
-    )
-    for gradient, weights, matrix in zip(gradients, row_weights, whitening, strict=True):
-        whitened = gradient @ matrix.to(gradient.dtype)
-        weights.lerp_(torch.linalg.vector_norm(whitened, dim=-1).square_() / gradient.shape[2], 1 - beta2)
+    torch._foreach_lerp_(list(firsts), list(gradients), 1 - beta1)
+    # In the solver's precision: fewer gradients than columns leave V singular, and a Gram matrix that is rounded to
+    # float32 then has negative eigenvalues far beyond the damping.
+    wide = [gradient.to(second.dtype) for gradient, second in zip(gradients, seconds, strict=True)]
+    torch._foreach_lerp_(list(seconds), [g.mT @ g / g.shape[1] for g in wide], 1 - beta2)
+    whitening = _whitening(torch.cat(list(seconds)) / (1 - beta2**step)).to(gradients[0].dtype)
+    of_shapes = torch.split(whitening, [len(second) for second in seconds])
+    lengths = [
+        torch.linalg.vector_norm(gradient @ matrix, dim=-1)
+        for gradient, matrix in zip(gradients, of_shapes, strict=True)
+    ]
+    torch._foreach_mul_(lengths, lengths)
+    torch._foreach_div_(lengths, whitening.shape[-1])
+    torch._foreach_lerp_(list(row_weights), lengths, 1 - beta2)
 
 
 def directions(
@@ -90,11 +92,13 @@ def directions(
     """
     beta1, beta2 = betas
     second = torch.cat(list(seconds)) / (1 - beta2**step)
-    roots = inverse_root(second, relative_damping=_DAMPING, absolute_damping=eps**2).root
-    found = []
-    for first, weights, root in zip(firsts, row_weights, torch.split(roots, [len(s) for s in seconds]), strict=True):
-        rows = (weights / (1 - beta2**step)).sqrt_().add_(eps)
-        found.append((first @ root.to(first.dtype)).div_(rows[..., None] * (1 - beta1**step)))
+    roots = inverse_root(second, relative_damping=_DAMPING, absolute_damping=eps**2).root.to(firsts[0].dtype)
+    rows = torch._foreach_div(list(row_weights), 1 - beta2**step)
+    torch._foreach_sqrt_(rows)
+    torch._foreach_add_(rows, eps)
+    torch._foreach_mul_(rows, 1 - beta1**step)
+    found = [first @ root for first, root in zip(firsts, torch.split(roots, [len(s) for s in seconds]), strict=True)]
+    torch._foreach_div_(found, [of_shape[..., None] for of_shape in rows])
     return found
 
 

@@ -34,7 +34,7 @@ def step_sizes(
     """
     of_A, of_B = (torch.linalg.vector_norm(f, dim=(-2, -1)) / f.shape[-2] ** 0.5 for f in (A, B))
     moved = (scaling * torch.hypot(of_A, of_B)).abs()
-    sizes: Tensor = torch.where(moved > 0, 1 / torch.where(moved > 0, moved, 1), 0)
+    sizes: Tensor = torch.where(moved > 0, moved.reciprocal(), 0)
     return sizes
 
 
