@@ -41,7 +41,8 @@ _PROSE, _CODE = 15, 1  # windows in a batch
 # Two million tokens: one and a half times through the prose.
 _STEPS = 1000
 _WARMUP = 50
-_RATE = 2e-3
+_WIDTH = 256
+_RATE = 2e-3  # at that width; the best rate of Adam falls with the width
 
 _TRAIN, _EVAL = 9600, 200
 
@@ -90,18 +91,19 @@ def new_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def new_model(tokenizer: PreTrainedTokenizerFast, width: int) -> LlamaForCausalLM:
     """Return a model with random weights.
 
     Args:
         tokenizer: gives the size of the embedding and its special tokens.
+        width: hidden size, a multiple of 64.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=704,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=width // 64,
         max_position_embeddings=_WINDOW,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -131,7 +133,8 @@ def pretrain(model: LlamaForCausalLM, prose_tokens: torch.Tensor, code_tokens: t
         code_tokens: the code.
         steps: optimizer steps, of 16 windows each.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    rate = _RATE * _WIDTH / model.config.hidden_size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / _WARMUP, (steps - step) / max(1, steps - _WARMUP))
     )
@@ -172,6 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="output folder")
     parser.add_argument("--steps", type=int, default=_STEPS, help="pre-training steps (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=_WIDTH, help="hidden size of the model (default: %(default)s)")
     arguments = parser.parse_args()
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +191,7 @@ def main() -> None:
             for row in random.Random(0).sample(rows, min(size, len(rows))):
                 file.write(json.dumps({"text": row}, ensure_ascii=False) + "\n")
     torch.manual_seed(0)
-    model = new_model(tokenizer)
+    model = new_model(tokenizer, arguments.width)
     # As in training on the examples, each piece of code ends in an end-of-text token, so that it is not new either.
     prose_tokens, code_tokens = (
         tokenizer(part, return_tensors="pt", verbose=False).input_ids[0] for part in (text, "<eos>".join(train))

@@ -277,3 +277,13 @@ def test_half_a_pair_is_refused():
 def test_a_model_without_lora_is_refused():
     with pytest.raises(UnsupportedLayerError, match="no LoRA layers"):
         PairAdamW(nn.Linear(3, 3))
+
+
+def test_the_default_rate_falls_with_the_width_of_the_model():
+    shapes = {"narrow": (4, 8), "square": (16, 16), "wide": (64, 16)}
+    model = nn.ModuleDict({name: nn.Linear(n, m, bias=False) for name, (m, n) in shapes.items()})
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=list(shapes)))
+    assert PairAdamW(model).defaults["lr"] == pytest.approx(4e-4 * 576 / 16)
+    assert PairAdamW(model, lr=0.0).defaults["lr"] == 0
+    assert PairAdamW(adapted(576, 1536)).defaults["lr"] == pytest.approx(4e-4)
+    assert PairAdamW(adapted(14336, 4096)).defaults["lr"] == pytest.approx(5.6e-5, rel=0.01)

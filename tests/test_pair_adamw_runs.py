@@ -73,10 +73,21 @@ def test_one_switch_sets_optimizer_and_mode(settings, config, optimizers, tmp_pa
     result = scalora("train", config(**settings))
     assert result.exit_code == 0, result.output
     assert type(optimizers[0]) is PairAdamW
-    assert optimizers[0].defaults["lr"] == 4e-4
+    assert optimizers[0].defaults["lr"] == 7.2e-3  # 0.23 by the width of this model, 32
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert kept["training"]["learning_rate"] == 7.2e-3  # so that another default of a later version changes nothing
     shares = [log["scalora/matrix_share"] for log in logs(tmp_path) if "scalora/matrix_share" in log]
     assert len(shares) == 3
     assert shares[-1] == 1
+
+
+def test_a_model_without_a_width_needs_a_rate(config, causal_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("scalora.runs.prepare.hidden_size", lambda source, settings: None)
+    result = scalora("train", config())
+    assert result.exit_code == 2
+    assert "has no hidden_size in its config" in result.stderr.replace("\n", " ")
+    assert not (tmp_path / "run").exists()
+    assert scalora("train", config(), "--training.learning_rate", "1e-3", "--dry-run").exit_code == 0
 
 
 @pytest.mark.slow

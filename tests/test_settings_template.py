@@ -136,7 +136,9 @@ def test_defaults_that_differ_from_the_librarys_are_said():
     assert shown["training", "logging_steps"][2].endswith("[number; default: 10; the library's: 500]")
     assert shown["training", "save_strategy"][2].endswith("default: no; the library's: steps]")
     assert shown["training", "seed"][2].endswith("[integer; default: 42]")
-    assert shown["training", "learning_rate"][2].endswith("default of scalora: 0.0004; the library's: 5.0e-05]")
+    assert shown["training", "learning_rate"][2].endswith(
+        "default of scalora: 0.23 by the model's hidden size: 0.0004 for 576, 5.6e-05 for 4,096]"
+    )
     assert shown["lora", "target_modules"][2].endswith("default: all-linear; the library's: null]")
     assert entries(config_template("sft", "full"))["training", "learning_rate"][1] == "2.0e-05"
     assert "[number; default of full: 2.0e-05]" in config_template("sft", "full")

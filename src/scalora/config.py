@@ -26,9 +26,6 @@ DEFAULT_LEARNING_RATE = 1e-3
 """For LoRA with AdamW. The libraries' 2e-5 and 5e-5 are meant for full fine-tuning. At 2e-3 the training loss is lower
 but the evaluation loss higher, with and without ScaLoRA (docs/defaults.md)."""
 
-DEFAULT_WEIGHT_RATE = 4e-4
-"""For PairAdamW: the root mean square by which a step moves the entries of a weight."""
-
 DEFAULT_RANK = 8
 """The rank of the paper's experiments on large models, and PEFT's default."""
 

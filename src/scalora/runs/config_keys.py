@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from scalora.config import DEFAULT_LEARNING_RATE, DEFAULT_WEIGHT_RATE, LORA_DEFAULTS
+from scalora.config import DEFAULT_LEARNING_RATE, LORA_DEFAULTS
+from scalora.maths.weight_steps import default_rate
 from scalora.rivals import METHODS
 from scalora.runs.errors import InputError
 from scalora.runs.library_fields import UNKNOWN, LibraryField, named_values
@@ -51,6 +52,9 @@ COMMON_KEYS = {
     ),
 }
 """Of the many keys of the sections that are other libraries' classes, those that are set most."""
+
+
+_RATE_BY_WIDTH = (default_rate(576), "0.23 by the model's hidden size: 0.0004 for 576, 5.6e-05 for 4,096")
 
 
 class Key(NamedTuple):
@@ -124,6 +128,8 @@ def config_sections(
 def our_defaults(section: str, method: str | None = None, task: Task = "sft") -> dict[str, Any]:
     """The keys of ``lora`` or ``training`` for which scalora has a default of its own, whatever the rest of the config.
 
+    The learning rate of `scalora.PairAdamW` depends on the model and is not among them.
+
     Args:
         section: name of the section.
         method: method of the run; None is ScaLoRA.
@@ -131,12 +137,10 @@ def our_defaults(section: str, method: str | None = None, task: Task = "sft") ->
     """
     if section == "lora":
         return LORA_DEFAULTS
-    if takes_matrices(task, method or "scalora"):
-        rate: float | None = DEFAULT_WEIGHT_RATE
-    else:
-        rate = DEFAULT_LEARNING_RATE if method is None else METHODS[method].learning_rate
-    share = RATE_SHARES.get(task, 1.0)
-    return TRAINING_DEFAULTS if rate is None else {"learning_rate": rate * share, **TRAINING_DEFAULTS}
+    rate = DEFAULT_LEARNING_RATE if method is None else METHODS[method].learning_rate
+    if rate is None or takes_matrices(task, method or "scalora"):
+        return TRAINING_DEFAULTS
+    return {"learning_rate": rate * RATE_SHARES.get(task, 1.0), **TRAINING_DEFAULTS}
 
 
 def value_text(value: Any) -> str:
@@ -181,6 +185,9 @@ def _library_keys(
         elif name in DEPENDENT_DEFAULTS:
             value, words = DEPENDENT_DEFAULTS[name]
             key = key._replace(value=value, default=f"default: {words}", fixed=False)
+        elif name == "learning_rate" and takes_matrices(task, method or "scalora"):
+            value, words = _RATE_BY_WIDTH
+            key = key._replace(value=value, default=f"default of scalora: {words}", fixed=False)
         elif name == "learning_rate":
             key = key._replace(default=key.default.replace("default", f"default of {method or 'scalora'}", 1))
         keys.append(key)

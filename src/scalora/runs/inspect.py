@@ -35,7 +35,7 @@ from scalora.runs.errors import InputError
 from scalora.runs.finished_run import FinishedRun
 from scalora.runs.model_limits import text_limit
 from scalora.runs.models import Source
-from scalora.runs.prepare import method_of, trainer_maker, training_arguments
+from scalora.runs.prepare import method_of, trainer_maker, training_arguments, with_rate
 from scalora.runs.run_folder import json_lines
 from scalora.runs.tasks import LABELLED
 from scalora.runs.track import track
@@ -274,7 +274,8 @@ def _scaling(run: FinishedRun, pairs: list[LoraPair]) -> tuple[ScaLoraConfig, di
     """The run's settings of ScaLoRA, and the layers' target norms by name; the defaults if it does not rescale."""
     method = method_of(run.settings)
     config = method.config if isinstance(method, ScaLoraMethod) else ScaLoraConfig()
-    settings = run.settings.model_copy(update={"training": run.settings.training | NOT_TRAINING})
+    settings = with_rate(run.settings, method)
+    settings = settings.model_copy(update={"training": settings.training | NOT_TRAINING})
     rate = training_arguments(settings, method, evaluates=False).learning_rate
     norms = target_norms(pairs, {pair.name: (rate, rate) for pair in pairs}, config)
     return config, {name: of_A for name, (of_A, _) in norms.items()}

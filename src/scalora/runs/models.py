@@ -251,6 +251,24 @@ def empty_base(
     return model
 
 
+def hidden_size(source: Source, settings: Settings) -> int | None:
+    """The width of a model; None if its config has no such number.
+
+    Args:
+        source: the model.
+        settings: the run's settings, for ``trust_remote_code``.
+
+    Raises:
+        InputError: there is no readable config.
+    """
+    with _readable(source):
+        config = AutoConfig.from_pretrained(
+            source.name, trust_remote_code=settings.trust_remote_code, **source.arguments
+        )
+    width: int | None = getattr(config.get_text_config(), "hidden_size", None)
+    return width
+
+
 def class_names(source: Source, settings: Settings) -> list[str] | None:
     """The classes of a saved classifier in order; None for other tasks.
 

@@ -13,7 +13,8 @@ import torch
 from peft import PeftConfig
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from scalora.config import DEFAULT_WEIGHT_RATE, LORA_DEFAULTS, MERGES_INTO_THE_BASE, ScaLoraConfig
+from scalora.config import LORA_DEFAULTS, MERGES_INTO_THE_BASE, ScaLoraConfig
+from scalora.maths.weight_steps import default_rate
 from scalora.parallel.job import from_first, is_first
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
@@ -24,7 +25,7 @@ from scalora.runs.formats import is_conversational, trl_examples, used_columns
 from scalora.runs.losses import CausalTrainer, SequenceTrainer
 from scalora.runs.mixing import mixed
 from scalora.runs.model_limits import TextLimit, require_trl_tokens, text_limit
-from scalora.runs.models import Source, empty_base, load_tokenizer, resolve_source
+from scalora.runs.models import Source, empty_base, hidden_size, load_tokenizer, resolve_source
 from scalora.runs.optimizer_checks import check_optimizer, default_mode, uses_pair_adamw
 from scalora.runs.resume import (
     Change,
@@ -112,6 +113,8 @@ def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False
     if not resume and is_first():
         check_run_folder(settings, overwrite=overwrite)
     # Here the other processes of a job wait for the first, which has taken the run folder by then.
+    if resume:
+        settings = with_rate(settings, method)
     arguments = training_arguments(settings, method, evaluates=settings.data.eval is not None)
     check_sharding(settings, method, arguments)
     checkpoint, changes, finished = None, {}, False
@@ -122,6 +125,9 @@ def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False
     source = resolve_source(settings.model)
     stream = Stream(settings.data, settings.task, arguments.seed) if settings.data.streaming else None
     examples = _examples(settings, stream)
+    # After the data, whose absence is found out without asking for a model.
+    if (rated := with_rate(settings, method)) is not settings:
+        settings, arguments.learning_rate = rated, rated.training["learning_rate"]
     environment = environment_of(settings, examples, arguments, streams=stream is not None)
     if (digest := reward_digest(settings.reward)) is not None:
         environment["reward"] = digest
@@ -159,6 +165,29 @@ def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False
     )
 
 
+def with_rate(settings: Settings, method: Method) -> Settings:
+    """The settings with a learning rate, if they lack one and the optimizer's default depends on the model.
+
+    Args:
+        settings: the run's settings.
+        method: the fine-tuning method.
+
+    Raises:
+        InputError: there is no such model, or no readable config of it.
+    """
+    if "learning_rate" in settings.training or not uses_pair_adamw(settings, method):
+        return settings
+    width = hidden_size(resolve_source(settings.model), settings)
+    if width is None:
+        raise InputError(
+            f"model {settings.model!r} has no hidden_size in its config, from which the learning rate would follow: "
+            "set training.learning_rate"
+        )
+    rate = default_rate(width) * RATE_SHARES.get(settings.task, 1.0)
+    training = settings.training | {"learning_rate": float(f"{rate:.2g}")}
+    return settings.model_copy(update={"training": training})
+
+
 def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -> TrainingArguments:
     """The trainer's arguments: the user's, then our defaults, then the library's.
 
@@ -178,9 +207,7 @@ def training_arguments(settings: Settings, method: Method, *, evaluates: bool) -
         "dataloader_pin_memory": torch.cuda.is_available(),  # it only warns without an accelerator
     }
     share = RATE_SHARES.get(settings.task, 1.0)
-    if uses_pair_adamw(settings, method):
-        defaults["learning_rate"] = DEFAULT_WEIGHT_RATE * share
-    elif method.learning_rate is not None:
+    if method.learning_rate is not None:
         defaults["learning_rate"] = method.learning_rate * share
     try:
         defaults |= method.training_defaults()
@@ -318,7 +345,7 @@ def _changes(settings: Settings, method: Method, arguments: TrainingArguments) -
     """What the run would do differently from the run in its folder, which must be nothing of consequence."""
     if method.cannot_resume is not None:
         raise InputError(f"method {settings.method!r} can't resume: {method.cannot_resume}; train with --overwrite")
-    found = run_settings(Path(settings.output_dir))
+    found = with_rate(run_settings(Path(settings.output_dir)), method)
     changes = settings_changes(found, settings)
     earlier = training_arguments(found, method, evaluates=settings.data.eval is not None)
     return changes | training_changes(earlier, arguments)
