@@ -285,5 +285,5 @@ def test_the_default_rate_falls_with_the_width_of_the_model():
     model = get_peft_model(model, LoraConfig(r=2, target_modules=list(shapes)))
     assert PairAdamW(model).defaults["lr"] == pytest.approx(4e-4 * 576 / 16)
     assert PairAdamW(model, lr=0.0).defaults["lr"] == 0
-    assert PairAdamW(adapted(576, 1536)).defaults["lr"] == pytest.approx(4e-4)
+    assert PairAdamW(adapted(1536, 576)).defaults["lr"] == pytest.approx(4e-4)
     assert PairAdamW(adapted(14336, 4096)).defaults["lr"] == pytest.approx(5.6e-5, rel=0.01)

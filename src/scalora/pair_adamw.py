@@ -173,8 +173,8 @@ class PairAdamW(Optimizer):
         model: a model with PEFT LoRA layers and exactly one active adapter.
         params: parameters or parameter groups, as for other optimizers. None: all trainable parameters of the model.
         lr: learning rate: the root mean square by which a step moves the entries of a weight. None: 0.23 by the median
-            of the adapted weights' smaller dimensions, the hidden size of most models, because the best rate falls with
-            it: 4e-4 for a width of 576, 5.6e-5 for one of 4,096.
+            number of the adapted layers' inputs, the hidden size of most models, because the best rate falls with it:
+            4e-4 for a width of 576, 5.6e-5 for one of 4,096.
         betas: decay rates of the first and second moments.
         eps: term added to the denominators for numerical stability.
         weight_decay: decoupled weight decay. 0 by default, as for LoRA in the libraries.
@@ -202,7 +202,7 @@ class PairAdamW(Optimizer):
         self._pairs = find_lora_pairs(model, sharded=True, all_shapes=True)
         check_shards(self._pairs)
         if lr is None:
-            lr = default_rate(median(min(pair.m, pair.n) for pair in self._pairs))
+            lr = default_rate(median(pair.n for pair in self._pairs))
         self._had_steps = self._is_sharded = False
         given = [p for p in model.parameters() if p.requires_grad] if params is None else params
         super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})

@@ -49,7 +49,7 @@ def default_rate(width: int | float) -> float:
     the size of full fine-tuning's best rates (docs/defaults.md).
 
     Args:
-        width: the model's hidden size.
+        width: the model's hidden size: the number of inputs of most of its layers.
 
     Returns:
         ``0.23/width``: 4e-4 for a width of 576, 5.6e-5 for one of 4,096.
