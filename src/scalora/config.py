@@ -26,6 +26,8 @@ DEFAULT_LEARNING_RATE = 1e-3
 """For LoRA with AdamW. The libraries' 2e-5 and 5e-5 are meant for full fine-tuning. At 2e-3 the training loss is lower
 but the evaluation loss higher, with and without ScaLoRA (docs/defaults.md)."""
 
+_WEIGHT_RATE_TIMES_WIDTH = 4e-4 * 576
+
 DEFAULT_RANK = 8
 """The rank of the paper's experiments on large models, and PEFT's default."""
 
@@ -42,6 +44,23 @@ LORA_DEFAULTS: dict[str, Any] = {
     "target_modules": DEFAULT_TARGET_MODULES,
 }
 """The fields of `peft.LoraConfig` for which scalora's commands have their own defaults."""
+
+
+def default_weight_rate(width: float) -> float:
+    """The learning rate of `scalora.PairAdamW` to begin with.
+
+    The best rate of Adam for a matrix falls with its width: as the inverse, if all else is equal (Yang et al., arXiv
+    2203.03466), and with about the 0.8th power of it in fine-tuning of Llama models (`LoRA Without Regret
+    <https://thinkingmachines.ai/blog/lora/>`_). The constant is from SmolLM2-135M, whose width is 576: there 4e-4 is of
+    the size of full fine-tuning's best rates (docs/defaults.md).
+
+    Args:
+        width: the model's hidden size: the number of inputs of most of its layers.
+
+    Returns:
+        ``0.23/width``: 4e-4 for a width of 576, 5.6e-5 for one of 4,096.
+    """
+    return _WEIGHT_RATE_TIMES_WIDTH / width
 
 
 @dataclass(frozen=True)

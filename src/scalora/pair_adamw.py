@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from scalora.config import default_weight_rate
 from scalora.maths.pair_moments import directions, update_moments
 from scalora.maths.scaling import solver_dtype
-from scalora.maths.weight_steps import default_rate, step_sizes
+from scalora.maths.weight_steps import step_sizes
 from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.model.matrices import stack_of_A, stack_of_B
 from scalora.parallel.sharded_pairs import check_shards, with_their_shards
@@ -202,7 +203,7 @@ class PairAdamW(Optimizer):
         self._pairs = find_lora_pairs(model, sharded=True, all_shapes=True)
         check_shards(self._pairs)
         if lr is None:
-            lr = default_rate(median(pair.n for pair in self._pairs))
+            lr = default_weight_rate(median(pair.n for pair in self._pairs))
         self._had_steps = self._is_sharded = False
         given = [p for p in model.parameters() if p.requires_grad] if params is None else params
         super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})

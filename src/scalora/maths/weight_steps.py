@@ -18,8 +18,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_RATE_TIMES_WIDTH = 4e-4 * 576
-
 
 def step_sizes(
     A: Float[Tensor, "*layers m r"], B: Float[Tensor, "*layers n r"], scaling: Float[Tensor, "*layers"] | float
@@ -38,23 +36,6 @@ def step_sizes(
     moved = (scaling * torch.hypot(of_A, of_B)).abs()
     sizes: Tensor = torch.where(moved > 0, moved.reciprocal(), 0)
     return sizes
-
-
-def default_rate(width: int | float) -> float:
-    """A learning rate μ to begin with.
-
-    The best rate of Adam for a matrix falls with its width: as the inverse, if all else is equal (Yang et al., arXiv
-    2203.03466), and with about the 0.8th power of it in fine-tuning of Llama models (`LoRA Without Regret
-    <https://thinkingmachines.ai/blog/lora/>`_). The constant is from SmolLM2-135M, whose width is 576: there 4e-4 is of
-    the size of full fine-tuning's best rates (docs/defaults.md).
-
-    Args:
-        width: the model's hidden size: the number of inputs of most of its layers.
-
-    Returns:
-        ``0.23/width``: 4e-4 for a width of 576, 5.6e-5 for one of 4,096.
-    """
-    return _RATE_TIMES_WIDTH / width
 
 
 def norm_for_turn(turn: float, learning_rate: float, scaling: float, m: int, n: int, r: int) -> float:

@@ -13,8 +13,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from scalora.config import DEFAULT_LEARNING_RATE, LORA_DEFAULTS
-from scalora.maths.weight_steps import default_rate
+from scalora.config import DEFAULT_LEARNING_RATE, LORA_DEFAULTS, default_weight_rate
 from scalora.rivals import METHODS
 from scalora.runs.errors import InputError
 from scalora.runs.library_fields import UNKNOWN, LibraryField, named_values
@@ -54,7 +53,7 @@ COMMON_KEYS = {
 """Of the many keys of the sections that are other libraries' classes, those that are set most."""
 
 
-_RATE_BY_WIDTH = (default_rate(576), "0.23 by the model's hidden size: 0.0004 for 576, 5.6e-05 for 4,096")
+_RATE_BY_WIDTH = (default_weight_rate(576), "0.23 by the model's hidden size: 0.0004 for 576, 5.6e-05 for 4,096")
 
 
 class Key(NamedTuple):

@@ -13,8 +13,7 @@ import torch
 from peft import PeftConfig
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from scalora.config import LORA_DEFAULTS, MERGES_INTO_THE_BASE, ScaLoraConfig
-from scalora.maths.weight_steps import default_rate
+from scalora.config import LORA_DEFAULTS, MERGES_INTO_THE_BASE, ScaLoraConfig, default_weight_rate
 from scalora.parallel.job import from_first, is_first
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
@@ -183,7 +182,7 @@ def with_rate(settings: Settings, method: Method) -> Settings:
             f"model {settings.model!r} has no hidden_size in its config, from which the learning rate would follow: "
             "set training.learning_rate"
         )
-    rate = default_rate(width) * RATE_SHARES.get(settings.task, 1.0)
+    rate = default_weight_rate(width) * RATE_SHARES.get(settings.task, 1.0)
     training = settings.training | {"learning_rate": float(f"{rate:.2g}")}
     return settings.model_copy(update={"training": training})
 
