@@ -29,14 +29,14 @@ from transformers import (
 from scalora.bench.floor import rescale_work_of
 from scalora.bench.hub import Hub, ask
 from scalora.bench.settings import ACHIEVED, H100_BANDWIDTH, H100_TFLOPS
-from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.model.adapters import LoraPair
 from scalora.model.layers import ADAPTABLE
 from scalora.model.memory import bytes_of_base, pairs_over_quantised, quantisable_layers, training_memory
 from scalora.model.placement import resolve_merge
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.dry_run import adapted_without_weights
 from scalora.runs.errors import InputError
-from scalora.runs.optimizer_checks import uses_pair_adamw
+from scalora.runs.optimizer_checks import stepped_in_pairs
 from scalora.runs.prepare import method_of, peft_config_of, training_arguments
 from scalora.runs.settings import Settings, checked_settings
 from scalora.runs.sharding import splits_weights
@@ -272,7 +272,7 @@ def _model(key: _Key) -> _Model:
     trained_bytes = sum(p.nbytes for p in trained)
     adapter = trained_bytes if isinstance(model, PeftModel) else 0
     pairs: list[LoraPair] = []
-    in_pairs = find_lora_pairs(model, all_shapes=True) if uses_pair_adamw(settings, method) else []
+    in_pairs = stepped_in_pairs(settings, method, model)
     rescale, state = 0.0, trained_bytes
     if isinstance(method, ScaLoraMethod):
         pairs = pairs_over_quantised(model, quantised)

@@ -71,13 +71,13 @@ def scale_gradients_and_states(
     for parameter, factor in zip(parameters, factors, strict=True):
         if (gradient := parameter.grad) is not None:
             entries[1, gradient.device, gradient.dtype].append((gradient, factor))
-        for key, value in _checked_entries(optimizer, kinds, parameter, matrix=False):
+        state = optimizer.state.get(parameter, {})
+        for key, value in _checked_entries(optimizer, kinds, parameter, state, matrix=False):
             if (degree := _degree(kinds[key])) == 0:
                 continue
             if value.is_floating_point():
                 entries[degree, value.device, value.dtype].append((value, factor))
             else:
-                state = optimizer.state[parameter]
                 absmax, qmap = (state[name] for name in COMPANIONS[key])
                 codes.append((value, absmax, qmap, factor.to(qmap) ** degree))
     for (degree, device, dtype), products in entries.items():
@@ -120,11 +120,12 @@ def transform_gradients_and_states(
     for index, parameter in enumerate(parameters):
         if (gradient := parameter.grad) is not None:
             entries[LINEAR, gradient.device, gradient.dtype].append((gradient, index))
-        for key, value in _checked_entries(optimizer, kinds, parameter, matrix=True):
+        state = optimizer.state.get(parameter, {})
+        for key, value in _checked_entries(optimizer, kinds, parameter, state, matrix=True):
             if kinds[key] == LINEAR:
                 entries[LINEAR, value.device, value.dtype].append((value, index))
         for key in of_kind_matrix:
-            if (value := optimizer.state.get(parameter, {}).get(key)) is not None:
+            if (value := state.get(key)) is not None:
                 entries[key, value.device, value.dtype].append((value, index))
     for (kind, device, dtype), of_layers in entries.items():
         tensors = [tensor for tensor, _ in of_layers]
@@ -202,7 +203,7 @@ def check_states(
     for parameter in parameters:
         state = optimizer.state.get(parameter, {})
         found = found or bool(state)
-        _checked_entries(optimizer, kinds, parameter, matrix=matrix)
+        _checked_entries(optimizer, kinds, parameter, state, matrix=matrix)
     return found
 
 
@@ -232,10 +233,10 @@ def _check_entry(
 
 
 def _checked_entries(
-    optimizer: HoldsState, kinds: Mapping[str, Kind], parameter: Tensor, *, matrix: bool
+    optimizer: HoldsState, kinds: Mapping[str, Kind], parameter: Tensor, state: Mapping[str, Any], *, matrix: bool
 ) -> list[tuple[str, Tensor]]:
     """The entries of a parameter's state that belong to its entries one by one, which can be transported."""
-    state, shape = optimizer.state.get(parameter, {}), parameter.shape
+    shape = parameter.shape
     found = [(key, value) for key, value in state.items() if isinstance(value, Tensor) and value.shape == shape]
     for key, value in found:
         if matrix or key not in kinds or not value.is_floating_point():

@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from scalora.config import Merge
 from scalora.integrations.transformers import warn_if_plain_lora
-from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.model.adapters import LoraPair
 from scalora.model.memory import Memory, bytes_of_base, pairs_over_quantised, quantisable_layers, training_memory
 from scalora.model.placement import resolve_merge
 from scalora.rivals.method import Method
@@ -32,7 +32,7 @@ from scalora.runs.messages import without_message
 from scalora.runs.mixing import mixed
 from scalora.runs.model_limits import TextLimit
 from scalora.runs.models import empty_base
-from scalora.runs.optimizer_checks import own_optimizer, uses_pair_adamw
+from scalora.runs.optimizer_checks import own_optimizer, stepped_in_pairs, uses_pair_adamw
 from scalora.runs.prepare import PreparedRun, prepare, trainer_maker, training_arguments
 from scalora.runs.results import result_names
 from scalora.runs.settings import Settings, section_fields
@@ -99,7 +99,6 @@ class Plan:
         layers: number of layers that ScaLoRA rescales; 0 for other methods.
         merge: where their remainders go; None for other methods.
         memory: memory of training, without activations.
-        pair_adamw: whether the optimizer in it is `scalora.PairAdamW`; any other is counted as Adam.
         lengths: tokens of the first examples.
         steps: optimizer steps.
         shown: the first examples.
@@ -113,11 +112,15 @@ class Plan:
     layers: int
     merge: Merge | None
     memory: Memory
-    pair_adamw: bool
     lengths: Lengths
     steps: Steps
     shown: list[ShownExample]
     results: list[str]
+
+    @property
+    def pair_adamw(self) -> bool:
+        """Whether the optimizer is `scalora.PairAdamW`; the memory of any other is counted as Adam's."""
+        return uses_pair_adamw(self.run.settings, self.run.method)
 
 
 def dry_run(settings: Settings, *, overwrite: bool = False, resume: bool = False) -> Plan:
@@ -159,7 +162,6 @@ def dry_run(settings: Settings, *, overwrite: bool = False, resume: bool = False
         layers=len(pairs),
         merge=merge,
         memory=_memory(run, trainer.model, base_bytes, sum(p.nbytes for p in trained), pairs, merge),
-        pair_adamw=uses_pair_adamw(run.settings, run.method),
         lengths=_lengths(run, trainer, uncut),
         steps=steps,
         shown=shown_examples(run, trainer, _SHOWN),
@@ -255,7 +257,7 @@ def _memory(
     run: PreparedRun, model: nn.Module, base: int, trained: int, pairs: list[LoraPair], merge: Merge | None
 ) -> Memory:
     adapter = trained if isinstance(model, PeftModel) else 0
-    in_pairs = find_lora_pairs(model, all_shapes=True) if uses_pair_adamw(run.settings, run.method) else []
+    in_pairs = stepped_in_pairs(run.settings, run.method, model)
     if merge is None:
         return training_memory(base, adapter, trained, in_pairs=in_pairs)
     return training_memory(base, adapter, trained, pairs, merge, _placement(run)[1], in_pairs=in_pairs)

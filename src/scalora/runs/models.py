@@ -238,10 +238,7 @@ def empty_base(
     causal = settings.task not in WITH_HEAD
     kind = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     head = {} if causal else _head(labels) | {"pad_token_id": tokenizer.pad_token_id}
-    with _readable(source):
-        config = AutoConfig.from_pretrained(
-            source.name, trust_remote_code=settings.trust_remote_code, **source.arguments, **head
-        )
+    config = _config(source, settings, **head)
     if head and (rows := getattr(config.get_text_config(), "vocab_size", None)) is not None:
         require_known_padding(tokenizer, rows)
     with _readable(source), torch.device("meta"):
@@ -261,11 +258,7 @@ def hidden_size(source: Source, settings: Settings) -> int | None:
     Raises:
         InputError: there is no readable config.
     """
-    with _readable(source):
-        config = AutoConfig.from_pretrained(
-            source.name, trust_remote_code=settings.trust_remote_code, **source.arguments
-        )
-    width: int | None = getattr(config.get_text_config(), "hidden_size", None)
+    width: int | None = getattr(_config(source, settings).get_text_config(), "hidden_size", None)
     return width
 
 
@@ -318,6 +311,13 @@ def fingerprint_of_files(path: Path, files: Collection[Path]) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return f"{path.resolve()} sha256:{digest.hexdigest()[:12]}"
+
+
+def _config(source: Source, settings: Settings, **changes: Any) -> Any:
+    with _readable(source):
+        return AutoConfig.from_pretrained(
+            source.name, trust_remote_code=settings.trust_remote_code, **source.arguments, **changes
+        )
 
 
 def _head(labels: list[str] | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from scalora.integrations.transformers import adamw_arguments
 from scalora.maths.mode import Mode
+from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.pair_adamw import PairAdamW
 from scalora.rescale.optimizers import state_kinds
 from scalora.rivals.full_weights import GaLore
@@ -65,6 +66,17 @@ def uses_pair_adamw(settings: Settings, method: Method) -> bool:
     """
     matrix = isinstance(method, ScaLoraMethod) and method.config.mode == "matrix"
     return settings.optimizer == "pair_adamw" or (matrix and "optim" not in settings.training)
+
+
+def stepped_in_pairs(settings: Settings, method: Method, model: nn.Module) -> list[LoraPair]:
+    """The layers whose factors `scalora.PairAdamW` would step; none with another optimizer.
+
+    Args:
+        settings: the run's settings.
+        method: the fine-tuning method.
+        model: the model to train.
+    """
+    return find_lora_pairs(model, all_shapes=True) if uses_pair_adamw(settings, method) else []
 
 
 def own_optimizer(

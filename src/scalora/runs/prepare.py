@@ -111,9 +111,9 @@ def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False
     peft_config = peft_config_of(settings, method)
     if not resume and is_first():
         check_run_folder(settings, overwrite=overwrite)
-    # Here the other processes of a job wait for the first, which has taken the run folder by then.
     if resume:
-        settings = with_rate(settings, method)
+        settings = with_rate(settings, method)  # as the run in the folder has it
+    # Here the other processes of a job wait for the first, which has taken the run folder by then.
     arguments = training_arguments(settings, method, evaluates=settings.data.eval is not None)
     check_sharding(settings, method, arguments)
     checkpoint, changes, finished = None, {}, False
