@@ -38,6 +38,7 @@ from scalora.bench.several_gpus import rescale_collectives
 from scalora.model.adapters import find_lora_pairs
 from scalora.parallel import buckets
 from scalora.parallel.traffic import training_step
+from scalora.rescale.rounding import join
 from scalora.rescale.transport import scale_gradients_and_states
 from scalora.saving.checkpoints import why_not_resumable
 from scalora.saving.peft_model import ShardedModelError
@@ -207,7 +208,7 @@ HALVES = [(dtype, merge) for dtype in (torch.bfloat16, torch.float16) for merge 
 
 
 def rescaled_halves(processes, dtype, merge):
-    """Bits after rescales on given gradients."""
+    """Weights, factors, and the sums that are rounded to the weights, after rescales on given gradients."""
     model = adapted(torch.float32)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
@@ -224,7 +225,7 @@ def rescaled_halves(processes, dtype, merge):
                 split = isinstance(factor, DTensor)
                 factor.grad = distribute_tensor(gradient, factor.device_mesh, factor.placements) if split else gradient
         optimizer.step()
-    bits = {}
+    found = {}
     for pair in engine.pairs:
         tensors = {"W": pair.weight, "A": pair.lora_A, "B": pair.lora_B}
         if merge == "dense":
@@ -234,9 +235,12 @@ def rescaled_halves(processes, dtype, merge):
                 low = DTensor.from_local(low.to_local().int(), low.device_mesh, low.placements, shape=low.shape,
                                          stride=low.stride())  # fmt: skip
             tensors["low"] = low.int() if processes == 1 else low
-        bits |= {f"{pair.name} {key}": full(tensor) for key, tensor in tensors.items()}
+        whole = {key: full(tensor) for key, tensor in tensors.items()}
+        if "low" in whole:
+            whole["sum"] = join(whole["W"], whole.pop("low").to(torch.int16))
+        found |= {f"{pair.name} {key}": tensor for key, tensor in whole.items()}
     assert engine.metrics()["scalora/rescales"] == 20
-    return bits
+    return found
 
 
 def in_a_trainer(
@@ -563,10 +567,15 @@ def test_in_float32_losses_and_weights_are_those_of_one_process(of_two):
 
 
 @pytest.mark.parametrize(("dtype", "merge"), HALVES)
-def test_rescales_of_half_precision_are_equal_to_the_bit(dtype, merge, of_four):
+def test_rescales_of_half_precision_are_those_of_one_process(dtype, merge, of_four):
     found, wanted = of_four[0][str(dtype), merge], rescaled_halves(1, dtype, merge)
     assert found.keys() == wanted.keys()
-    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+    sums = {key for key in wanted if key.endswith("sum")}
+    assert bool(sums) == (merge == "dense")
+    assert [key for key in wanted.keys() - sums if not torch.equal(found[key], wanted[key])] == []
+    for key in sums:
+        # Some processors' libraries sum the product of a part of a matrix in another order than that of the whole.
+        assert (found[key] - wanted[key]).abs().max() <= 20 * torch.finfo(torch.float32).eps * wanted[key].abs().max()
 
 
 KINDS = {"_allgather_base_": "gather", "allreduce_": "sum", "_reduce_scatter_base_": "scatter"}

@@ -7,6 +7,7 @@ itself. They import neither the command's libraries nor beartype, so that they r
 
 import copy
 import os
+import threading
 from typing import get_args
 
 import pytest
@@ -19,6 +20,7 @@ from scalora import PairAdamW, ScaLora, ScaLoraConfig, UnsupportedOptimizerError
 from scalora.config import Merge
 from scalora.model.adapters import find_lora_pairs
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
+from scalora.rescale.replay import launched_one_by_one
 
 DEVICE = os.environ.get("GPU_TESTS_ON", "cuda")
 ON_CUDA = DEVICE == "cuda"
@@ -178,15 +180,66 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(merge, mode, optimi
 @pytest.mark.parametrize(("mode", "optimizer"), [*MODES, *MATRICES])
 @pytest.mark.parametrize("merge", MERGES)
 def test_a_step_with_a_rescale_waits_for_nothing(merge, mode, optimizer):
-    model, engine, (x, y) = train(DEVICE, torch.float32, optimizer, steps=5, merge=merge, mode=mode)
-    nn.functional.mse_loss(model(x), y).backward()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    """Neither one that is launched, nor the one that is recorded, nor those that replay it."""
+    model, engine, (x, y) = train(DEVICE, torch.float32, optimizer, steps=4, merge=merge, mode=mode)
+    for _ in range(4):
+        nn.functional.mse_loss(model(x), y).backward()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            engine.optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        engine.optimizer.zero_grad()
+    assert engine.metrics()["scalora/rescales"] == 6
+
+
+@needs_cuda
+@pytest.mark.parametrize(("mode", "optimizer"), [*MODES, *MATRICES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_with_replays_ends_as_one_without_to_the_bit(dtype, mode, optimizer, monkeypatch):
+    launches = 0
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph):
+        nonlocal launches
+        launches += 1
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    found = rescaled(DEVICE, dtype, "dense", mode, optimizer)
+    # Of 6 rescales and 8 steps; the first two alike are not replayed.
+    assert launches == (4 + 6 if optimizer == "PairAdamW" else 4)
+    with launched_one_by_one():
+        wanted = rescaled(DEVICE, dtype, "dense", mode, optimizer)
+    for key, value in found.state_dict().items():
+        assert torch.equal(value, wanted.state_dict()[key]), key
+
+
+@needs_cuda
+def test_replays_survive_other_work_on_the_device_and_in_other_threads():
+    """Memory that is freed and used again, an emptied cache, another stream, copies in a thread."""
+    plain, *_ = train(DEVICE, torch.float32, "PairAdamW", steps=40, mode="matrix", merge="dense")
+    model = adapted().to(DEVICE)
+    engine, data = attach(model, "PairAdamW", mode="matrix", merge="dense"), batch(DEVICE, torch.float32)
+    ended = threading.Event()
+
+    def copy_around():
+        while not ended.is_set():
+            torch.randn(1000).pin_memory().to(DEVICE, non_blocking=True)
+
+    thread = threading.Thread(target=copy_around)
+    thread.start()
     try:
-        engine.optimizer.step()
+        for _ in range(40):
+            take_steps(model, engine, data, 1)
+            torch.randn(1 << 20, device=DEVICE)
+            torch.cuda.empty_cache()
     finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert engine.metrics()["scalora/rescales"] == 4
+        ended.set()
+        thread.join()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[key]), key
 
 
 @needs_cuda
@@ -232,3 +285,13 @@ def test_forward_and_backward_passes_in_a_graph_train_as_eager_ones_and_a_step_i
     assert_near(eager, model, 1e-4)
     with pytest.raises(UnsupportedOptimizerError, match="CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         engine.optimizer.step()
+
+
+@needs_cuda
+def test_a_step_of_the_pair_optimizer_in_a_graph_is_refused():
+    model = adapted().to(DEVICE)
+    optimizer = PairAdamW(model, lr=1e-2)
+    for parameter in trainable(model):
+        parameter.grad = torch.randn_like(parameter)
+    with pytest.raises(RuntimeError, match="count of steps"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()

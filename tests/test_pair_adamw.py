@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from scalora import PairAdamW, UnsupportedLayerError
-from scalora.maths.pair_moments import directions, update_moments
+from scalora.maths.pair_moments import Corrections, directions, update_moments
 from scalora.rescale.optimizers import state_kinds
 from scalora.rescale.transport import transform_gradients_and_states
 
@@ -242,8 +242,10 @@ def test_gradients_of_fewer_directions_than_columns_move_all_rows_alike(r, share
     gradient = 10**scale * torch.randn(3, 256, rank, generator=generator) @ columns
     first, row_weights = torch.zeros_like(gradient), torch.zeros(3, 256)
     second = torch.zeros(3, r, r, dtype=torch.float64)
-    update_moments([gradient], [first], [second], [row_weights], step=1, betas=(0.9, 0.999))
-    (step,) = directions([first], [second], [row_weights], step=1, betas=(0.9, 0.999), eps=1e-12)
+    betas = (0.9, 0.999)
+    corrections = Corrections.after(1, betas)
+    update_moments([gradient], [first], [second], [row_weights], betas=betas, corrections=corrections)
+    (step,) = directions([first], [second], [row_weights], corrections=corrections, eps=1e-12)
     # The mean of g·V⁻¹·gᵀ over rows is the rank of V.
     torch.testing.assert_close(row_weights.mean(-1) / (1 - 0.999), torch.full((3,), rank / r), rtol=0.01, atol=0)
     torch.testing.assert_close(step.square().mean(-1).sqrt(), torch.ones(3, 256), rtol=0.15, atol=0)

@@ -224,5 +224,7 @@ def test_shapes_that_do_not_belong_together_are_named():
 @given(layers=st.integers(0, 3), rows=st.integers(0, 600), columns=st.integers(1, 5), seed=st.integers(0, 99))
 def test_inner_products_in_pieces_as_on_a_gpu_are_those_of_whole_columns(layers, rows, columns, seed):
     generator = torch.Generator().manual_seed(seed)
-    tall = torch.randn(layers, rows, columns, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(_gram_in_pieces(tall), tall.mT @ tall, rtol=1e-12, atol=1e-12)
+    first, second = torch.randn(2, layers, rows, columns, generator=generator)
+    both = torch.cat([first, second], -1).double()
+    found = _gram_in_pieces(first, second, torch.float64)
+    torch.testing.assert_close(found, both.mT @ both, rtol=1e-12, atol=1e-12)

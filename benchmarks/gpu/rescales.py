@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,9 +14,14 @@ from gpu.contenders import Contender, Size
 from scalora.bench.floor import seconds_of_parts
 from scalora.bench.measure import Machine, rescale_parts
 from scalora.model.adapters import find_lora_pairs
+from scalora.rescale.replay import launched_one_by_one
 from scalora.rescaling import PARTS
 
 _REPEATS = 5
+
+# Steps after which a rescale is replayed, and cycles (some 50 ms) that the device is kept busy before it, so that what
+# the host takes to launch it is not measured.
+_UNTIL_REPLAYED, _CYCLES_AHEAD = 4, 100_000_000
 
 # Steps until every layer has an optimum: lora_B starts at zero.
 _FIRST_STEPS = 2
@@ -33,7 +40,43 @@ def rescale(contender: Contender, machine: Machine) -> dict[str, Any]:
     pairs = find_lora_pairs(contender.model)
     moments = 1 if contender.spec.pair_adamw else 2
     floor = seconds_of_parts(pairs, *machine, moments=moments)
-    return {"parts": rescale_parts(contender, _REPEATS), "floor": floor}
+    return {"parts": rescale_parts(contender, _REPEATS), "whole": _whole(contender), "floor": floor}
+
+
+def _whole(contender: Contender) -> float:
+    """Seconds of a rescale as training does it: in one graph where it is replayed, and with the host ahead."""
+    on_cuda = next(contender.model.parameters()).is_cuda
+    seconds: list[float] = []
+
+    def begin(*_: Any) -> None:
+        if on_cuda:
+            torch.cuda._sleep(_CYCLES_AHEAD)
+        marks.append(_mark(on_cuda))
+
+    def end(*_: Any) -> None:
+        marks.append(_mark(on_cuda))
+
+    hooks = contender.optimizer._optimizer_step_pre_hooks
+    around = [contender.optimizer.register_step_pre_hook(hook) for hook in (begin, end)]
+    hooks.move_to_end(around[0].id, last=False)  # before ScaLoRA's
+    for _ in range(_UNTIL_REPLAYED + _REPEATS):
+        marks: list[Any] = []
+        contender.step()
+        first, last = marks
+        if on_cuda:
+            torch.cuda.synchronize()
+        seconds.append(first.elapsed_time(last) / 1e3 if on_cuda else last - first)
+    for handle in around:
+        handle.remove()
+    return median(seconds[_UNTIL_REPLAYED:])
+
+
+def _mark(on_cuda: bool) -> Any:
+    if not on_cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def launches(contender: Contender, size: Size) -> dict[str, Any]:
@@ -50,7 +93,7 @@ def launches(contender: Contender, size: Size) -> dict[str, Any]:
     contender.backward()
     on_cuda = size.device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with profile(activities=activities) as profiler:
+    with launched_one_by_one(), profile(activities=activities) as profiler:
         contender.optimizer.step()
         if on_cuda:
             torch.cuda.synchronize()

@@ -40,7 +40,8 @@ class Block(NamedTuple):
 
     Attributes:
         seconds: seconds per step.
-        peak: peak of the contender's memory in bytes, without that of the others; 0 without a GPU.
+        peak: peak of the contender's memory in bytes, without that of the others, and with what its graphs keep for
+            their temporary tensors; 0 without a GPU.
     """
 
     seconds: float
@@ -71,6 +72,7 @@ class Resident:
         for _ in range(_FIRST_STEPS):
             self.contender.step()
         self._own = self._allocated() - before
+        self._of_graphs = 0
 
     def activations(self) -> float:
         """Bytes to keep free for a step of any contender: what this one's takes, and a margin for those that take more.
@@ -112,11 +114,12 @@ class Resident:
         return None
 
     def _block(self) -> Block:
-        others = self._allocated() - self._own
         if not self._on_cuda:
             start = time.perf_counter()
             self._steps()
             return Block((time.perf_counter() - start) / self.block_length, 0)
+        before = self._allocated()
+        others, graphs_of_others = before - self._own, _kept_by_graphs() - self._of_graphs
         torch.cuda.reset_peak_memory_stats()
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
@@ -124,7 +127,10 @@ class Resident:
         self._steps()
         last.record()
         torch.cuda.synchronize()
-        return Block(first.elapsed_time(last) / 1e3 / self.block_length, torch.cuda.max_memory_allocated() - others)
+        self._own += self._allocated() - before  # as when a rescale is recorded
+        self._of_graphs = _kept_by_graphs() - graphs_of_others
+        peak = torch.cuda.max_memory_allocated() - others + self._of_graphs
+        return Block(first.elapsed_time(last) / 1e3 / self.block_length, peak)
 
     def _steps(self) -> None:
         for _ in range(self.block_length):
@@ -132,6 +138,12 @@ class Resident:
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated() if self._on_cuda else 0
+
+
+def _kept_by_graphs() -> int:
+    """Bytes that are reserved for the temporary tensors of graphs, and count as allocated only during captures."""
+    pools = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in pools)
 
 
 def rounds(

@@ -55,6 +55,7 @@ from scalora.rescale.optimizers import (
 )
 from scalora.rescale.other_optimizers import WatchOfOtherOptimizers
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
+from scalora.rescale.replay import GraphMemory
 from scalora.rescale.stochastic import StochasticRemainder
 from scalora.rescale.transport import (
     check_states,
@@ -172,6 +173,11 @@ class ScaLora:
             kernels,
             scaling_rule or _rule_of(self.config),
             transport,
+            # The exact optimum takes as many steps as it needs, and of others' rules nothing is known.
+            repeatable=scaling_rule is None
+            and transport is scale_gradients_and_states
+            and (self.config.mode != "matrix" or self.config.optimum == "polar"),
+            memory=self.optimizer.graph_memory if isinstance(self.optimizer, PairAdamW) else GraphMemory(),
         )
         self._progress.config = self.config
         self._progress.base_rates = self._rates.current()
@@ -466,7 +472,7 @@ class ScaLora:
             self._last = []
             self._progress.count_rescale(skipped)
         self._last = [*(self._last or []), *rescaled]
-        self.pairs[0].layer.factor_guard.forget()
+        self.pairs[0].layer.factor_guard.forget_values()
         for scaling, _ in rescaled:
             for reason, count in self._left_alone.items():
                 self._left_alone[reason] = count.to(scaling.choice.device) + getattr(scaling, reason).sum()

@@ -6,7 +6,8 @@ Beyond the paper; the equations are in `scalora.maths.pair_moments` and `scalora
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -17,24 +18,28 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from scalora.config import default_weight_rate
-from scalora.maths.pair_moments import directions, update_moments
+from scalora.maths.pair_moments import Corrections, directions, update_moments
 from scalora.maths.scaling import solver_dtype
 from scalora.maths.weight_steps import step_sizes
 from scalora.model.adapters import LoraPair, find_lora_pairs
 from scalora.model.matrices import stack_of_A, stack_of_B
 from scalora.parallel.sharded_pairs import check_shards, with_their_shards
 from scalora.parallel.shards import axis_of, gathering, local
+from scalora.rescale.moments import is_being_captured
 from scalora.rescale.optimizers import loss_of
+from scalora.rescale.replay import GraphMemory, Number, Replay, addresses, is_recordable
 
 _Group = dict[str, Any]
 
 
 class _Member(NamedTuple):
-    """A pair that is stepped, with the parameter groups and the states of its factors."""
+    """A pair that is stepped: the places of the parameter groups and the moments of its factors, and their states."""
 
     pair: LoraPair
-    group_A: _Group
-    group_B: _Group
+    group_A: int
+    group_B: int
+    moments_A: int
+    moments_B: int
     state_A: dict[str, Any]
     state_B: dict[str, Any]
 
@@ -46,10 +51,6 @@ class _Moments(NamedTuple):
     betas: tuple[float, float]
     eps: float
 
-    @classmethod
-    def of(cls, group: _Group, step: int) -> _Moments:
-        return cls(step, tuple(group["betas"]), group["eps"])
-
 
 class _Alike(NamedTuple):
     """What pairs that are stepped together have in common."""
@@ -59,14 +60,13 @@ class _Alike(NamedTuple):
     experts: int
     dtype: torch.dtype
     device: torch.device
-    of_A: _Moments
-    of_B: _Moments
+    moments_A: int
+    moments_B: int
 
     @classmethod
-    def of(cls, member: _Member, steps: tuple[int, int]) -> _Alike:
+    def of(cls, member: _Member) -> _Alike:
         A, B, experts = member.pair.lora_A, member.pair.lora_B, member.pair.experts
-        of_A, of_B = _Moments.of(member.group_A, steps[0]), _Moments.of(member.group_B, steps[1])
-        return cls(A.shape, B.shape, experts, A.dtype, A.device, of_A, of_B)
+        return cls(A.shape, B.shape, experts, A.dtype, A.device, member.moments_A, member.moments_B)
 
 
 class _Tensors(NamedTuple):
@@ -86,7 +86,8 @@ class _Factors(NamedTuple):
         values: the parameters with r columns each, (layers, d, r); may be overwritten.
         tall: whether the parameters themselves have r columns, as ``lora_B``, and not r rows, as ``lora_A``.
         experts: of how many experts each parameter has the factors.
-        groups: the parameter groups that they are in.
+        rates: their learning rates.
+        kept: what weight decay leaves of each.
         sizes: step sizes with which an entry of a weight moves by 1, (layers,).
     """
 
@@ -95,22 +96,31 @@ class _Factors(NamedTuple):
     values: Float[Tensor, "layers d r"]
     tall: bool
     experts: int
-    groups: Sequence[_Group]
+    rates: Sequence[Number]
+    kept: Sequence[Number]
     sizes: Float[Tensor, " layers"]
 
     @classmethod
-    def of(cls, members: list[_Member], wholes: dict[nn.Parameter, _Tensors]) -> tuple[_Factors, _Factors]:
+    def of(
+        cls, members: list[_Member], numbers: Mapping[Any, Number], wholes: dict[nn.Parameter, _Tensors]
+    ) -> tuple[_Factors, _Factors]:
         """The two factors of pairs."""
-        pairs, groups_A, groups_B, states_A, states_B = zip(*members, strict=True)
+        pairs = [member.pair for member in members]
         tensors_A = [_tensors(wholes, m.pair.lora_A, m.state_A) for m in members]
         tensors_B = [_tensors(wholes, m.pair.lora_B, m.state_B) for m in members]
         experts = pairs[0].experts
         A = _stacked([t.value for t in tensors_B], experts, tall=True)
         B = _stacked([t.value for t in tensors_A], experts, tall=False)
-        sizes = step_sizes(A, B, _of_layers([pair.scaling for pair in pairs], A, experts))
+        sizes = step_sizes(A, B, _of_layers([numbers["scaling", pair.scaling] for pair in pairs], A, experts))
+
+        def factors(states: list[Any], tensors: list[_Tensors], values: Tensor, tall: bool, groups: list[int]) -> Any:
+            rates = [numbers["lr", group] for group in groups]
+            kept = [numbers.get(("kept", group), 1.0) for group in groups]
+            return cls(states, tensors, values, tall, experts, rates, kept, sizes)
+
         return (
-            cls(states_A, tensors_A, B, False, experts, groups_A, sizes),
-            cls(states_B, tensors_B, A, True, experts, groups_B, sizes),
+            factors([m.state_A for m in members], tensors_A, B, False, [m.group_A for m in members]),
+            factors([m.state_B for m in members], tensors_B, A, True, [m.group_B for m in members]),
         )
 
     def stacked(self, tensors: list[Tensor]) -> Float[Tensor, "layers d r"]:
@@ -140,10 +150,10 @@ class _Factors(NamedTuple):
 
     def move(self, directions: Float[Tensor, "layers d r"]) -> None:
         """Take a step in directions with entries of order 1, which are overwritten."""
-        if any(group["weight_decay"] for group in self.groups):
-            kept = _of_layers([_kept(group) for group in self.groups], self.values, self.experts)
-            self.values.mul_(kept[:, None, None] if isinstance(kept, Tensor) else kept)
-        lengths = self.sizes * _of_layers([group["lr"] for group in self.groups], self.values, self.experts)
+        if any(isinstance(kept, Tensor) or kept != 1 for kept in self.kept):
+            kept = _of_layers(self.kept, self.values, self.experts)
+            self.values.mul_(kept[:, None, None] if isinstance(kept, Tensor) and kept.ndim else kept)
+        lengths = self.sizes * _of_layers(self.rates, self.values, self.experts)
         self.store([t.value for t in self.tensors], directions.mul_(-lengths[:, None, None]).add_(self.values))
 
 
@@ -183,6 +193,9 @@ class PairAdamW(Optimizer):
     Raises:
         UnsupportedLayerError: a layer is not one that ScaLoRA can train; the message names it.
         ValueError: a setting is out of range, or only one factor of a pair is among the parameters.
+
+    Attributes:
+        graph_memory: what a step on a GPU takes for its temporary tensors, which rescales may use as well.
     """
 
     def __init__(
@@ -205,6 +218,8 @@ class PairAdamW(Optimizer):
         if lr is None:
             lr = default_weight_rate(median(pair.n for pair in self._pairs))
         self._had_steps = self._is_sharded = False
+        self.graph_memory = GraphMemory()
+        self._replay = Replay[None]("a step of PairAdamW", self.graph_memory)
         given = [p for p in model.parameters() if p.requires_grad] if params is None else params
         super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         held = {id(p) for group in self.param_groups for p in group["params"]}
@@ -224,32 +239,83 @@ class PairAdamW(Optimizer):
 
         Returns:
             The value of the closure; None without one.
+
+        Raises:
+            RuntimeError: the step is being captured in a CUDA graph.
         """
+        if is_being_captured(self._pairs[0].lora_A.device):
+            raise RuntimeError(
+                "PairAdamW.step() is being captured in a CUDA graph, but its count of steps is the host's: capture the "
+                "forward and backward passes alone (torch.cuda.make_graphed_callables); it replays its own kernels"
+            )
         loss: float | None = loss_of(closure)
         if not self._had_steps:  # Accelerate shards a model that has its optimizer already
             self._pairs = with_their_shards(self._pairs)
             self._is_sharded = any(pair.is_sharded for pair in self._pairs)
             self._had_steps = True
-        members = [
-            _Member(pair, group_A, group_B, self._state_of(pair.lora_A, pair), self._state_of(pair.lora_B, pair))
-            for pair, group_A, group_B in self._taking_part()
-        ]
-        alike: dict[_Alike, list[_Member]] = defaultdict(list)
-        for member, counts in zip(members, _count_steps(members), strict=True):
-            alike[_Alike.of(member, counts)].append(member)
-        wholes = self._wholes(members) if self._is_sharded else {}
-        together: dict[tuple[Any, ...], list[_Factors]] = defaultdict(list)
-        for kind, alike_members in alike.items():
-            for factors, moments in zip(_Factors.of(alike_members, wholes), (kind.of_A, kind.of_B), strict=True):
-                together[moments, factors.values.shape[-1], kind.dtype, kind.device].append(factors)
-        for (moments, *_), of_all_shapes in together.items():
-            for factors, found in zip(of_all_shapes, _directions(of_all_shapes, moments), strict=True):
-                factors.move(found)
-        self._keep_rows(wholes)
+        if taking_part := self._taking_part():
+            self._step_pairs(taking_part)
         in_pairs = {id(p) for pair in self._pairs for p in (pair.lora_A, pair.lora_B)}
         for group in self.param_groups:
             self._step_others([p for p in group["params"] if id(p) not in in_pairs and p.grad is not None], group)
         return loss
+
+    def _step_pairs(self, taking_part: list[tuple[LoraPair, int, int]]) -> None:
+        """Step the factors of pairs, which are given with the places of the parameter groups of lora_A and lora_B."""
+        states = [(self._state_of(pair.lora_A, pair), self._state_of(pair.lora_B, pair)) for pair, *_ in taking_part]
+        settings = [(tuple(group["betas"]), group["eps"]) for group in self.param_groups]
+        moments: dict[_Moments, int] = {}
+        members = []
+        numbers: dict[Any, Number] = {}
+        for (pair, in_A, in_B), (of_A, of_B), (step_A, step_B) in zip(
+            taking_part, states, _count_steps(states), strict=True
+        ):
+            moments_A = moments.setdefault(_Moments(step_A, *settings[in_A]), len(moments))
+            moments_B = moments.setdefault(_Moments(step_B, *settings[in_B]), len(moments))
+            members.append(_Member(pair, in_A, in_B, moments_A, moments_B, of_A, of_B))
+            numbers["scaling", pair.scaling] = pair.scaling
+        for kind, index in moments.items():
+            numbers["first", index], numbers["second", index] = Corrections.after(kind.step, kind.betas)
+        for index, group in enumerate(self.param_groups):
+            numbers["lr", index] = group["lr"]
+            if group["weight_decay"]:
+                numbers["kept", index] = _kept(group)
+        self._replay(
+            partial(self._move, members, list(moments)),
+            self._key(members, moments),
+            [factor for member in members for factor in (member.pair.lora_A, member.pair.lora_B)],
+            numbers,
+            changed=[factor for member in members for factor in (member.pair.lora_A, member.pair.lora_B)],
+        )
+
+    def _key(self, members: list[_Member], moments: Iterable[_Moments]) -> Hashable:
+        """What the kernels of a step depend on; None if they can't be replayed."""
+        if self._is_sharded or not is_recordable(member.pair.lora_A.device for member in members):
+            return None
+        tensors: list[Tensor] = []
+        for pair, *_, state_A, state_B in members:
+            for factor, state in ((pair.lora_A, state_A), (pair.lora_B, state_B)):
+                tensors += (factor, state["exp_avg"], state["second_moment"], state["row_weights"])
+        places = [(m.group_A, m.group_B, m.moments_A, m.moments_B, m.pair.scaling) for m in members]
+        return addresses(tensors), tuple(places), tuple([(kind.betas, kind.eps) for kind in moments])
+
+    def _move(self, members: list[_Member], moments: list[_Moments], numbers: Mapping[Any, Number]) -> None:
+        """Step the factors of pairs. Launches the same for members and moments that have the same key."""
+        alike: dict[_Alike, list[_Member]] = defaultdict(list)
+        for member in members:
+            alike[_Alike.of(member)].append(member)
+        wholes = self._wholes(members) if self._is_sharded else {}
+        together: dict[tuple[Any, ...], list[_Factors]] = defaultdict(list)
+        for kind, of_kind in alike.items():
+            both = _Factors.of(of_kind, numbers, wholes)
+            for factors, index in zip(both, (kind.moments_A, kind.moments_B), strict=True):
+                together[index, factors.values.shape[-1], kind.dtype, kind.device].append(factors)
+        for (index, *_), of_all_shapes in together.items():
+            corrections = Corrections(numbers["first", index], numbers["second", index])
+            found = _directions(of_all_shapes, moments[index], corrections)
+            for factors, directions_of_shape in zip(of_all_shapes, found, strict=True):
+                factors.move(directions_of_shape)
+        self._keep_rows(wholes)
 
     @property
     def decays(self) -> bool:
@@ -262,8 +328,9 @@ class PairAdamW(Optimizer):
         Yields:
             The pair, and the factor that the step leaves of its product.
         """
-        for pair, group_A, group_B in self._taking_part():
-            if (kept := _kept(group_A) * _kept(group_B)) != 1:
+        of_group = [_kept(group) for group in self.param_groups]
+        for pair, in_A, in_B in self._taking_part():
+            if (kept := of_group[in_A] * of_group[in_B]) != 1:
                 yield pair, kept
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -281,13 +348,13 @@ class PairAdamW(Optimizer):
                 dtype = solver_dtype(parameter.device)
                 self.state[parameter]["second_moment"] = exact.to(parameter.device, dtype, copy=True)
 
-    def _taking_part(self) -> list[tuple[LoraPair, _Group, _Group]]:
-        """The pairs that have gradients and are among the parameters, with the groups of lora_A and lora_B."""
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+    def _taking_part(self) -> list[tuple[LoraPair, int, int]]:
+        """The pairs that have gradients and are among the parameters, with the places of both factors' groups."""
+        place_of = {id(p): place for place, group in enumerate(self.param_groups) for p in group["params"]}
         return [
-            (pair, group_of[id(pair.lora_A)], group_of[id(pair.lora_B)])
+            (pair, place_of[id(pair.lora_A)], place_of[id(pair.lora_B)])
             for pair in self._pairs
-            if pair.has_gradients and id(pair.lora_A) in group_of
+            if pair.has_gradients and id(pair.lora_A) in place_of
         ]
 
     def _wholes(self, members: list[_Member]) -> dict[nn.Parameter, _Tensors]:
@@ -364,31 +431,28 @@ def _tensors(wholes: dict[nn.Parameter, _Tensors], parameter: nn.Parameter, stat
     return _Tensors(parameter, parameter.grad, state["exp_avg"])
 
 
-def _count_steps(members: list[_Member]) -> list[tuple[int, int]]:
-    """Count a step of the factors of each pair, and return how many they have had by then."""
-    if not members:
-        return []
-    counts = [state["step"] for member in members for state in (member.state_A, member.state_B)]
+def _count_steps(states: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[int, int]]:
+    """Count a step of the factors of each pair, given their states, and return how many they have had by then."""
+    counts = [state["step"] for of_pair in states for state in of_pair]
     torch._foreach_add_(counts, 1)
     numbers = torch.stack(counts).int().tolist()
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
-def _directions(of_all_shapes: list[_Factors], moments: _Moments) -> list[Tensor]:
+def _directions(of_all_shapes: list[_Factors], moments: _Moments, corrections: Corrections) -> list[Tensor]:
     """Update the moments of factors of one rank, and return the directions of those of each shape."""
-    step, betas, eps = moments
     gradients, firsts, seconds, row_weights = [], [], [], []
     for factors in of_all_shapes:
         gradients.append(factors.stacked([t.gradient for t in factors.tensors]))
         firsts.append(factors.stacked([t.first for t in factors.tensors]))
         seconds.append(factors.of_layers([state["second_moment"] for state in factors.states]))
         row_weights.append(factors.of_layers([state["row_weights"] for state in factors.states]))
-    update_moments(gradients, firsts, seconds, row_weights, step=step, betas=betas)
+    update_moments(gradients, firsts, seconds, row_weights, betas=moments.betas, corrections=corrections)
     for factors, first, second, weights in zip(of_all_shapes, firsts, seconds, row_weights, strict=True):
         factors.store([t.first for t in factors.tensors], first)
         torch._foreach_copy_([s["second_moment"] for s in factors.states], factors.of_parameters(second))
         torch._foreach_copy_([s["row_weights"] for s in factors.states], factors.of_parameters(weights))
-    return directions(firsts, seconds, row_weights, step=step, betas=betas, eps=eps)
+    return directions(firsts, seconds, row_weights, corrections=corrections, eps=moments.eps)
 
 
 def _kept(group: _Group) -> float:
@@ -416,12 +480,15 @@ def _as_stack(tensor: Tensor, experts: int, *, tall: bool) -> Float[Tensor, "exp
     return stack_of_B(tensor, experts) if tall else stack_of_A(tensor, experts)
 
 
-def _of_layers(numbers: list[float], like: Tensor, experts: int) -> Float[Tensor, " layers"] | float:
+def _of_layers(numbers: Sequence[Number], like: Tensor, experts: int) -> Float[Tensor, " layers"] | Number:
     """One number for each pair, for each of its experts, on the device of their factors; or the one that all have.
 
     What is the same for all need not be sent there, for which some drivers wait.
     """
-    if len(set(numbers)) == 1:
+    if len({id(number) if isinstance(number, Tensor) else number for number in numbers}) == 1:
         return numbers[0]
+    if any(isinstance(number, Tensor) for number in numbers):
+        scalars = [number if isinstance(number, Tensor) else like.new_full((), number) for number in numbers]
+        return torch.stack([scalar.to(like) for scalar in scalars]).repeat_interleave(experts)
     repeated = [number for number in numbers for _ in range(experts)]
     return torch.tensor(repeated, dtype=like.dtype).to(like.device, non_blocking=True)

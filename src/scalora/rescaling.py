@@ -6,7 +6,8 @@ the next one are on their way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,14 +16,16 @@ from torch.autograd.profiler import record_function
 from scalora.config import ScaLoraConfig
 from scalora.maths.matrix import MatrixScaling
 from scalora.maths.scaling import Grams, Scaling
-from scalora.model.solve_constants import ConstantsOnDevice
+from scalora.model.solve_constants import ConstantsOnDevice, SolveConstants
 from scalora.model.target_norms import Rates
-from scalora.parallel.layout import Layout, Shapes, Share, ranks_in
+from scalora.parallel.layout import Layout, Shapes, Share, Whole, ranks_in
 from scalora.rescale.changes import Change, ColumnChange, MatrixChange, split
 from scalora.rescale.kernels import Kernels
 from scalora.rescale.metrics import Rescaled, remainder_energy
 from scalora.rescale.optimizers import MATRIX, Kind
-from scalora.rescale.remainder import compress_full
+from scalora.rescale.remainder import DenseRemainder, Remainder, compress_full
+from scalora.rescale.replay import GraphMemory, Replay, addresses, is_recordable
+from scalora.rescale.stochastic import StochasticRemainder
 from scalora.rescale.transport import transform_gradients_and_states
 
 PARTS = ("scalora::solve", "scalora::merge", "scalora::transport")
@@ -45,6 +48,8 @@ class Rescaling:
         kernels: the operations to use.
         scaling_rule: chooses the factors, or the matrices.
         transport: transports gradients and optimizer state through a scaling of columns.
+        repeatable: whether all of that launches the same on a GPU, whatever the values are, so that it can be replayed.
+        memory: for what is replayed.
     """
 
     def __init__(
@@ -55,8 +60,13 @@ class Rescaling:
         kernels: Kernels,
         scaling_rule: ScalingRule,
         transport: Transport,
+        *,
+        repeatable: bool,
+        memory: GraphMemory,
     ) -> None:
         self._groups = groups
+        self._repeatable = repeatable
+        self._replay = Replay[list[Rescaled]]("a rescale", memory)
         self._constants = [[ConstantsOnDevice(of_rank, config) for of_rank in ranks_in(shapes)] for _, shapes in groups]
         self._kinds = kinds
         self._kernels = kernels
@@ -78,12 +88,50 @@ class Rescaling:
             for index, (layout, group) in enumerate(self._groups)
             if (shapes := layout.taking_part(group))
         ]
-        if active:
-            self._begin(*active[0])
+        if not active:
+            return []
+        constants = [
+            [
+                of_rank.of([pair for pairs in shapes_of_rank for pair in pairs], rates)
+                for shapes_of_rank, of_rank in zip(ranks_in(shapes), self._constants[index], strict=True)
+            ]
+            for index, shapes in active
+        ]
+        pairs = [pair for _, shapes in active for of_shape in shapes for pair in of_shape]
+        return self._replay(
+            partial(self._rescale, active, constants),
+            self._key(active, constants),
+            [factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)],
+            {} if skipped is None else {"skipped": skipped},
+            changed=[tensor for pair in pairs for tensor in (pair.lora_A, pair.lora_B, pair.weight)],
+            changes_gradients=True,
+        )
+
+    def _key(self, active: list[tuple[int, Shapes]], constants: list[list[SolveConstants]]) -> Hashable:
+        """What the kernels of a rescale depend on; None if they can't be replayed."""
+        tensors = [tensor for of_group in constants for of_rank in of_group for tensor in of_rank]
+        if not self._repeatable or not is_recordable(tensor.device for tensor in tensors):
+            return None
+        for index, shapes in active:
+            layout, _ = self._groups[index]
+            if type(layout) is not Whole or not all(_is_repeatable(p.remainder) for pairs in shapes for p in pairs):
+                return None  # others work on copies, or on what collectives bring
+            tensors += layout.tensors_of(shapes)
+        return addresses(tensors)
+
+    def _rescale(
+        self,
+        active: list[tuple[int, Shapes]],
+        constants: list[list[SolveConstants]],
+        numbers: Mapping[str, Tensor],
+    ) -> list[Rescaled]:
+        """Rescale layers, given the constants of those of each group and rank."""
+        skipped = numbers.get("skipped")
+        self._begin(*active[0])
         rescaled: list[Rescaled] = []
         for position, (index, shapes) in enumerate(active):
             following = active[position + 1 : position + 2]
-            rescaled += self._rescale_group(index, shapes, following, rates, skipped)
+            rescaled += self._rescale_group(index, shapes, following, constants[position], skipped)
         return rescaled
 
     def _begin(self, index: int, shapes: Shapes) -> None:
@@ -95,7 +143,7 @@ class Rescaling:
         index: int,
         shapes: Shapes,
         following: list[tuple[int, Shapes]],
-        rates: Mapping[str, Rates],
+        constants: list[SolveConstants],
         skipped: Tensor | None,
     ) -> list[Rescaled]:
         """Solve, merge and transport for layers that are rescaled together, while the following ones' tensors come."""
@@ -106,9 +154,9 @@ class Rescaling:
         for group in following:
             self._begin(*group)
         rescaled, done = [], 0
-        for of_rank, constants in zip(ranks_in(shapes), self._constants[index], strict=True):
+        for of_rank, constants_of_rank in zip(ranks_in(shapes), constants, strict=True):
             here = slice(done, done := done + len(of_rank))
-            rescaled.append(self._rescale_rank(of_rank, shares[here], grams[here], constants, rates, skipped))
+            rescaled.append(self._rescale_rank(of_rank, shares[here], grams[here], constants_of_rank, skipped))
         return rescaled
 
     def _rescale_rank(
@@ -116,8 +164,7 @@ class Rescaling:
         shapes: Shapes,
         shares: list[Share],
         parts: list[Grams],
-        constants_of: ConstantsOnDevice,
-        rates: Mapping[str, Rates],
+        constants: SolveConstants,
         skipped: Tensor | None,
     ) -> Rescaled:
         """Solve, merge and transport for layers of one rank.
@@ -127,7 +174,6 @@ class Rescaling:
         """
         sizes = [len(share.factors.lora_A) for share in shares]
         with record_function(PARTS[0]):
-            constants = constants_of.of([pair for pairs in shapes for pair in pairs], rates)
             grams = Grams(*map(torch.cat, zip(*parts, strict=True)))
             scaling = self._scaling_rule(grams, target_norm=constants.target_norms)
             if skipped is not None:
@@ -163,3 +209,11 @@ class Rescaling:
                 ):
                     self._transport(share.optimizer, self._kinds, factors, spread, self._kernels.multiply)
             share.finish()
+
+
+def _is_repeatable(remainder: Remainder) -> bool:
+    """Whether merges launch the same each time.
+
+    A factored remainder fills other columns, and the random numbers of a stochastic one are those of the step.
+    """
+    return isinstance(remainder, DenseRemainder) and not isinstance(remainder, StochasticRemainder)

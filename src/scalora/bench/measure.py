@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from scalora.bench.case import Case, Contender, now
 from scalora.bench.settings import interval_of
+from scalora.rescale.replay import launched_one_by_one
 from scalora.rescaling import PARTS
 from scalora.runs.messages import only_relevant_messages_from_now_on
 from scalora.runs.peak_memory import peak_memory_bytes
@@ -128,7 +129,7 @@ def rescale_parts(contender: Contender, repeats: int = _REPEATS) -> dict[str, fl
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     found: dict[str, list[float]] = {part: [] for part in PARTS}
     for _ in range(repeats):
-        with profile(activities=activities) as profiler:
+        with launched_one_by_one(), profile(activities=activities) as profiler:
             contender.optimizer.step()
         for event in profiler.key_averages():
             if event.key in found:

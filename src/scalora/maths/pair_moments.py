@@ -16,6 +16,7 @@ order 1, as those of Adam's direction.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,14 +29,37 @@ from scalora.maths.roots import inverse_root, least_damping
 _DAMPING = 1e-10
 
 
+class Corrections(NamedTuple):
+    """Adam's bias corrections: what a moment is divided by, numbers or scalars on the moments' device.
+
+    Attributes:
+        first: ``1 − β₁ᵗ``.
+        second: ``1 − β₂ᵗ``.
+    """
+
+    first: Tensor | float
+    second: Tensor | float
+
+    @classmethod
+    def after(cls, step: int, betas: tuple[float, float]) -> Corrections:
+        """Those of moments that have seen some steps.
+
+        Args:
+            step: t, the number of steps.
+            betas: β₁ and β₂.
+        """
+        beta1, beta2 = betas
+        return cls(1 - beta1**step, 1 - beta2**step)
+
+
 def update_moments(
     gradients: Sequence[Float[Tensor, "layers d r"]],
     firsts: Sequence[Float[Tensor, "layers d r"]],
     seconds: Sequence[Float[Tensor, "layers r r"]],
     row_weights: Sequence[Float[Tensor, "layers d"]],
     *,
-    step: int,
     betas: tuple[float, float],
+    corrections: Corrections,
 ) -> None:
     """Add a step's gradients to the moments of factors, in place.
 
@@ -47,16 +71,16 @@ def update_moments(
         firsts: M, (layers, d, r); modified.
         seconds: V, (layers, r, r), in the solver's dtype; modified.
         row_weights: ρ, (layers, d); modified.
-        step: number of this step, counted from 1.
         betas: β₁ and β₂.
+        corrections: those after this step.
     """
     beta1, beta2 = betas
     torch._foreach_lerp_(list(firsts), list(gradients), 1 - beta1)
     # In the solver's precision: fewer gradients than columns leave V singular, and a Gram matrix that is rounded to
     # float32 then has negative eigenvalues far beyond the damping.
-    wide = [gradient.to(second.dtype) for gradient, second in zip(gradients, seconds, strict=True)]
-    torch._foreach_lerp_(list(seconds), [g.mT @ g / g.shape[1] for g in wide], 1 - beta2)
-    whitening = _whitening(torch.cat(list(seconds)) / (1 - beta2**step)).to(gradients[0].dtype)
+    products = [_mean_product(gradient.to(second.dtype)) for gradient, second in zip(gradients, seconds, strict=True)]
+    torch._foreach_lerp_(list(seconds), products, 1 - beta2)
+    whitening = _whitening(torch.cat(list(seconds)) / corrections.second).to(gradients[0].dtype)
     of_shapes = torch.split(whitening, [len(second) for second in seconds])
     lengths = [
         torch.linalg.vector_norm(gradient @ matrix, dim=-1)
@@ -72,8 +96,7 @@ def directions(
     seconds: Sequence[Float[Tensor, "layers r r"]],
     row_weights: Sequence[Float[Tensor, "layers d"]],
     *,
-    step: int,
-    betas: tuple[float, float],
+    corrections: Corrections,
     eps: float,
 ) -> list[Tensor]:
     """The direction ``D = M̂·V̂^(−1/2)/√ρ̂`` of factors, which are given as to `update_moments`.
@@ -82,24 +105,27 @@ def directions(
         firsts: M, (layers, d, r).
         seconds: V, (layers, r, r), in the solver's dtype.
         row_weights: ρ, (layers, d).
-        step: number of steps that the moments have seen.
-        betas: β₁ and β₂.
+        corrections: those of the moments.
         eps: Adam's epsilon: gradients much smaller than this, and rows whose weight is smaller than its square, are not
             scaled up to order 1.
 
     Returns:
         D, (layers, d, r), to be multiplied by the learning rate.
     """
-    beta1, beta2 = betas
-    second = torch.cat(list(seconds)) / (1 - beta2**step)
+    second = torch.cat(list(seconds)) / corrections.second
     roots = inverse_root(second, relative_damping=_DAMPING, absolute_damping=eps**2).root.to(firsts[0].dtype)
-    rows = torch._foreach_div(list(row_weights), 1 - beta2**step)
+    rows = torch._foreach_div(list(row_weights), corrections.second)
     torch._foreach_sqrt_(rows)
     torch._foreach_add_(rows, eps)
-    torch._foreach_mul_(rows, 1 - beta1**step)
+    torch._foreach_mul_(rows, corrections.first)
     found = [first @ root for first, root in zip(firsts, torch.split(roots, [len(s) for s in seconds]), strict=True)]
     torch._foreach_div_(found, [of_shape[..., None] for of_shape in rows])
     return found
+
+
+def _mean_product(gradient: Float[Tensor, "layers d r"]) -> Float[Tensor, "layers r r"]:
+    product: Tensor = gradient.mT @ gradient / gradient.shape[1]
+    return product
 
 
 def _whitening(second: Float[Tensor, "layers r r"]) -> Float[Tensor, "layers r r"]:

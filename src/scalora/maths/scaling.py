@@ -325,7 +325,7 @@ def _gram_of_both(
     """Inner products of the columns of ``[first, second]``."""
     dtype = solver_dtype(first.device)
     if first.is_cuda:
-        return _gram_in_pieces(torch.cat([first, second], -1).to(dtype))
+        return _gram_in_pieces(first, second, dtype)
     # Block by block, without concatenating the two.
     first, second = first.to(dtype), second.to(dtype)
     mixed = first.mT @ second
@@ -333,15 +333,19 @@ def _gram_of_both(
     return torch.cat([upper, lower], -2)
 
 
-def _gram_in_pieces(columns: Float[Tensor, "*layers rows k"]) -> Float[Tensor, "*layers k k"]:
-    """Inner products of columns that are summed piece by piece, so that a GPU has work for all of its processors.
+def _gram_in_pieces(
+    first: Float[Tensor, "*layers rows r"], second: Float[Tensor, "*layers rows r"], dtype: torch.dtype
+) -> Float[Tensor, "*layers 2*r 2*r"]:
+    """Inner products that are summed piece by piece, so that a GPU has work for all of its processors.
 
     Of a batch of narrow products with long sums, each is computed by a single one.
     """
-    *layers, rows, k = columns.shape
+    *layers, rows, r = first.shape
     count = -(-rows // _ROWS_OF_PIECE)  # may be 0: a process may have none of a layer's rows
-    padded = torch.nn.functional.pad(columns, (0, 0, 0, count * _ROWS_OF_PIECE - rows))
-    pieces = padded.reshape(*layers, count, _ROWS_OF_PIECE, k)
+    # Filled in place: this copy is the largest tensor of a rescale, and there should be one of it.
+    columns = first.new_zeros(*layers, count * _ROWS_OF_PIECE, 2 * r, dtype=dtype)
+    columns[..., :rows, :r], columns[..., :rows, r:] = first, second
+    pieces = columns.view(*layers, count, _ROWS_OF_PIECE, 2 * r)
     total: Tensor = (pieces.mT @ pieces).sum(-3)
     return total
 

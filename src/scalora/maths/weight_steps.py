@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def step_sizes(
-    A: Float[Tensor, "*layers m r"], B: Float[Tensor, "*layers n r"], scaling: Float[Tensor, "*layers"] | float
+    A: Float[Tensor, "*layers m r"], B: Float[Tensor, "*layers n r"], scaling: Float[Tensor, "*#layers"] | float
 ) -> Float[Tensor, "*layers"]:
     """The step size δ of both factors with which an entry of the weight moves by 1 in root mean square.
 

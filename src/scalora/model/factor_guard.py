@@ -93,6 +93,10 @@ class FactorGuard:
         self._norms: list[Tensor] | None = None
         self._scalings: list[float] = []
 
+    def forget_values(self) -> None:
+        """Trust the values that the factors have at the next check."""
+        self._norms = None
+
     @torch.no_grad()
     def record(self) -> None:
         """Trust the factors as they are now. Does not wait for the device."""
@@ -108,6 +112,7 @@ class FactorGuard:
             ChangedFactorsError: something has.
         """
         if self._norms is None:
+            self.forget()  # they may be other parameters
             self.record()
             return
         factors = self._present_factors() if self._parts_of is None else self._factors

@@ -53,7 +53,8 @@ def factors_of(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Paramet
     of_A, of_B = submodules["lora_A"]._modules.get(adapter), submodules["lora_B"]._modules.get(adapter)
     if of_A is None or of_B is None:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    return of_A.weight, of_B.weight
+    weight_A, weight_B = of_A._parameters.get("weight"), of_B._parameters.get("weight")
+    return of_A.weight if weight_A is None else weight_A, of_B.weight if weight_B is None else weight_B
 
 
 def configured_scaling(layer: LoraLayer, adapter: str) -> float:

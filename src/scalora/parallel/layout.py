@@ -118,6 +118,23 @@ class Whole:
             shapes: not used.
         """
 
+    def tensors_of(self, shapes: Shapes) -> list[Tensor]:
+        """All tensors on the layers' devices that a rescale reads or changes, besides gradients.
+
+        Args:
+            shapes: the layers that take part.
+        """
+        tensors: list[Tensor] = []
+        state_of = self._optimizer.state.get
+        for pair in (pair for pairs in shapes for pair in pairs):
+            tensors += (pair.lora_A, pair.lora_B, pair.weight)
+            tensors += [buffer for buffer in pair.remainder._buffers.values() if buffer is not None]
+            for factor in (pair.lora_A, pair.lora_B):
+                # Counts of steps are on the CPU.
+                device = factor.device
+                tensors += [t for t in state_of(factor, {}).values() if isinstance(t, Tensor) and t.device == device]
+        return tensors
+
     def shares(self, shapes: Shapes) -> list[Share]:
         """The layers' tensors themselves.
 

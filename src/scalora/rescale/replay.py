@@ -1,0 +1,244 @@
+"""Replays what a function launches on a GPU, call after call, as one CUDA graph.
+
+A rescale and a step of `PairAdamW` are hundreds of small kernels, which take the host several times as long to launch
+as the device to run.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+Output = TypeVar("Output")
+
+Number = Tensor | float
+"""A scalar that a function depends on: on the device, or on the host."""
+
+# The call alike that is recorded: what is compiled, set up and allocated once is done by then.
+_RECORDED = 3
+
+_allowed = True
+
+
+class GraphMemory:
+    """Memory for the temporary tensors of graphs that are launched one after the other, on one stream.
+
+    What one of them leaves free, the others use.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+
+    @property
+    def pool(self) -> Any:
+        """The pool of memory to capture a graph with."""
+        # That of a graph that still exists: torch frees a pool with the last one.
+        return next((graph.pool() for graph in self._graphs), None) or torch.cuda.graph_pool_handle()
+
+    def keep_for(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Have the next graphs use a graph's memory, as long as it exists.
+
+        Args:
+            graph: a graph that has been captured.
+        """
+        self._graphs.add(graph)
+
+
+class _Recording(NamedTuple):
+    """What a function has launched.
+
+    Attributes:
+        launch: launches it again.
+        output: what the function has returned, whose tensors are overwritten each time.
+        gradients: where it finds the parameters' gradients.
+        numbers: where it finds the numbers.
+    """
+
+    launch: Callable[[], None]
+    output: Any
+    gradients: list[Tensor]
+    numbers: dict[Any, Tensor]
+
+
+class Replay(Generic[Output]):
+    """Calls a function, and from its third call alike on replays what it has launched.
+
+    The recording's temporary tensors and its copies of the gradients stay allocated.
+
+    Args:
+        what: what the function does, for a warning.
+        memory: for its temporary tensors.
+    """
+
+    def __init__(self, what: str, memory: GraphMemory) -> None:
+        self._what = what
+        self._memory = memory
+        self._key: Hashable = None
+        self._calls = 0
+        self._recording: _Recording | None = None
+
+    def __call__(
+        self,
+        function: Callable[[Mapping[Any, Number]], Output],
+        key: Hashable,
+        parameters: Sequence[Tensor],
+        numbers: Mapping[Any, Number],
+        *,
+        changed: Sequence[Tensor],
+        changes_gradients: bool = False,
+    ) -> Output:
+        """Call the function, or do what it would.
+
+        Args:
+            function: the function, which is called with the numbers: as scalars on the device, if there is a key.
+            key: what the function depends on, besides the gradients' values and the numbers: the same for two calls
+                that launch the same on the same addresses of one GPU. None: it can't be recorded.
+            parameters: the parameters whose gradients the function reads.
+            numbers: scalars that may be others in each call, by names.
+            changed: the tensors that the function changes besides gradients, for autograd to know.
+            changes_gradients: whether it changes the gradients.
+
+        Returns:
+            What the function returns. The next call may overwrite its tensors.
+        """
+        if key is None:
+            self._key = self._recording = None
+            return function(numbers)
+        key = (key, tuple(numbers)) if _allowed else None
+        if key != self._key:
+            self._key, self._calls, self._recording = key, 0, None
+        self._calls += key is not None
+        if self._calls == _RECORDED:
+            self._recording = self._recorded(function, parameters, numbers)
+        if self._recording is None:
+            return function(_on_device(numbers, parameters[0].device))
+        launch, own_gradients, own_numbers = self._recording.launch, self._recording.gradients, self._recording.numbers
+        gradients = gradients_of(parameters)
+        torch._foreach_copy_(own_gradients, gradients)
+        for name, number in numbers.items():
+            own = own_numbers[name]
+            own.copy_(number) if isinstance(number, Tensor) else own.fill_(number)
+        launch()
+        if changes_gradients:
+            torch._foreach_copy_(gradients, own_gradients)
+        for tensor in changed:
+            increment_version(tensor)
+        output: Output = self._recording.output
+        return output
+
+    def _recorded(
+        self,
+        function: Callable[[Mapping[Any, Number]], Output],
+        parameters: Sequence[Tensor],
+        numbers: Mapping[Any, Number],
+    ) -> _Recording | None:
+        """Record the function; None, with a warning, if that is not possible. Changes nothing."""
+        device = parameters[0].device
+        gradients = gradients_of(parameters)
+        try:
+            own_gradients = [torch.empty_like(gradient) for gradient in gradients]
+            own_numbers = {name: number.clone() for name, number in _on_device(numbers, device).items()}
+            for parameter, own in zip(parameters, own_gradients, strict=True):
+                parameter.grad = own
+            launch, output = record(lambda: function(own_numbers), device, self._memory)
+        except Exception as error:  # of the driver, of a library that waits for the device, or for want of memory
+            reason = (str(error).splitlines() or [""])[0]
+            warnings.warn(
+                f"{self._what} takes longer than it could, because it can't be recorded in a CUDA graph "
+                f"({type(error).__name__}: {reason}): what it launches is launched one by one",
+                stacklevel=4,
+            )
+            return None
+        finally:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+        return _Recording(launch, output, own_gradients, own_numbers)
+
+
+def record(
+    function: Callable[[], Output], device: torch.device, memory: GraphMemory
+) -> tuple[Callable[[], None], Output]:
+    """Record what a function launches, without running it.
+
+    Args:
+        function: the function.
+        device: a GPU.
+        memory: for its temporary tensors.
+
+    Returns:
+        What launches it, and what the function has returned.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        # Not by torch.cuda.graph, which waits for the device and empties the cache of memory. Other threads, as those
+        # that load data, may go on.
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
+            try:
+                output = function()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+    memory.keep_for(graph)
+    return graph.replay, output
+
+
+@contextmanager
+def launched_one_by_one() -> Iterator[None]:
+    """Context manager in which nothing is replayed, so that a profiler sees the parts of a rescale."""
+    global _allowed
+    before, _allowed = _allowed, False
+    try:
+        yield
+    finally:
+        _allowed = before
+
+
+def is_recordable(devices: Iterable[torch.device]) -> bool:
+    """Whether what works on these devices can be recorded: on one GPU.
+
+    Args:
+        devices: the devices.
+    """
+    found = set(devices)
+    return len(found) == 1 and found.pop().type == "cuda"
+
+
+def addresses(tensors: Sequence[Tensor]) -> tuple[tuple[int, torch.dtype], ...]:
+    """Where tensors are in memory, for a key.
+
+    Args:
+        tensors: the tensors.
+    """
+    return tuple([(tensor.data_ptr(), tensor.dtype) for tensor in tensors])
+
+
+def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of parameters that have one.
+
+    Args:
+        parameters: the parameters.
+    """
+    return [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+
+
+def _on_device(numbers: Mapping[Any, Number], device: torch.device) -> dict[Any, Tensor]:
+    """The numbers as scalars on a device, whether they are recorded or not, so that both round alike.
+
+    A division by a number of the host may be a product with its inverse.
+    """
+    return {
+        name: number.to(device)
+        if isinstance(number, Tensor)
+        else torch.full((), number, dtype=torch.float64, device=device)
+        for name, number in numbers.items()
+    }
