@@ -217,6 +217,16 @@ def test_a_run_with_replays_ends_as_one_without_to_the_bit(dtype, mode, optimize
 
 
 @needs_cuda
+def test_a_recording_that_keeps_too_much_memory_is_given_up(monkeypatch):
+    expected, *_ = train(DEVICE, torch.float32, "PairAdamW", steps=8, mode="matrix", merge="dense")
+    monkeypatch.setattr("scalora.rescale.replay._MOST_MEMORY", 0)
+    monkeypatch.delattr(torch.cuda.CUDAGraph, "replay")
+    found, *_ = train(DEVICE, torch.float32, "PairAdamW", steps=8, mode="matrix", merge="dense")
+    for key, value in found.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[key]), key
+
+
+@needs_cuda
 def test_replays_survive_other_work_on_the_device_and_in_other_threads():
     """Memory that is freed and used again, an emptied cache, another stream, copies in a thread."""
     plain, *_ = train(DEVICE, torch.float32, "PairAdamW", steps=40, mode="matrix", merge="dense")

@@ -185,6 +185,14 @@ def test_what_cannot_be_recorded_is_called_each_time_and_a_warning_says_why(reco
         assert_equal(found, Run().steps(8))
 
 
+@pytest.mark.filterwarnings("error:.*takes longer")
+def test_what_would_keep_too_much_memory_is_called_each_time(recordings, monkeypatch):
+    monkeypatch.setattr("scalora.rescale.replay.record", lambda function, device, memory: None)
+    found = Run(pair_adamw, mode="matrix").steps(8)
+    with launched_one_by_one():
+        assert_equal(found, Run(pair_adamw, mode="matrix").steps(8))
+
+
 def test_a_language_model_trains_as_without_replays(recordings):
     def train():
         model = with_lora(tiny_llama(num_hidden_layers=2), r=4, target_modules="all-linear")

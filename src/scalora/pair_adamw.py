@@ -21,7 +21,7 @@ from scalora.config import default_weight_rate
 from scalora.maths.pair_moments import Corrections, directions, update_moments
 from scalora.maths.scaling import solver_dtype
 from scalora.maths.weight_steps import step_sizes
-from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.model.adapters import LoraPair, find_lora_pairs, in_chunks
 from scalora.model.matrices import stack_of_A, stack_of_B
 from scalora.parallel.sharded_pairs import check_shards, with_their_shards
 from scalora.parallel.shards import axis_of, gathering, local
@@ -83,7 +83,6 @@ class _Factors(NamedTuple):
     Attributes:
         states: the parameters' states.
         tensors: their tensors.
-        values: the parameters with r columns each, (layers, d, r); may be overwritten.
         tall: whether the parameters themselves have r columns, as ``lora_B``, and not r rows, as ``lora_A``.
         experts: of how many experts each parameter has the factors.
         rates: their learning rates.
@@ -93,7 +92,6 @@ class _Factors(NamedTuple):
 
     states: Sequence[dict[str, Any]]
     tensors: list[_Tensors]
-    values: Float[Tensor, "layers d r"]
     tall: bool
     experts: int
     rates: Sequence[Number]
@@ -113,22 +111,27 @@ class _Factors(NamedTuple):
         B = _stacked([t.value for t in tensors_A], experts, tall=False)
         sizes = step_sizes(A, B, _of_layers([numbers["scaling", pair.scaling] for pair in pairs], A, experts))
 
-        def factors(states: list[Any], tensors: list[_Tensors], values: Tensor, tall: bool, groups: list[int]) -> Any:
+        def factors(states: list[Any], tensors: list[_Tensors], tall: bool, groups: list[int]) -> _Factors:
             rates = [numbers["lr", group] for group in groups]
             kept = [numbers.get(("kept", group), 1.0) for group in groups]
-            return cls(states, tensors, values, tall, experts, rates, kept, sizes)
+            return cls(states, tensors, tall, experts, rates, kept, sizes)
 
         return (
-            factors([m.state_A for m in members], tensors_A, B, False, [m.group_A for m in members]),
-            factors([m.state_B for m in members], tensors_B, A, True, [m.group_B for m in members]),
+            factors([m.state_A for m in members], tensors_A, False, [m.group_A for m in members]),
+            factors([m.state_B for m in members], tensors_B, True, [m.group_B for m in members]),
         )
 
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return int(self.states[0]["second_moment"].shape[-1])
+
     def stacked(self, tensors: list[Tensor]) -> Float[Tensor, "layers d r"]:
-        """Tensors of the parameters' shape as `values` are."""
+        """Copies of tensors of the parameters' shape, with r columns each."""
         return _stacked(tensors, self.experts, tall=self.tall)
 
     def store(self, tensors: list[Any], values: Float[Tensor, "layers d r"]) -> None:
-        """Overwrite tensors of the parameters' shape with others, given as `values` are."""
+        """Overwrite tensors of the parameters' shape with others, given as from `stacked`."""
         # In the layout of the parameters, so that one kernel copies for all of them.
         values = values if self.tall else values.mT.contiguous()
         if _are_matrices(tensors, self.experts):
@@ -150,11 +153,12 @@ class _Factors(NamedTuple):
 
     def move(self, directions: Float[Tensor, "layers d r"]) -> None:
         """Take a step in directions with entries of order 1, which are overwritten."""
+        values = self.stacked([t.value for t in self.tensors])
         if any(isinstance(kept, Tensor) or kept != 1 for kept in self.kept):
-            kept = _of_layers(self.kept, self.values, self.experts)
-            self.values.mul_(kept[:, None, None] if isinstance(kept, Tensor) and kept.ndim else kept)
-        lengths = self.sizes * _of_layers(self.rates, self.values, self.experts)
-        self.store([t.value for t in self.tensors], directions.mul_(-lengths[:, None, None]).add_(self.values))
+            kept = _of_layers(self.kept, values, self.experts)
+            values.mul_(kept[:, None, None] if isinstance(kept, Tensor) and kept.ndim else kept)
+        lengths = self.sizes * _of_layers(self.rates, values, self.experts)
+        self.store([t.value for t in self.tensors], directions.mul_(-lengths[:, None, None]).add_(values))
 
 
 class PairAdamW(Optimizer):
@@ -307,9 +311,10 @@ class PairAdamW(Optimizer):
         wholes = self._wholes(members) if self._is_sharded else {}
         together: dict[tuple[Any, ...], list[_Factors]] = defaultdict(list)
         for kind, of_kind in alike.items():
-            both = _Factors.of(of_kind, numbers, wholes)
-            for factors, index in zip(both, (kind.moments_A, kind.moments_B), strict=True):
-                together[index, factors.values.shape[-1], kind.dtype, kind.device].append(factors)
+            for members_of_chunk in in_chunks(of_kind, [member.pair for member in of_kind]):
+                both = _Factors.of(members_of_chunk, numbers, wholes)
+                for factors, index in zip(both, (kind.moments_A, kind.moments_B), strict=True):
+                    together[index, factors.r, kind.dtype, kind.device].append(factors)
         for (index, *_), of_all_shapes in together.items():
             corrections = Corrections(numbers["first", index], numbers["second", index])
             found = _directions(of_all_shapes, moments[index], corrections)
@@ -439,7 +444,7 @@ def _count_steps(states: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tu
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
-def _directions(of_all_shapes: list[_Factors], moments: _Moments, corrections: Corrections) -> list[Tensor]:
+def _directions(of_all_shapes: list[_Factors], moments: _Moments, corrections: Corrections) -> Iterator[Tensor]:
     """Update the moments of factors of one rank, and return the directions of those of each shape."""
     gradients, firsts, seconds, row_weights = [], [], [], []
     for factors in of_all_shapes:
@@ -452,6 +457,7 @@ def _directions(of_all_shapes: list[_Factors], moments: _Moments, corrections: C
         factors.store([t.first for t in factors.tensors], first)
         torch._foreach_copy_([s["second_moment"] for s in factors.states], factors.of_parameters(second))
         torch._foreach_copy_([s["row_weights"] for s in factors.states], factors.of_parameters(weights))
+    # The gradients' copies are free by the time of the first of these.
     return directions(firsts, seconds, row_weights, corrections=corrections, eps=moments.eps)
 
 

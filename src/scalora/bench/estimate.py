@@ -301,7 +301,8 @@ def markdown(settings: EstimateSettings, found: Estimate) -> str:
             ["memory, GiB" if found.traffic is None else "GiB per GPU", "LoRA", "ScaLoRA"], _memory_rows(found.memory)
         ),
         "Without activations, which are the same for both and grow with the batch. Optimizer: Adam. The scratch memory "
-        "is in use during the optimizer's step, when the activations have been freed.",
+        "is in use during the optimizer's step, when the activations have been freed; where rescales are replayed "
+        "(dense on one GPU) it stays reserved.",
         grid(["time", "ms per step", "over LoRA"], _time_rows(found.seconds, settings.interval)),
         f"{settings.tokens:,} tokens per step, {settings.bandwidth:g} GB/s, {settings.rate / 1e12:g} TFLOP/s reached, "
         f"{settings.rescale_rate / 1e12:g} by a rescale (float32). "

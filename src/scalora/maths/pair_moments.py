@@ -15,7 +15,7 @@ order 1, as those of Adam's direction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,8 +98,10 @@ def directions(
     *,
     corrections: Corrections,
     eps: float,
-) -> list[Tensor]:
+) -> Iterator[Float[Tensor, "layers d r"]]:
     """The direction ``D = M̂·V̂^(−1/2)/√ρ̂`` of factors, which are given as to `update_moments`.
+
+    One shape after the other, so that those of all need not be in memory at once.
 
     Args:
         firsts: M, (layers, d, r).
@@ -109,7 +111,7 @@ def directions(
         eps: Adam's epsilon: gradients much smaller than this, and rows whose weight is smaller than its square, are not
             scaled up to order 1.
 
-    Returns:
+    Yields:
         D, (layers, d, r), to be multiplied by the learning rate.
     """
     second = torch.cat(list(seconds)) / corrections.second
@@ -118,9 +120,8 @@ def directions(
     torch._foreach_sqrt_(rows)
     torch._foreach_add_(rows, eps)
     torch._foreach_mul_(rows, corrections.first)
-    found = [first @ root for first, root in zip(firsts, torch.split(roots, [len(s) for s in seconds]), strict=True)]
-    torch._foreach_div_(found, [of_shape[..., None] for of_shape in rows])
-    return found
+    for first, root, of_shape in zip(firsts, torch.split(roots, [len(s) for s in seconds]), rows, strict=True):
+        yield (first @ root).div_(of_shape[..., None])
 
 
 def _mean_product(gradient: Float[Tensor, "layers d r"]) -> Float[Tensor, "layers r r"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -42,6 +43,12 @@ from scalora.rescale.remainder import HALF, FactoredRemainder, Remainder
 # Float8 weights are floating too, but a merge would be rounded to their few bits.
 MERGEABLE = (torch.float32, torch.float64, *HALF)
 """Dtypes of base weights that can take a merge."""
+
+CHUNK = 1 << 23
+"""Bytes of factors that are handled together. For a rescale by matrices, temporary tensors take some ten times as many:
+copies of the factors, gradients and moments, in part in float64."""
+
+Item = TypeVar("Item")
 
 # PEFT's layers over unquantised weights.
 _PLAIN = (Linear, Embedding, Conv1d, Conv2d, Conv3d)
@@ -494,3 +501,14 @@ def by_shape(pairs: list[LoraPair]) -> list[list[LoraPair]]:
     for pair in pairs:
         groups[pair.m, pair.r, pair.n, pair.dtype, pair.lora_B.device].append(pair)
     return list(groups.values())
+
+
+def in_chunks(items: list[Item], pairs: list[LoraPair]) -> list[list[Item]]:
+    """Divide what belongs to pairs of one shape so that copies of a chunk's factors take little memory.
+
+    Args:
+        items: something of each pair.
+        pairs: the pairs.
+    """
+    most = max(1, CHUNK // (pairs[0].lora_A.nbytes + pairs[0].lora_B.nbytes))
+    return [items[start : start + most] for start in range(0, len(items), most)]

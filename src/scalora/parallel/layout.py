@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from scalora.maths.scaling import Grams
-from scalora.model.adapters import LoraPair, by_rank, by_shape, rank_key
+from scalora.model.adapters import LoraPair, by_rank, by_shape, in_chunks, rank_key
 from scalora.parallel.zero import Zero
 from scalora.rescale.changes import Factors, Part
 from scalora.rescale.kernels import Kernels
@@ -27,7 +27,6 @@ from scalora.rescale.transport import HoldsState
 
 Shapes = list[list[LoraPair]]
 """Layers that are rescaled together, in lists of equal shapes."""
-
 
 Spread = Callable[[Kernels, Float[Tensor, "layers r"]], list[Tensor]]
 """Brings a factor of each of the layers' r columns into the shapes of the tensors that are multiplied by them."""
@@ -215,7 +214,10 @@ def laid_out(
         buckets = buckets_of_shards(pairs, kinds, by_matrices=by_matrices)
         return [(Rows(optimizer, kinds, by_matrices), shapes) for shapes in buckets]
     single, stacks = ([pair for pair in pairs if pair.is_matrix is matrix] for matrix in (True, False))
-    groups: list[tuple[Layout, Shapes]] = [(Whole(optimizer), by_shape(of_rank)) for of_rank in by_rank(single)]
+    groups: list[tuple[Layout, Shapes]] = [
+        (Whole(optimizer), [chunk for of_shape in by_shape(of_rank) for chunk in in_chunks(of_shape, of_shape)])
+        for of_rank in by_rank(single)
+    ]
     return groups + [(Stacks(optimizer, kinds), shapes) for shapes in groups_of_stacks(stacks)]
 
 

@@ -21,6 +21,10 @@ Output = TypeVar("Output")
 Number = Tensor | float
 """A scalar that a function depends on: on the device, or on the host."""
 
+# Of a GPU's memory, the most that the temporary tensors of a recording may keep. It is missing in forward and backward
+# passes, where those of what is launched one by one are not: a run must not end for want of it.
+_MOST_MEMORY = 0.02
+
 # The call alike that is recorded: what is compiled, set up and allocated once is done by then.
 _RECORDED = 3
 
@@ -28,27 +32,56 @@ _allowed = True
 
 
 class GraphMemory:
-    """Memory for the temporary tensors of graphs that are launched one after the other, on one stream.
-
-    What one of them leaves free, the others use.
-    """
+    """Memory of graphs that are launched one after the other, on one stream: what each leaves free, the others use."""
 
     def __init__(self) -> None:
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._stream: torch.cuda.Stream | None = None
+        self._gradients: dict[int, Tensor] = {}
 
-    @property
-    def pool(self) -> Any:
-        """The pool of memory to capture a graph with."""
-        # That of a graph that still exists: torch frees a pool with the last one.
-        return next((graph.pool() for graph in self._graphs), None) or torch.cuda.graph_pool_handle()
-
-    def keep_for(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Have the next graphs use a graph's memory, as long as it exists.
+    def for_gradients(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors like the gradients of parameters, which each graph fills anew: the same for all of them.
 
         Args:
-            graph: a graph that has been captured.
+            parameters: parameters that have a gradient.
         """
+        found = []
+        for parameter, gradient in zip(parameters, gradients_of(parameters), strict=True):
+            own = self._gradients.get(id(parameter))
+            if own is None or (own.shape, own.dtype, own.device) != (gradient.shape, gradient.dtype, gradient.device):
+                own = self._gradients[id(parameter)] = torch.empty_like(gradient)
+            found.append(own)
+        return found
+
+    def free_unused(self) -> None:
+        """Free the tensors for gradients if there is no graph."""
+        if not self._graphs:
+            self._gradients.clear()
+
+    def capture(self, function: Callable[[], Output]) -> tuple[torch.cuda.CUDAGraph, Output]:
+        """Capture what a function launches on the current device, without running it.
+
+        Args:
+            function: the function.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # One, because libraries keep memory for each that they have worked on.
+        if self._stream is None or self._stream.device_index != torch.cuda.current_device():
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream())
+        # That of a graph that still exists: torch frees a pool with the last one.
+        pool = next((other.pool() for other in self._graphs), None) or torch.cuda.graph_pool_handle()
+        # Not by torch.cuda.graph, which waits for the device and empties the cache of memory. Other threads, as those
+        # that load data, may go on.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                output = function()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
         self._graphs.add(graph)
+        return graph, output
 
 
 class _Recording(NamedTuple):
@@ -143,11 +176,11 @@ class Replay(Generic[Output]):
         device = parameters[0].device
         gradients = gradients_of(parameters)
         try:
-            own_gradients = [torch.empty_like(gradient) for gradient in gradients]
+            own_gradients = self._memory.for_gradients(parameters)
             own_numbers = {name: number.clone() for name, number in _on_device(numbers, device).items()}
             for parameter, own in zip(parameters, own_gradients, strict=True):
                 parameter.grad = own
-            launch, output = record(lambda: function(own_numbers), device, self._memory)
+            recorded = record(lambda: function(own_numbers), device, self._memory)
         except Exception as error:  # of the driver, of a library that waits for the device, or for want of memory
             reason = (str(error).splitlines() or [""])[0]
             warnings.warn(
@@ -159,12 +192,16 @@ class Replay(Generic[Output]):
         finally:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-        return _Recording(launch, output, own_gradients, own_numbers)
+        if recorded is None:
+            del own_gradients
+            self._memory.free_unused()
+            return None
+        return _Recording(*recorded, own_gradients, own_numbers)
 
 
 def record(
     function: Callable[[], Output], device: torch.device, memory: GraphMemory
-) -> tuple[Callable[[], None], Output]:
+) -> tuple[Callable[[], None], Output] | None:
     """Record what a function launches, without running it.
 
     Args:
@@ -173,23 +210,13 @@ def record(
         memory: for its temporary tensors.
 
     Returns:
-        What launches it, and what the function has returned.
+        What launches it, and what the function has returned; None if that would keep too much memory.
     """
-    graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        # Not by torch.cuda.graph, which waits for the device and empties the cache of memory. Other threads, as those
-        # that load data, may go on.
-        with torch.cuda.stream(stream):
-            graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
-            try:
-                output = function()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
-    memory.keep_for(graph)
-    return graph.replay, output
+        before = torch.cuda.memory_reserved()
+        graph, output = memory.capture(function)
+        kept, in_all = torch.cuda.memory_reserved() - before, torch.cuda.get_device_properties(device).total_memory
+    return (graph.replay, output) if kept <= _MOST_MEMORY * in_all else None
 
 
 @contextmanager
