@@ -103,8 +103,10 @@ def of_case(name, of_four, of_two):
 @pytest.mark.parametrize("name", CASES)
 def test_processes_do_what_one_does_with_the_whole_batch(name, of_case, alone):
     wanted = alone(**CASES[name])
+    # In float32; what a compression leaves out depends on the rounding of sums, which is each processor's own.
+    bound = 1e-4 if CASES[name].get("merge") == "factored" else 1e-5
     for result in of_case:
-        assert worst(result["weights"], wanted["weights"]) <= 1e-5
+        assert worst(result["weights"], wanted["weights"]) <= bound
         torch.testing.assert_close(result["losses"], wanted["losses"], rtol=1e-5, atol=0)
         # The model's own weights, which the next step trains.
         torch.testing.assert_close(result["outputs"], wanted["outputs"], rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ import torch
 from gpu.contenders import Contender, Size, Spec
 
 # A block is as long as an interval, and at least so long that the host runs ahead of the device, as in training.
-_SHORTEST_BLOCK = 4
+_SHORTEST_BLOCK = 8
 _FIRST_STEPS = 2
 
 # DoRA's activations take a quarter more than LoRA's, and some memory is lost between tensors.
@@ -163,6 +163,9 @@ def rounds(
     """
     taken: list[dict[str, Block]] = []
     longest = 0.0
+    # To go through the objects of all these models takes Python's garbage collection as long as some steps.
+    gc.collect()
+    gc.freeze()
     for resident in group:  # not counted: compiles, sets up libraries and allocates memory that later steps use again
         if clock.spent() < until:
             resident.block(checkpointing)
@@ -173,6 +176,7 @@ def rounds(
                 found[resident.contender.spec.name] = block
         taken.append(found)
         longest = max(longest, clock.spent() - start)
+    gc.unfreeze()
     print(f"{clock.spent():.0%}: {len(taken)} rounds, checkpointing {'on' if checkpointing else 'off'}", flush=True)
     baseline = group[0].contender.spec.name
     for resident in group:
