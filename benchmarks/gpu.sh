@@ -18,7 +18,7 @@ usage() {
 usage: gpu.sh --output FOLDER [--carried FOLDER] [--minutes 10] [--parts tests,steps,cities] [--studies FILE]...
               [--workers N] [--only METHODS] [--toy] [--mps]
   --carried  what gpu.carry wrote; without it there is no part cities, except at toy size
-  --minutes  for all parts: two tenths for the tests at most, then half of the rest for steps, and the rest for cities
+  --minutes  for all parts: three tenths for the tests at most, then half of the rest for steps, and the rest for cities
   --studies  what the part cities trains; by default gpu/cities.json; may be given more than
              once. Others: gpu/facts.json, gpu/target.json
   --workers  runs of the part cities at once; by default by cores and memory
@@ -71,7 +71,7 @@ if has tests; then
   parallel=''
   if "$python" -c 'import xdist' 2>/dev/null && [ -z "$toy" ]; then parallel="-n $(($(nproc) > 8 ? 8 : $(nproc)))"; fi
   # shellcheck disable=SC2086 # two words
-  limited $((budget / 5 > 30 ? budget / 5 : 30)) "$python" -m pytest -o addopts= -q -rfE --tb=short -p no:cacheprovider \
+  limited $((budget * 3 / 10 > 30 ? budget * 3 / 10 : 30)) "$python" -m pytest -o addopts= -q -rfE --tb=short -p no:cacheprovider \
     --rootdir "$root" -c "$root/pyproject.toml" $parallel -m gpu "$root"/tests/test_gpu{,_merges,_factored}.py 2>&1 |
     tee "$output/tests.log"
   code=${PIPESTATUS[0]}

@@ -1,5 +1,7 @@
 """A stand-in for CUDA graphs on the CPU: what a function launches, recorded by its addresses and launched again."""
 
+import weakref
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -44,7 +46,7 @@ class Recorder(TorchDispatchMode):
 
 
 class Recordings:
-    """How often something has been recorded, and launched again."""
+    """How often something has been recorded, and launched again; and the last recording, as long as it is kept."""
 
     def __init__(self, monkeypatch):
         self.recorded = self.launched = 0
@@ -65,4 +67,5 @@ class Recordings:
             self.launched += 1
             recorder.launch()
 
+        self.kept = weakref.ref(launch)
         return launch, output

@@ -159,6 +159,14 @@ def test_a_rescale_that_differs_each_time_is_not_replayed(settings, recordings):
     assert not recordings.recorded
 
 
+def test_a_recording_is_freed_when_the_engine_is_detached(recordings):
+    run = Run().steps(5)
+    assert recordings.kept() is not None
+    run.engine.detach()
+    assert recordings.kept() is None
+    assert run.engine.metrics()["scalora/rescales"] == 4
+
+
 def test_rules_of_others_are_not_replayed(recordings):
     from scalora.maths.scaling import scaling_of_grams
 

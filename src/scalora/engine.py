@@ -221,6 +221,7 @@ class ScaLora:
         """
         self._hook.remove()
         self._watch.stop()
+        self._rescaling.forget_recording()
         self._attached = False
         self._notices.about_layers(self._left_alone)
         if not self._replaced:

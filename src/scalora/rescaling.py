@@ -107,6 +107,10 @@ class Rescaling:
             changes_gradients=True,
         )
 
+    def forget_recording(self) -> None:
+        """Free what is kept to replay rescales."""
+        self._replay.forget()
+
     def _key(self, active: list[tuple[int, Shapes]], constants: list[list[SolveConstants]]) -> Hashable:
         """What the kernels of a rescale depend on; None if they can't be replayed."""
         tensors = [tensor for of_group in constants for of_rank in of_group for tensor in of_rank]

@@ -142,7 +142,7 @@ class Replay(Generic[Output]):
             What the function returns. The next call may overwrite its tensors.
         """
         if key is None:
-            self._key = self._recording = None
+            self.forget()
             return function(numbers)
         key = (key, tuple(numbers)) if _allowed else None
         if key != self._key:
@@ -165,6 +165,10 @@ class Replay(Generic[Output]):
             increment_version(tensor)
         output: Output = self._recording.output
         return output
+
+    def forget(self) -> None:
+        """Free what has been recorded."""
+        self._key = self._recording = None
 
     def _recorded(
         self,
