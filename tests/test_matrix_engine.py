@@ -351,3 +351,23 @@ def test_lora_alpha_changes_nothing():
         train(model, optimizer, batches(20))
         outputs.append(model(batches(1)[0][0]).detach())
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["auto", "matrix"])
+@pytest.mark.parametrize("merge", ["dense", "factored"])
+def test_layers_in_small_chunks_train_as_those_of_a_shape_together(mode, merge, monkeypatch):
+    def trained() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        layers = [nn.Linear(12, 12) for _ in range(5)]
+        model = with_lora(
+            nn.Sequential(*layers, nn.Linear(12, 6)), dtype=torch.float64, r=3, target_modules="all-linear"
+        )
+        optimizer = PairAdamW(model, lr=0.01)
+        ScaLora(model, optimizer, ScaLoraConfig(mode=mode, merge=merge, warmup_steps=1))
+        train(model, optimizer, batches(12))
+        return model.state_dict()
+
+    wanted = trained()
+    monkeypatch.setattr("scalora.model.adapters.CHUNK", 2 * 8 * 3 * (12 + 12))  # two layers
+    for key, value in trained().items():
+        torch.testing.assert_close(value, wanted[key], rtol=1e-9, atol=1e-12)

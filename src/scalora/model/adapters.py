@@ -44,7 +44,7 @@ from scalora.rescale.remainder import HALF, FactoredRemainder, Remainder
 MERGEABLE = (torch.float32, torch.float64, *HALF)
 """Dtypes of base weights that can take a merge."""
 
-CHUNK = 1 << 23
+CHUNK = 1 << 24
 """Bytes of factors that are handled together. For a rescale by matrices, temporary tensors take some ten times as many:
 copies of the factors, gradients and moments, in part in float64."""
 
