@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from scalora.cli import app
-from scalora.report.charts import STUDY_CHARTS
+from scalora.report.charts import RUN_CHARTS, STUDY_CHARTS
 from scalora.report.figures import (
     column_share_by_steps,
     factors,
@@ -360,6 +360,22 @@ def test_shares_of_a_run_stack_up_to_all_layers(run):
     assert [layer.get_label() for layer in layers] == ["column", "scalar", "left alone"]
     np.testing.assert_allclose(layers[-1].get_paths()[0].vertices[:, 1].max(), 1)
     np.testing.assert_allclose(layers[0].get_paths()[0].vertices[:, 1].max(), 0.8, atol=1e-3)
+
+
+def test_shares_of_a_run_by_matrices(tmp_path):
+    write_run(tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    logs = [json.loads(line) for line in path.read_text().splitlines()]
+    for log in logs:
+        if "scalora/column_share" in log:
+            log["scalora/matrix_share"] = log.pop("scalora/column_share") + log.pop("scalora/scalar_share")
+    write_lines(path, logs)
+    run = read_run(tmp_path / "run")
+    layers = scaling_shares(run).axes[0].collections
+    assert [layer.get_label() for layer in layers] == ["matrix", "left alone"]
+    np.testing.assert_allclose(layers[-1].get_paths()[0].vertices[:, 1].max(), 1)
+    (chart,) = (chart for chart in RUN_CHARTS if chart.name == "how-layers-were-scaled")
+    assert chart.says(chart.table(run)) == "Over the run matrix from 0.9 to 0.9, left alone from 0.1 to 0.1."
 
 
 def test_factors_of_a_run_are_median_and_quantiles(run):

@@ -1,4 +1,4 @@
-"""`make demo`: teaches a real language model a task with ScaLoRA, using the same commands that users have.
+"""`make demo`: teaches a real language model a task with ScaLoRA and its defaults, by the commands that users have.
 
 Scores SmolLM2-135M on reversing lists of words (reasoning-gym), fine-tunes it with `scalora train`, scores it again,
 writes the run's report, and measures the rank of the update to the weights, which would be at most r with plain LoRA.

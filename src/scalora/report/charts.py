@@ -69,7 +69,7 @@ def _ends(*columns: str) -> Callable[[pd.DataFrame], str]:
 
     def says(table: pd.DataFrame) -> str:
         ends = []
-        for column in columns:
+        for column in filter(table.columns.__contains__, columns):
             known = table[column].dropna()
             if len(known):
                 ends.append(f"{column.replace('_', ' ')} from {known.iloc[0]:.4g} to {known.iloc[-1]:.4g}")
@@ -230,16 +230,16 @@ RUN_CHARTS: tuple[Chart[RunData], ...] = (
     Chart(
         "how-layers-were-scaled",
         "How layers were scaled",
-        "Share of the layers that were scaled by column, by one scalar, or left alone.",
+        "Share of the layers that were scaled by column or by one scalar, or by matrices, or left alone.",
         summaries.layer_shares,
         figures.scaling_shares,
-        _ends("column", "scalar", "left_alone"),
+        _ends("matrix", "column", "scalar", "left_alone"),
     ),
     Chart(
         "scaling-factors",
         "Scaling factors",
         "Median over the columns of all layers, and a band from the 10th to the 90th percentile. A factor of 1 "
-        "(dashed) leaves a column unchanged.",
+        "(dashed) leaves a column unchanged. With matrix scaling: the singular values of the matrices.",
         summaries.factor_quantiles,
         figures.factors,
         _ends("alpha_p50", "beta_p50"),

@@ -355,9 +355,18 @@ def run_spectrum(run: RunData) -> Figure:
     return figure
 
 
+# Colour and hatch of each way to scale a layer.
+_KINDS = {
+    "matrix": (_COLOURS[0], ""),
+    "column": (_COLOURS[0], ""),
+    "scalar": (_COLOURS[4], "///"),
+    "left_alone": (_COLOURS[7], "..."),
+}
+
+
 @_STYLE
 def scaling_shares(run: RunData) -> Figure:
-    """Shares of the layers that were scaled by column, by one scalar, or left alone, stacked, against steps.
+    """Shares of the layers by how they were scaled, stacked, against steps.
 
     Args:
         run: the run's data.
@@ -366,13 +375,14 @@ def scaling_shares(run: RunData) -> Figure:
         NoData: the run's method is not ScaLoRA.
     """
     shares = layer_shares(run)
+    kinds = [kind for kind in _KINDS if kind in shares]
     figure, (axes,) = _figure(2.7)
     axes.stackplot(
         shares["step"],
-        *(shares[kind] for kind in ("column", "scalar", "left_alone")),
-        labels=("column", "scalar", "left alone"),
-        colors=(_COLOURS[0], _COLOURS[4], _COLOURS[7]),
-        hatch=("", "///", "..."),
+        *(shares[kind] for kind in kinds),
+        labels=[kind.replace("_", " ") for kind in kinds],
+        colors=[_KINDS[kind][0] for kind in kinds],
+        hatch=[_KINDS[kind][1] for kind in kinds],
         edgecolor="white",
         linewidth=0.6,
     )

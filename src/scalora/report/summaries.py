@@ -297,23 +297,26 @@ def final_spectra(run: RunData) -> pd.DataFrame:
 
 
 def layer_shares(run: RunData) -> pd.DataFrame:
-    """The shares of the layers that were scaled by column, by one scalar, or not at all, at each logged step.
+    """The shares of the layers by how they were scaled, at each logged step.
 
     Args:
         run: the run's data.
 
     Returns:
-        One row per step: step, column, scalar, left_alone; the shares add up to 1.
+        One row per step: step, then column and scalar, or matrix with matrix scaling, and left_alone; the shares add up
+        to 1.
 
     Raises:
         NoData: the run's method is not ScaLoRA.
     """
-    shares = _logged(run, {f"scalora/{kind}_share": kind for kind in ("column", "scalar", "left_alone")})
+    by_matrix = "scalora/matrix_share" in run.metrics.columns
+    kinds = ("matrix", "left_alone") if by_matrix else ("column", "scalar", "left_alone")
+    shares = _logged(run, {f"scalora/{kind}_share": kind for kind in kinds})
     return shares.reset_index()
 
 
 def factor_quantiles(run: RunData) -> pd.DataFrame:
-    """Quantiles of the scaling factors at each logged step.
+    """Quantiles of the scaling factors, or of the singular values of the matrices, at each logged step.
 
     Args:
         run: the run's data.
