@@ -13,6 +13,7 @@ from recorder import Recordings
 from torch import nn
 
 from scalora import PairAdamW, ScaLora, ScaLoraConfig
+from scalora.maths.scaling import scaling_of_grams
 from scalora.rescale.replay import launched_one_by_one
 
 
@@ -168,8 +169,6 @@ def test_a_recording_is_freed_when_the_engine_is_detached(recordings):
 
 
 def test_rules_of_others_are_not_replayed(recordings):
-    from scalora.maths.scaling import scaling_of_grams
-
     model = with_lora(TwoLayers(), r=3, target_modules=["first", "second"])
     optimizer = sgd(model)
     ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=1), scaling_rule=scaling_of_grams)

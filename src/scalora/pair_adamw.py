@@ -28,6 +28,7 @@ from scalora.parallel.shards import axis_of, gathering, local
 from scalora.rescale.moments import is_being_captured
 from scalora.rescale.optimizers import loss_of
 from scalora.rescale.replay import GraphMemory, Number, Replay, addresses, is_recordable
+from scalora.rescale.transport import gradients_of
 
 _Group = dict[str, Any]
 
@@ -289,7 +290,6 @@ class PairAdamW(Optimizer):
             self._key(members, moments),
             [factor for member in members for factor in (member.pair.lora_A, member.pair.lora_B)],
             numbers,
-            changed=[factor for member in members for factor in (member.pair.lora_A, member.pair.lora_B)],
         )
 
     def _key(self, members: list[_Member], moments: Iterable[_Moments]) -> Hashable:
@@ -412,7 +412,7 @@ class PairAdamW(Optimizer):
         beta1, beta2 = group["betas"]
         adamw(
             parameters,  # type: ignore[arg-type]
-            [p.grad for p in parameters if p.grad is not None],
+            gradients_of(parameters),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],

@@ -103,7 +103,7 @@ class Rescaling:
             self._key(active, constants),
             [factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)],
             {} if skipped is None else {"skipped": skipped},
-            changed=[tensor for pair in pairs for tensor in (pair.lora_A, pair.lora_B, pair.weight)],
+            also_changed=[pair.weight for pair in pairs],
             changes_gradients=True,
         )
 

@@ -23,7 +23,7 @@ from scalora.parallel.zero import Zero
 from scalora.rescale.changes import Factors, Part
 from scalora.rescale.kernels import Kernels
 from scalora.rescale.optimizers import Kind
-from scalora.rescale.transport import HoldsState
+from scalora.rescale.transport import HoldsState, gradients_of
 
 Shapes = list[list[LoraPair]]
 """Layers that are rescaled together, in lists of equal shapes."""
@@ -154,7 +154,7 @@ class Whole:
     def _share(self, pairs: list[LoraPair]) -> Share:
         lora_A: list[Tensor] = [pair.lora_A for pair in pairs]
         lora_B: list[Tensor] = [pair.lora_B for pair in pairs]
-        grads_A, grads_B = ([p.grad for p in factors if p.grad is not None] for factors in (lora_A, lora_B))
+        grads_A, grads_B = gradients_of(lora_A), gradients_of(lora_B)
         factors = Factors(lora_A, lora_B, [Part([pair.weight for pair in pairs], [pair.remainder for pair in pairs])])
         inputs = (lora_B, grads_B, lora_A, grads_A)
         spread_A, spread_B = partial(over_rows, lora_A, slice(None)), partial(over_columns, lora_B)

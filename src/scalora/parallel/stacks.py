@@ -20,6 +20,7 @@ from scalora.model.matrices import stack_of_A, stack_of_B
 from scalora.parallel.layout import Shapes, Share, Whole, in_buckets, over_columns, over_rows
 from scalora.rescale.changes import Factors, Part
 from scalora.rescale.optimizers import MATRIX, Kind
+from scalora.rescale.transport import gradients_of
 
 # Bytes of factors and gradients beyond which layers are rescaled in several goes. Copies of them, and of the moments,
 # are on the device for the time of a rescale.
@@ -44,7 +45,7 @@ class Stacks(Whole):
         parts = _Parts(self._optimizer, self._kinds)
         lora_A = [part for pair in pairs for part in parts.of(pair.lora_A, pair.experts, stack_of_A)]
         lora_B = [part for pair in pairs for part in parts.of(pair.lora_B, pair.experts, stack_of_B)]
-        grads_A, grads_B = ([p.grad for p in factors if p.grad is not None] for factors in (lora_A, lora_B))
+        grads_A, grads_B = gradients_of(lora_A), gradients_of(lora_B)
         weights = [pair.matrices_of_weight(pair.weight.detach()) for pair in pairs]
         remainders = [
             pair.remainder.by_matrix(pair.weight, of_pair) for pair, of_pair in zip(pairs, weights, strict=True)

@@ -69,7 +69,7 @@ def _ends(*columns: str) -> Callable[[pd.DataFrame], str]:
 
     def says(table: pd.DataFrame) -> str:
         ends = []
-        for column in filter(table.columns.__contains__, columns):
+        for column in (column for column in columns if column in table):
             known = table[column].dropna()
             if len(known):
                 ends.append(f"{column.replace('_', ' ')} from {known.iloc[0]:.4g} to {known.iloc[-1]:.4g}")

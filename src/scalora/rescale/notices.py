@@ -85,3 +85,13 @@ class Notices:
         if about not in self._given:
             self._given.add(about)
             warnings.warn(text, stacklevel=_USER)
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's type and the first line of its message.
+
+    Args:
+        error: the error.
+    """
+    reason = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {reason}"

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from scalora.rescale.notices import in_one_line
 from scalora.rescale.remainder import HALF, DenseRemainder, Remainder
 from scalora.rescale.stochastic import StochasticRemainder
 
@@ -161,10 +162,9 @@ def merge(
         missing = isinstance(error, ImportError)
         _GIVEN_UP.add(None if missing else kind)
         of = "weights" if missing else f"{str(kind[0]).removeprefix('torch.')} weights at rank {kind[2]}"
-        reason = (str(error).splitlines() or [""])[0]
         warnings.warn(
             f"merges into {of} take several times as long as they could, because the Triton kernel can't be used "
-            f"({type(error).__name__}: {reason}): PyTorch's own operations take its place",
+            f"({in_one_line(error)}): PyTorch's own operations take its place",
             stacklevel=3,
         )
         return False

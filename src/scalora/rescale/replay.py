@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from scalora.rescale.notices import in_one_line
+from scalora.rescale.transport import gradients_of
+
 Output = TypeVar("Output")
 
 Number = Tensor | float
@@ -124,7 +127,7 @@ class Replay(Generic[Output]):
         parameters: Sequence[Tensor],
         numbers: Mapping[Any, Number],
         *,
-        changed: Sequence[Tensor],
+        also_changed: Sequence[Tensor] = (),
         changes_gradients: bool = False,
     ) -> Output:
         """Call the function, or do what it would.
@@ -133,9 +136,9 @@ class Replay(Generic[Output]):
             function: the function, which is called with the numbers: as scalars on the device, if there is a key.
             key: what the function depends on, besides the gradients' values and the numbers: the same for two calls
                 that launch the same on the same addresses of one GPU. None: it can't be recorded.
-            parameters: the parameters whose gradients the function reads.
+            parameters: the parameters that the function changes, and whose gradients it reads.
             numbers: scalars that may be others in each call, by names.
-            changed: the tensors that the function changes besides gradients, for autograd to know.
+            also_changed: other tensors that autograd should know to be changed.
             changes_gradients: whether it changes the gradients.
 
         Returns:
@@ -152,18 +155,18 @@ class Replay(Generic[Output]):
             self._recording = self._recorded(function, parameters, numbers)
         if self._recording is None:
             return function(_on_device(numbers, parameters[0].device))
-        launch, own_gradients, own_numbers = self._recording.launch, self._recording.gradients, self._recording.numbers
+        recording = self._recording
         gradients = gradients_of(parameters)
-        torch._foreach_copy_(own_gradients, gradients)
+        torch._foreach_copy_(recording.gradients, gradients)
         for name, number in numbers.items():
-            own = own_numbers[name]
+            own = recording.numbers[name]
             own.copy_(number) if isinstance(number, Tensor) else own.fill_(number)
-        launch()
+        recording.launch()
         if changes_gradients:
-            torch._foreach_copy_(gradients, own_gradients)
-        for tensor in changed:
+            torch._foreach_copy_(gradients, recording.gradients)
+        for tensor in (*parameters, *also_changed):
             increment_version(tensor)
-        output: Output = self._recording.output
+        output: Output = recording.output
         return output
 
     def forget(self) -> None:
@@ -179,6 +182,7 @@ class Replay(Generic[Output]):
         """Record the function; None, with a warning, if that is not possible. Changes nothing."""
         device = parameters[0].device
         gradients = gradients_of(parameters)
+        recorded = None
         try:
             own_gradients = self._memory.for_gradients(parameters)
             own_numbers = {name: number.clone() for name, number in _on_device(numbers, device).items()}
@@ -186,18 +190,15 @@ class Replay(Generic[Output]):
                 parameter.grad = own
             recorded = record(lambda: function(own_numbers), device, self._memory)
         except Exception as error:  # of the driver, of a library that waits for the device, or for want of memory
-            reason = (str(error).splitlines() or [""])[0]
             warnings.warn(
                 f"{self._what} takes longer than it could, because it can't be recorded in a CUDA graph "
-                f"({type(error).__name__}: {reason}): what it launches is launched one by one",
+                f"({in_one_line(error)}): what it launches is launched one by one",
                 stacklevel=4,
             )
-            return None
         finally:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
         if recorded is None:
-            del own_gradients
             self._memory.free_unused()
             return None
         return _Recording(*recorded, own_gradients, own_numbers)
@@ -251,15 +252,6 @@ def addresses(tensors: Sequence[Tensor]) -> tuple[tuple[int, torch.dtype], ...]:
         tensors: the tensors.
     """
     return tuple([(tensor.data_ptr(), tensor.dtype) for tensor in tensors])
-
-
-def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of parameters that have one.
-
-    Args:
-        parameters: the parameters.
-    """
-    return [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
 
 
 def _on_device(numbers: Mapping[Any, Number], device: torch.device) -> dict[Any, Tensor]:

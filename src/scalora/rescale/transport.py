@@ -39,6 +39,15 @@ class HoldsState(Protocol):
         """The state of each parameter."""
 
 
+def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of parameters that have one.
+
+    Args:
+        parameters: the parameters.
+    """
+    return [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+
+
 @torch.no_grad()
 def scale_gradients_and_states(
     optimizer: HoldsState,
