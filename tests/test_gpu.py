@@ -196,8 +196,10 @@ def test_a_step_with_a_rescale_waits_for_nothing(merge, mode, optimizer):
 
 @needs_cuda
 @pytest.mark.parametrize(("mode", "optimizer"), [*MODES, *MATRICES])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_run_with_replays_ends_as_one_without_to_the_bit(dtype, mode, optimizer, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "merge"), [(torch.float32, "dense"), (torch.bfloat16, "dense"), (torch.bfloat16, "stochastic")]
+)
+def test_a_run_with_replays_ends_as_one_without_to_the_bit(dtype, merge, mode, optimizer, monkeypatch):
     launches = 0
     replay = torch.cuda.CUDAGraph.replay
 
@@ -207,11 +209,11 @@ def test_a_run_with_replays_ends_as_one_without_to_the_bit(dtype, mode, optimize
         replay(graph)
 
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
-    found = rescaled(DEVICE, dtype, "dense", mode, optimizer)
+    found = rescaled(DEVICE, dtype, merge, mode, optimizer)
     # Of 6 rescales and 8 steps; the first two alike are not replayed.
     assert launches == (4 + 6 if optimizer == "PairAdamW" else 4)
     with launched_one_by_one():
-        wanted = rescaled(DEVICE, dtype, "dense", mode, optimizer)
+        wanted = rescaled(DEVICE, dtype, merge, mode, optimizer)
     for key, value in found.state_dict().items():
         assert torch.equal(value, wanted.state_dict()[key]), key
 

@@ -56,7 +56,6 @@ from scalora.rescale.optimizers import (
 from scalora.rescale.other_optimizers import WatchOfOtherOptimizers
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
 from scalora.rescale.replay import GraphMemory
-from scalora.rescale.stochastic import StochasticRemainder
 from scalora.rescale.transport import (
     check_states,
     scale_gradients_and_states,
@@ -462,13 +461,10 @@ class ScaLora:
             skipped: GradScaler calls a fused optimizer even if it is going to skip the step, which only the device
                 knows: a scalar that is positive then. None if it can't be skipped.
         """
-        for pair in self.pairs:
-            if isinstance(pair.remainder, StochasticRemainder):
-                pair.remainder.step = self.step
         self._had_gradients = (
             self._had_gradients or self._zero is not None or any(pair.has_gradients for pair in self.pairs)
         )
-        rescaled = self._rescaling.run(self._progress.base_rates or {}, skipped)
+        rescaled = self._rescaling.run(self._progress.base_rates or {}, skipped, self.step)
         if begins:
             self._last = []
             self._progress.count_rescale(skipped)

@@ -23,8 +23,8 @@ from scalora.rescale.changes import Change, ColumnChange, MatrixChange, split
 from scalora.rescale.kernels import Kernels
 from scalora.rescale.metrics import Rescaled, remainder_energy
 from scalora.rescale.optimizers import MATRIX, Kind
-from scalora.rescale.remainder import DenseRemainder, Remainder, compress_full
-from scalora.rescale.replay import GraphMemory, Replay, addresses, is_recordable
+from scalora.rescale.remainder import DenseRemainder, compress_full
+from scalora.rescale.replay import GraphMemory, Number, Replay, addresses, is_recordable
 from scalora.rescale.stochastic import StochasticRemainder
 from scalora.rescale.transport import transform_gradients_and_states
 
@@ -73,12 +73,13 @@ class Rescaling:
         self._scaling_rule = scaling_rule
         self._transport = transport
 
-    def run(self, rates: Mapping[str, Rates], skipped: Tensor | None) -> list[Rescaled]:
+    def run(self, rates: Mapping[str, Rates], skipped: Tensor | None, step: int) -> list[Rescaled]:
         """Rescale the layers that take part in this step.
 
         Args:
             rates: the base learning rates of each layer's lora_A and lora_B, by its name.
             skipped: a scalar that is positive if the optimizer is going to skip the step; None if it can't.
+            step: number of the optimizer step, for the random numbers of stochastic remainders.
 
         Returns:
             What was done, for the layers of each group and rank.
@@ -98,11 +99,14 @@ class Rescaling:
             for index, shapes in active
         ]
         pairs = [pair for _, shapes in active for of_shape in shapes for pair in of_shape]
+        numbers: dict[str, Number] = {} if skipped is None else {"skipped": skipped}
+        if any(isinstance(pair.remainder, StochasticRemainder) for pair in pairs):
+            numbers["step"] = float(step)
         return self._replay(
             partial(self._rescale, active, constants),
             self._key(active, constants),
             [factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)],
-            {} if skipped is None else {"skipped": skipped},
+            numbers,
             also_changed=[pair.weight for pair in pairs],
             changes_gradients=True,
         )
@@ -118,8 +122,12 @@ class Rescaling:
             return None
         for index, shapes in active:
             layout, _ = self._groups[index]
-            if type(layout) is not Whole or not all(_is_repeatable(p.remainder) for pairs in shapes for p in pairs):
-                return None  # others work on copies, or on what collectives bring
+            if type(layout) is not Whole or not all(
+                isinstance(p.remainder, DenseRemainder) for pairs in shapes for p in pairs
+            ):
+                # Other layouts work on copies, or on what collectives bring, and factored remainders fill other columns
+                # each time.
+                return None
             tensors += layout.tensors_of(shapes)
         return addresses(tensors)
 
@@ -127,10 +135,15 @@ class Rescaling:
         self,
         active: list[tuple[int, Shapes]],
         constants: list[list[SolveConstants]],
-        numbers: Mapping[str, Tensor],
+        numbers: Mapping[str, Number],
     ) -> list[Rescaled]:
         """Rescale layers, given the constants of those of each group and rank."""
-        skipped = numbers.get("skipped")
+        skipped, step = numbers.get("skipped"), numbers.get("step")
+        assert skipped is None or isinstance(skipped, Tensor)
+        if step is not None:
+            for remainder in (pair.remainder for _, shapes in active for pairs in shapes for pair in pairs):
+                if isinstance(remainder, StochasticRemainder):
+                    remainder.step = step if isinstance(step, Tensor) else int(step)
         self._begin(*active[0])
         rescaled: list[Rescaled] = []
         for position, (index, shapes) in enumerate(active):
@@ -213,11 +226,3 @@ class Rescaling:
                 ):
                     self._transport(share.optimizer, self._kinds, factors, spread, self._kernels.multiply)
             share.finish()
-
-
-def _is_repeatable(remainder: Remainder) -> bool:
-    """Whether merges launch the same each time.
-
-    A factored remainder fills other columns, and the random numbers of a stochastic one are those of the step.
-    """
-    return isinstance(remainder, DenseRemainder) and not isinstance(remainder, StochasticRemainder)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from scalora.rescale.notices import in_one_line
 from scalora.rescale.remainder import HALF, DenseRemainder, Remainder
-from scalora.rescale.stochastic import StochasticRemainder
+from scalora.rescale.stochastic import StochasticRemainder, on_device
 
 # Ranks up to this are one block of the product, and the factor of the rows is read once for several tiles. Beyond, what
 # the product keeps in registers would exceed them.
@@ -242,7 +242,7 @@ def _launch(
             left,
             right,
             coefficients.float().contiguous(),
-            remainder.step if isinstance(remainder, StochasticRemainder) else 0,
+            on_device(remainder.step, first.device) if isinstance(remainder, StochasticRemainder) else None,
             remainder.first_row,
             rows,
             columns,

@@ -35,13 +35,13 @@ class StochasticRemainder(DenseRemainder):
 
     Attributes:
         name_hash: 32 bits of the name's hash.
-        step: number of the optimizer step, which the next merge's random numbers depend on.
+        step: number of the optimizer step, which the next merge's random numbers XX
     """
 
     def __init__(self, weight: Tensor, *, transposed: bool, name: str) -> None:
         super().__init__(weight, transposed=transposed)
         self.name_hash = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
-        self.step = 0
+        self.step: int | Float[Tensor, ""] = 0
 
     def by_matrix(self, weight: Tensor, matrices: Sequence[Float[Tensor, "rows columns"]]) -> Sequence[DenseRemainder]:
         """`DenseRemainder.by_matrix`; the random numbers of each matrix are its own.
@@ -64,7 +64,19 @@ class StochasticRemainder(DenseRemainder):
         block.copy_(rounded_by(exact, block, draws(self.name_hash, self.step, self.first_row + part.start, block)))
 
 
-def draws(name_hash: int, step: int, first_row: int, like: Tensor) -> Int[Tensor, "rows columns"]:
+def on_device(step: int | Float[Tensor, ""], device: torch.device) -> Float[Tensor, ""]:
+    """The number of a step as a float64 scalar on a device, for which the host does not wait.
+
+    Args:
+        step: the number.
+        device: the device.
+    """
+    if isinstance(step, Tensor):
+        return step.to(device, non_blocking=True)
+    return torch.full((), step, dtype=torch.float64, device=device)
+
+
+def draws(name_hash: int, step: int | Float[Tensor, ""], first_row: int, like: Tensor) -> Int[Tensor, "rows columns"]:
     """16 random bits for each entry of some rows of a weight, as int32.
 
     Args:
@@ -74,8 +86,8 @@ def draws(name_hash: int, step: int, first_row: int, like: Tensor) -> Int[Tensor
         like: the rows.
     """
     rows, columns = (torch.arange(size, dtype=torch.int32, device=like.device) for size in like.shape)
-    key = _mixed_number(name_hash ^ _mixed_number(step & _MASK)) + first_row * _GOLDEN
-    of_rows = _mixed(rows.mul_(_signed(_GOLDEN)).add_(_signed(key)))
+    key = _mixed(_mixed(on_device(step, like.device).to(torch.int32)) ^ _signed(name_hash))
+    of_rows = _mixed(rows.add_(first_row).mul_(_signed(_GOLDEN)).add_(key))
     return _mixed(of_rows[:, None] ^ columns).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 

@@ -135,7 +135,7 @@ def _float16_by_draws(exact, draws):
     return tl.where(finite, signed, exact).to(tl.float16)
 
 
-@triton.jit(do_not_specialize=["step", "rows_before"])
+@triton.jit(do_not_specialize=["rows_before"])
 @no_type_check
 def merge_kernel(
     table,
@@ -169,7 +169,7 @@ def merge_kernel(
         left: factor of the weights' rows, float32.
         right: factor of the weights' columns, float32.
         coefficients: float32, (layers, RANK).
-        step: number of the optimizer step, for stochastic rounding.
+        step: number of the optimizer step, for stochastic rounding: a float64 scalar on the device; otherwise None.
         rows_before: rows of the weights before those that are here, for stochastic rounding.
         rows: rows of each weight.
         columns: columns of each weight.
@@ -199,7 +199,7 @@ def merge_kernel(
     coefficients += layer * RANK
     address = tl.load(table + layer * 3)
     if ROUNDING == "stochastic":
-        key = _mixed(tl.load(table + layer * 3 + 2).to(tl.uint32) ^ _mixed(step.to(tl.uint32)))
+        key = _mixed(tl.load(table + layer * 3 + 2).to(tl.uint32) ^ _mixed(tl.load(step).to(tl.int64).to(tl.uint32)))
     if BLOCK_K >= RANK:
         resident = _left_tile(left, coefficients, row, tl.arange(0, BLOCK_K), rows, left_row, left_k, RANK)
     for tile in range(first_tile, tl.minimum(first_tile + TILES, tl.cdiv(columns, BLOCK_N))):
