@@ -100,6 +100,12 @@ def assert_near(one, other, bound):
         assert (found - expected).norm() < bound * expected.norm()
 
 
+def assert_equal(one, other):
+    expected = other.state_dict()
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
 @pytest.mark.parametrize(("mode", "optimizer"), [*MODES, *MATRICES])
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
@@ -124,17 +130,17 @@ def test_compressions_of_a_factored_remainder_are_those_of_the_cpu():
     assert_near(of_cpu, of_gpu, 1e-7)
 
 
-def rescaled(device, dtype, merge, mode, optimizer):
-    """A half-precision base after rescales with gradients that are the same on all devices."""
+def rescaled(device, dtype, merge, mode, optimizer, *, steps=8, **settings):
+    """A model after rescales, from the third step on, with gradients that are the same on all devices."""
     torch.manual_seed(0)
     model = get_peft_model(TwoLayers().to(dtype), LoraConfig(r=3, target_modules=["first", "second"])).to(device)
-    engine = attach(model, optimizer, merge=merge, mode=mode)
+    engine = attach(model, optimizer, merge=merge, mode=mode, **settings)
     generator = torch.Generator().manual_seed(2)
-    for _ in range(8):
+    for _ in range(steps):
         for parameter in trainable(model):
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
         engine.optimizer.step()
-    assert engine.metrics()["scalora/rescales"] == 6
+    assert engine.metrics()["scalora/rescales"] == steps - 2
     return model
 
 
@@ -171,9 +177,7 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(merge, mode, optimi
     engine.load_state_dict(state)
     take_steps(resumed, engine, data, 8)
     assert engine.step == 16
-    expected = whole.state_dict()
-    for key, value in resumed.state_dict().items():
-        assert torch.equal(value, expected[key]), key
+    assert_equal(resumed, whole)
 
 
 @needs_cuda
@@ -194,28 +198,39 @@ def test_a_step_with_a_rescale_waits_for_nothing(merge, mode, optimizer):
     assert engine.metrics()["scalora/rescales"] == 6
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    """A list with an entry for each launch of a graph."""
+    made = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (made.append(1), replay(graph)))
+    return made
+
+
 @needs_cuda
 @pytest.mark.parametrize(("mode", "optimizer"), [*MODES, *MATRICES])
 @pytest.mark.parametrize(
     ("dtype", "merge"), [(torch.float32, "dense"), (torch.bfloat16, "dense"), (torch.bfloat16, "stochastic")]
 )
-def test_a_run_with_replays_ends_as_one_without_to_the_bit(dtype, merge, mode, optimizer, monkeypatch):
-    launches = 0
-    replay = torch.cuda.CUDAGraph.replay
-
-    def counted(graph):
-        nonlocal launches
-        launches += 1
-        replay(graph)
-
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+def test_a_run_with_replays_ends_as_one_without_to_the_bit(dtype, merge, mode, optimizer, launches):
     found = rescaled(DEVICE, dtype, merge, mode, optimizer)
     # Of 6 rescales and 8 steps; the first two alike are not replayed.
-    assert launches == (4 + 6 if optimizer == "PairAdamW" else 4)
+    assert len(launches) == (4 + 6 if optimizer == "PairAdamW" else 4)
     with launched_one_by_one():
         wanted = rescaled(DEVICE, dtype, merge, mode, optimizer)
-    for key, value in found.state_dict().items():
-        assert torch.equal(value, wanted.state_dict()[key]), key
+    assert_equal(found, wanted)
+
+
+@needs_cuda
+@pytest.mark.parametrize(("mode", "optimizer"), [*MODES, *MATRICES])
+def test_each_place_that_a_factored_remainder_fills_is_replayed_to_the_bit(mode, optimizer, launches):
+    settings = {"steps": 14, "remainder_rank": 3}
+    found = rescaled(DEVICE, torch.bfloat16, "factored", mode, optimizer, **settings)
+    # Of 12 rescales the first fills the columns 1 to 3, six 4 to 6, and five 7 to 9, before a compression to 3.
+    assert len(launches) == (4 + 3 + 12 if optimizer == "PairAdamW" else 4 + 3)
+    with launched_one_by_one():
+        wanted = rescaled(DEVICE, torch.bfloat16, "factored", mode, optimizer, **settings)
+    assert_equal(found, wanted)
 
 
 @needs_cuda
@@ -224,8 +239,7 @@ def test_a_recording_that_keeps_too_much_memory_is_given_up(monkeypatch):
     monkeypatch.setattr("scalora.rescale.replay._MOST_MEMORY", 0)
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: pytest.fail("it has been replayed"))
     found, *_ = train(DEVICE, torch.float32, "PairAdamW", steps=8, mode="matrix", merge="dense")
-    for key, value in found.state_dict().items():
-        assert torch.equal(value, expected.state_dict()[key]), key
+    assert_equal(found, expected)
 
 
 @needs_cuda

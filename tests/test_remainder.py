@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from scalora import ScaLora, ScaLoraConfig, UnsupportedLayerError
 from scalora.maths.lowrank import compressed_products, factors_of_dense, factors_of_product, rank_for_tolerance
+from scalora.maths.scaling import scaling_of_grams
 from scalora.maths.subspace import by_purification
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, add_to_all, compress_full
 
@@ -251,6 +252,7 @@ def test_layers_that_are_full_are_compressed_together_and_the_others_left_alone(
         # The last layer comes one round later.
         for remainder, total in list(zip(remainders, replay, strict=True))[: 3 if added else 2]:
             left, right = (torch.randn(rows, 3, generator=generator) for rows in total.shape)
+            remainder.make_room(3)
             add_to_all([remainder], [torch.empty(0)], left[None], right[None])
             total += left @ right.T
         compress_full(remainders)
@@ -267,6 +269,8 @@ def test_layers_of_one_shape_are_added_to_together():
     together, alone = (remainders_of([(30, 40)] * 3, 8, 3) for _ in range(2))
     for _ in range(2):
         lefts, rights = (torch.randn(3, rows, 3, generator=generator) for rows in (30, 40))
+        for remainder in together:
+            remainder.make_room(3)
         add_to_all(together, [torch.empty(0)] * 3, lefts, rights)
         for remainder, left, right in zip(alone, lefts, rights, strict=True):
             remainder.add(torch.empty(0), left, right)
@@ -303,3 +307,33 @@ def test_columns_that_add_nothing_are_not_in_the_adapter_that_is_saved(tmp_path)
     assert loaded.peft_config["default"].r == 3 + 1
     x = torch.randn(4, 12, generator=generator)
     torch.testing.assert_close(loaded(x), model.eval()(x))
+
+
+def test_rescales_that_end_in_an_error_leave_room_for_later_ones():
+    """As when memory runs out and the user's loop leaves the batch out."""
+    fails = True
+
+    def rule(grams, **settings):
+        if fails:
+            raise MemoryError("out of memory")
+        return scaling_of_grams(grams, **settings)
+
+    model = with_lora(TwoLayers(), r=3, target_modules=["first", "second"])
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    config = ScaLoraConfig(warmup_steps=0, merge="factored", remainder_rank=3)
+    engine = ScaLora(model, optimizer, config, scaling_rule=rule)
+    x = torch.randn(4, 12)
+    before = model(x)
+    for _ in range(5):
+        model(x).square().mean().backward()
+        with pytest.raises(MemoryError):
+            optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(model(x), before)
+    fails = False
+    for _ in range(5):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert engine.pairs[0].remainder.columns <= 6
+    assert model(x).square().mean() < before.square().mean()

@@ -112,6 +112,20 @@ def test_a_run_with_replays_ends_as_one_without(dtype, merge, mode, make_optimiz
 
 
 @pytest.mark.parametrize(("mode", "make_optimizer"), CASES)
+def test_a_factored_remainder_has_a_recording_for_each_place_that_it_fills(mode, make_optimizer, recordings):
+    """It fills the columns 4 to 6 and 7 to 9 again and again: of 9 a compression leaves 3."""
+    settings = {"mode": mode, "merge": "factored", "remainder_rank": 3}
+    found = Run(make_optimizer, **settings).steps(14)
+    # Of 13 rescales, the first fills the columns 1 to 3; the two others are recorded when they come for the third time.
+    of_steps = make_optimizer is pair_adamw
+    assert (recordings.recorded, recordings.launched) == (2 + of_steps, 8 + 12 * of_steps)
+    with launched_one_by_one():
+        wanted = Run(make_optimizer, **settings).steps(14)
+    assert_equal(found, wanted)
+    assert found.engine.pairs[0].remainder.columns == wanted.engine.pairs[0].remainder.columns
+
+
+@pytest.mark.parametrize(("mode", "make_optimizer"), CASES)
 def test_what_moves_in_memory_is_recorded_anew(mode, make_optimizer, recordings):
     def run():
         run = Run(make_optimizer, mode=mode).steps(6)
@@ -160,10 +174,17 @@ def test_only_the_device_knows_of_steps_that_are_skipped(kind, settings, recordi
         assert_equal(found, run())
 
 
-@pytest.mark.parametrize("settings", [{"merge": "factored"}, MATRICES | {"optimum": "exact"}])
-def test_a_rescale_that_differs_each_time_is_not_replayed(settings, recordings):
-    Run(sgd, **settings).steps(6)
+def test_a_rescale_that_differs_each_time_is_not_replayed(recordings):
+    Run(sgd, **MATRICES, optimum="exact").steps(6)
     assert not recordings.recorded
+
+
+def test_places_that_come_back_too_seldom_are_not_recorded(recordings, monkeypatch):
+    monkeypatch.setattr("scalora.rescale.replay._MOST_VARIANTS", 1)
+    found = Run(merge="factored", remainder_rank=3).steps(14)
+    assert recordings.recorded == 1
+    with launched_one_by_one():
+        assert_equal(found, Run(merge="factored", remainder_rank=3).steps(14))
 
 
 def test_a_recording_is_freed_when_the_engine_is_detached(recordings):

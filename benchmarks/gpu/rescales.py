@@ -14,13 +14,14 @@ from gpu.contenders import Contender, Size
 from scalora.bench.floor import seconds_of_parts
 from scalora.bench.measure import Machine, rescale_parts
 from scalora.model.adapters import find_lora_pairs
+from scalora.rescale.remainder import FactoredRemainder
 from scalora.rescale.replay import launched_one_by_one
 from scalora.rescaling import PARTS
 
 _REPEATS = 5
 
-# Steps after which a rescale is replayed, and cycles (some 50 ms) that the device is kept busy before it, so that what
-# the host takes to launch it is not measured.
+# Rescales alike after which one is replayed, and cycles (some 50 ms) that the device is kept busy before it, so that
+# what the host takes to launch it is not measured.
 _UNTIL_REPLAYED, _CYCLES_AHEAD = 4, 100_000_000
 
 # Steps until every layer has an optimum: lora_B starts at zero.
@@ -46,6 +47,7 @@ def rescale(contender: Contender, machine: Machine) -> dict[str, Any]:
 def _whole(contender: Contender) -> float:
     """Seconds of a rescale as training does it: in one graph where it is replayed, and with the host ahead."""
     on_cuda = next(contender.model.parameters()).is_cuda
+    until_replayed = _UNTIL_REPLAYED * _places(contender)
     seconds: list[float] = []
 
     def begin(*_: Any) -> None:
@@ -59,7 +61,7 @@ def _whole(contender: Contender) -> float:
     hooks = contender.optimizer._optimizer_step_pre_hooks
     around = [contender.optimizer.register_step_pre_hook(hook) for hook in (begin, end)]
     hooks.move_to_end(around[0].id, last=False)  # before ScaLoRA's
-    for _ in range(_UNTIL_REPLAYED + _REPEATS):
+    for _ in range(until_replayed + _REPEATS):
         marks: list[Any] = []
         contender.step()
         first, last = marks
@@ -68,7 +70,15 @@ def _whole(contender: Contender) -> float:
         seconds.append(first.elapsed_time(last) / 1e3 if on_cuda else last - first)
     for handle in around:
         handle.remove()
-    return median(seconds[_UNTIL_REPLAYED:])
+    return median(seconds[until_replayed:])
+
+
+def _places(contender: Contender) -> int:
+    """How many places a factored remainder fills before they come round again, in a compression's wake; else 1."""
+    pair = find_lora_pairs(contender.model)[0]
+    if not isinstance(pair.remainder, FactoredRemainder):
+        return 1
+    return -(-(pair.remainder.max_rank + 1) // pair.r)
 
 
 def _mark(on_cuda: bool) -> Any:

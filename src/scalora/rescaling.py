@@ -16,6 +16,7 @@ from torch.autograd.profiler import record_function
 from scalora.config import ScaLoraConfig
 from scalora.maths.matrix import MatrixScaling
 from scalora.maths.scaling import Grams, Scaling
+from scalora.model.adapters import LoraPair
 from scalora.model.solve_constants import ConstantsOnDevice, SolveConstants
 from scalora.model.target_norms import Rates
 from scalora.parallel.layout import Layout, Shapes, Share, Whole, ranks_in
@@ -23,7 +24,7 @@ from scalora.rescale.changes import Change, ColumnChange, MatrixChange, split
 from scalora.rescale.kernels import Kernels
 from scalora.rescale.metrics import Rescaled, remainder_energy
 from scalora.rescale.optimizers import MATRIX, Kind
-from scalora.rescale.remainder import DenseRemainder, compress_full
+from scalora.rescale.remainder import FactoredRemainder, compress_full
 from scalora.rescale.replay import GraphMemory, Number, Replay, addresses, is_recordable
 from scalora.rescale.stochastic import StochasticRemainder
 from scalora.rescale.transport import transform_gradients_and_states
@@ -102,14 +103,19 @@ class Rescaling:
         numbers: dict[str, Number] = {} if skipped is None else {"skipped": skipped}
         if any(isinstance(pair.remainder, StochasticRemainder) for pair in pairs):
             numbers["step"] = float(step)
-        return self._replay(
+        self._make_room(pairs)
+        factored = [pair.remainder for pair in pairs if isinstance(pair.remainder, FactoredRemainder)]
+        rescaled = self._replay(
             partial(self._rescale, active, constants),
             self._key(active, constants),
             [factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)],
             numbers,
-            also_changed=[pair.weight for pair in pairs],
+            variant=tuple([remainder.columns for remainder in factored]),
+            also_changed=[*(pair.weight for pair in pairs), *(half for r in factored for half in (r.left, r.right))],
             changes_gradients=True,
         )
+        self._compress(pairs)
+        return rescaled
 
     def forget_recording(self) -> None:
         """Free what is kept to replay rescales."""
@@ -122,14 +128,21 @@ class Rescaling:
             return None
         for index, shapes in active:
             layout, _ = self._groups[index]
-            if type(layout) is not Whole or not all(
-                isinstance(p.remainder, DenseRemainder) for pairs in shapes for p in pairs
-            ):
-                # Other layouts work on copies, or on what collectives bring, and factored remainders fill other columns
-                # each time.
-                return None
+            if type(layout) is not Whole:
+                return None  # others work on copies, or on what collectives bring
             tensors += layout.tensors_of(shapes)
         return addresses(tensors)
+
+    def _make_room(self, pairs: list[LoraPair]) -> None:
+        """Have factored remainders put as many columns to use as a rescale fills: what the host has to know of it."""
+        self._compress(pairs)  # those of a rescale that ended in an error
+        for pair in pairs:
+            if isinstance(pair.remainder, FactoredRemainder):
+                pair.remainder.make_room(pair.r)
+
+    def _compress(self, pairs: list[LoraPair]) -> None:
+        with record_function(PARTS[1]):
+            compress_full(pair.remainder for pair in pairs)
 
     def _rescale(
         self,
@@ -199,8 +212,6 @@ class Rescaling:
         scalings = torch.split(constants.merge_scaling, sizes)
         for share, of_shape, merge_scaling in zip(shares, split(change, sizes), scalings, strict=True):
             self._apply(share, of_shape, merge_scaling)
-        with record_function(PARTS[1]):
-            compress_full(pair.remainder for pairs in shapes for pair in pairs)
         return Rescaled(scaling, remainder_energy(grams, constants.scaling[..., None] * change.merged_matrix))
 
     def _change_of(self, scaling: Scaling | MatrixScaling, dtype: torch.dtype) -> Change:

@@ -67,7 +67,7 @@ def merge(
     """Add ``lora_B · diag(coefficients) · lora_A`` to each layer's remainder.
 
     Args:
-        remainders: the layers' remainders.
+        remainders: the layers' remainders; factored ones after `FactoredRemainder.make_room`.
         weights: the layers' base weights, as they are stored.
         lora_B: the layers' ``lora_B`` weights.
         lora_A: the layers' ``lora_A`` weights.

@@ -316,19 +316,25 @@ class FactoredRemainder(nn.Module):
             left: left factor, (m, r), in the adapter's dtype.
             right: right factor, (n, r), in the adapter's dtype.
         """
-        for columns, factor in zip(self.take(left.shape[-1]), (left, right), strict=True):
+        self.make_room(left.shape[-1])
+        for columns, factor in zip(self.last(left.shape[-1]), (left, right), strict=True):
             columns.copy_(factor)
 
-    def take(self, count: int) -> tuple[Float[Tensor, "*experts m r"], Float[Tensor, "*experts n r"]]:
-        """Put free columns to use.
+    def make_room(self, count: int) -> None:
+        """Put free columns, which are zero, to use.
 
         Args:
             count: how many.
-
-        Returns:
-            These columns of `left` and `right`, as views, which are to be overwritten.
         """
-        start, self.columns, self.changed = self.columns, self.columns + count, True
+        self.columns, self.changed = self.columns + count, True
+
+    def last(self, count: int) -> tuple[Float[Tensor, "*experts m r"], Float[Tensor, "*experts n r"]]:
+        """The last columns of `left` and `right` that are in use, as views.
+
+        Args:
+            count: how many.
+        """
+        start = self.columns - count
         return self.left[..., start : self.columns], self.right[..., start : self.columns]
 
     @torch.no_grad()
@@ -414,17 +420,17 @@ def add_to_all(
     lefts: Float[Tensor, "layers m r"],
     rights: Float[Tensor, "layers n r"],
 ) -> None:
-    """Add ``left @ right.T`` to the remainder of each layer. Factored remainders may then be full: see `compress_full`.
+    """Add ``left @ right.T`` to the remainder of each layer; to a factored one in the last columns that are in use.
 
     Args:
-        remainders: the remainders of layers of one shape, all of one kind.
+        remainders: the remainders of layers of one shape, all of one kind; factored ones after `make_room`.
         weights: the base weight of each layer.
         lefts: the left factors, in the adapter's dtype.
         rights: the right factors, in the adapter's dtype.
     """
     factored = [remainder for remainder in remainders if isinstance(remainder, FactoredRemainder)]
     if factored:
-        free = [remainder.take(lefts.shape[-1]) for remainder in factored]
+        free = [remainder.last(lefts.shape[-1]) for remainder in factored]
         # Laid out as in the buffers, so that one operation copies for all layers.
         for columns, factors in zip(zip(*free, strict=True), (lefts, rights), strict=True):
             torch._foreach_copy_([of_layer.mT for of_layer in columns], list(factors.mT.contiguous()))

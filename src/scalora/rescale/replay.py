@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -30,6 +31,9 @@ _MOST_MEMORY = 0.02
 
 # The call alike that is recorded: what is compiled, set up and allocated once is done by then.
 _RECORDED = 3
+
+# The most variants that are recorded. A factored remainder of the default 64 columns has 9 places for 8 columns.
+_MOST_VARIANTS = 20
 
 _allowed = True
 
@@ -117,8 +121,8 @@ class Replay(Generic[Output]):
         self._what = what
         self._memory = memory
         self._key: Hashable = None
-        self._calls = 0
-        self._recording: _Recording | None = None
+        self._calls: Counter[Hashable] = Counter()
+        self._recordings: dict[Hashable, _Recording | None] = {}
 
     def __call__(
         self,
@@ -127,6 +131,7 @@ class Replay(Generic[Output]):
         parameters: Sequence[Tensor],
         numbers: Mapping[Any, Number],
         *,
+        variant: Hashable = None,
         also_changed: Sequence[Tensor] = (),
         changes_gradients: bool = False,
     ) -> Output:
@@ -138,6 +143,7 @@ class Replay(Generic[Output]):
                 that launch the same on the same addresses of one GPU. None: it can't be recorded.
             parameters: the parameters that the function changes, and whose gradients it reads.
             numbers: scalars that may be others in each call, by names.
+            variant: what else the function depends on, of which some come back again and again.
             also_changed: other tensors that autograd should know to be changed.
             changes_gradients: whether it changes the gradients.
 
@@ -149,13 +155,15 @@ class Replay(Generic[Output]):
             return function(numbers)
         key = (key, tuple(numbers)) if _allowed else None
         if key != self._key:
-            self._key, self._calls, self._recording = key, 0, None
-        self._calls += key is not None
-        if self._calls == _RECORDED:
-            self._recording = self._recorded(function, parameters, numbers)
-        if self._recording is None:
+            self.forget()
+            self._key = key
+        self._calls[variant] += key is not None
+        may_record = len(self._recordings) < _MOST_VARIANTS and None not in self._recordings.values()
+        if self._calls[variant] == _RECORDED and may_record:
+            self._recordings[variant] = self._recorded(function, parameters, numbers)
+        recording = self._recordings.get(variant)
+        if recording is None:
             return function(_on_device(numbers, parameters[0].device))
-        recording = self._recording
         gradients = gradients_of(parameters)
         torch._foreach_copy_(recording.gradients, gradients)
         for name, number in numbers.items():
@@ -171,7 +179,9 @@ class Replay(Generic[Output]):
 
     def forget(self) -> None:
         """Free what has been recorded."""
-        self._key = self._recording = None
+        self._key = None
+        self._calls.clear()
+        self._recordings.clear()
 
     def _recorded(
         self,
