@@ -57,17 +57,10 @@ def passes(model: nn.Module, x: torch.Tensor, backward: bool) -> Callable[[], No
 
 def in_two_passes(run: Callable[[], None]) -> Callable[[], None]:
     """The same, with the remainder in a pass of its own."""
-    modules = ("remainder_forward", "remainder_layer")
-    patches = [patch(f"scalora.model.{module}.can_share", lambda *_: False) for module in modules]
 
     def separately() -> None:
-        for one in patches:
-            one.start()
-        try:
+        with patch("scalora.model.remainder_forward.can_share", lambda *_: False):
             run()
-        finally:
-            for one in patches:
-                one.stop()
 
     return separately
 

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from scalora import PairAdamW, ScaLora, ScaLoraConfig
 from scalora.bench.case import fill_remainders
 from scalora.config import Merge
+from scalora.rescale.other_optimizers import _WATCHES
 from scalora.rivals.full_weights import Full
 
 # Any rate at which training does not diverge will do: only time and memory are measured.
@@ -175,6 +176,7 @@ class Contender:
         )
         if spec.scalora is not None:
             ScaLora(self.model, self.optimizer, ScaLoraConfig.from_dict({"warmup_steps": 0} | spec.scalora))
+            _WATCHES.clear()  # it would look at the steps of the other methods' optimizers, too
             fill_remainders(self.model)
         generator = torch.Generator().manual_seed(0)
         shape = (size.batch, size.sequence)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import Embedding, LoraVariant, _ConvNd
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from scalora.model.shared_pass import add_in_one_pass, can_share
 from scalora.rescale.moments import is_being_captured
@@ -51,20 +52,23 @@ class WithRemainder(LoraVariant):  # type: ignore[misc]
             if (scale := module._get_embed_scale()) is not None:
                 update = update * scale.to(update.dtype)
             update = update + remainder_of_embedding(module, x)
-        elif isinstance(module, _ConvNd):
-            lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-            update = lora_B(lora_A(module.lora_dropout[active_adapter](x))) * scaling
-            if module.has_remainder:  # no convolution has no output channels
-                update = update + _remainder_of_convolution(module, lora_A, x)
         else:
             lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-            if can_share(module, active_adapter, x):
+            dropout = module.lora_dropout[active_adapter]
+            if isinstance(module, _ConvNd):
+                x = module.cast_as_peft(x, lora_A.weight.dtype)
+                update = lora_B(lora_A(dropout(x))) * scaling
+                if module.has_remainder:  # no convolution has no output channels
+                    update = update + _remainder_of_convolution(module, lora_A, x)
+            elif can_share(lora_A, lora_B, dropout, module.factored_remainder().columns, x):
                 adapter, remainder = (lora_A.weight, lora_B.weight, scaling), factors_for_a_pass(module)
                 return add_in_one_pass(result, x, adapter, (*remainder, module.remainder_scaling))
-            update = lora_B(lora_A(module.lora_dropout[active_adapter](x))) * scaling
-            (left, right), linear = factors_for_a_pass(module), nn.functional.linear
-            of_remainder = linear(linear(x, right.mT.to(x.dtype)), left.to(x.dtype))
-            update = update + _scaled(of_remainder, module.remainder_scaling)
+            else:
+                x = module.cast_as_peft(x, lora_A.weight.dtype)
+                update = lora_B(lora_A(dropout(x))) * scaling
+                left, right = factors_for_a_pass(module)
+                of_remainder = linear(linear(x, right.mT.to(x.dtype)), left.to(x.dtype))
+                update = update + _scaled(of_remainder, module.remainder_scaling)
         output: Tensor = result + update
         return output
 
@@ -98,7 +102,7 @@ def _remainder_of_convolution(layer: RemainderLayer, lora_A: Any, x: Tensor) -> 
     kernels = right.mT.reshape(-1, *lora_A.weight.shape[1:]).to(x.dtype)
     hidden = functional_call(lora_A, {"weight": kernels}, x)
     channels = 1 - kernels.ndim  # a batch has a dimension more
-    output = nn.functional.linear(hidden.movedim(channels, -1), left.to(x.dtype)).movedim(-1, channels)
+    output = linear(hidden.movedim(channels, -1), left.to(x.dtype)).movedim(-1, channels)
     return _scaled(output, layer.remainder_scaling)
 
 

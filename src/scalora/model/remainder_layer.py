@@ -33,7 +33,7 @@ from scalora.model.layers import (
 from scalora.model.matrices import matrices_of
 from scalora.model.mixed_class import MixedIn, mix_in, plain_class
 from scalora.model.remainder_forward import WithRemainder, remainder_of_embedding
-from scalora.model.shared_pass import autocasts, can_share
+from scalora.model.shared_pass import autocasts
 from scalora.model.whole_factors import part_factors, whole_factors
 from scalora.rescale.moments import is_being_captured
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder, Remainder
@@ -68,7 +68,8 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
     @property
     def remainder(self) -> Remainder:
         """The layer's remainder."""
-        remainder: Remainder = getattr(self, REMAINDER)
+        # Looked up in every forward pass, so without the detour of a module's attributes.
+        remainder: Remainder = self._modules[REMAINDER]
         return remainder
 
     def factored_remainder(self) -> FactoredRemainder:
@@ -89,9 +90,8 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
 
     @property
     def has_remainder(self) -> bool:
-        """Whether anything has been added to the remainder. Looked up in every forward pass, so without detours."""
-        changed: bool = self._modules[REMAINDER].changed
-        return changed
+        """Whether anything has been added to the remainder."""
+        return self.remainder.changed
 
     @property
     def trained_factors(self) -> tuple[Tensor, Tensor]:
@@ -123,28 +123,37 @@ class RemainderLayer(MixedIn, LoraLayer):  # type: ignore[misc]
             ChangedBaseError: the original base is needed, or the merged part of the update would have to be scaled.
             ChangedFactorsError: something other than an optimizer has overwritten the factors.
         """
-        if self.has_remainder:
-            self._check_use(kwargs.get("adapter_names"))
+        remainder = self.remainder
+        if remainder.changed:
+            self._check_use(remainder, kwargs.get("adapter_names"))
         return super().forward(x, *args, **kwargs)
 
     def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
         # PEFT casts to the adapter's float32 what autocast casts back for the products: two passes over the input.
-        if isinstance(x, Tensor) and autocasts(x) and REMAINDER in self._modules:
-            factored = isinstance(self.remainder, FactoredRemainder)
-            if factored and self.trained_adapter in self.lora_A and can_share(self, self.trained_adapter, x):
-                return x
+        if isinstance(self._modules.get(REMAINDER), FactoredRemainder) and isinstance(x, Tensor) and autocasts(x):
+            return x
         return super()._cast_input_dtype(x, dtype)
 
-    def _check_use(self, adapter_names: list[str] | None) -> None:
-        if self._base_has_changed:
-            self.check_adapters(adapter_names or (), f"adapter_names={adapter_names}")
+    def cast_as_peft(self, x: Any, dtype: torch.dtype) -> Any:
+        """The input in the dtype to which PEFT casts it.
+
+        Args:
+            x: the layer's input.
+            dtype: the adapter's dtype.
+        """
+        return super()._cast_input_dtype(x, dtype)
+
+    def _check_use(self, remainder: Remainder, adapter_names: list[str] | None) -> None:
+        if isinstance(remainder, DenseRemainder):
+            if adapter_names is not None:
+                self.check_adapters(adapter_names, f"adapter_names={adapter_names}")
             if self.disable_adapters:
                 self._refuse("a forward pass without the adapter")
             active = self.merged_adapters if self.merged else self.active_adapters
             if list(active) != [self.trained_adapter]:
                 self._refuse(f"a forward pass with adapters {list(active)}")
         # Compiled code and CUDA graphs can't wait for the device; in training the check would cost time in every pass.
-        if torch.compiler.is_compiling() or self.training or self.factor_guard.leader is not self:
+        if self.training or torch.compiler.is_compiling() or self.factor_guard.leader is not self:
             return
         if not is_being_captured(self.trained_factors[0].device):
             uses_factors = (
