@@ -77,9 +77,8 @@ def add_in_one_pass(
         The sum, (…, m).
     """
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-    rows, rows_of_result = x.reshape(-1, x.shape[-1]).to(dtype), result.reshape(-1, result.shape[-1])
-    output: Tensor = _SharedPass.apply(rows_of_result, rows, *adapter, *remainder)  # type: ignore[no-untyped-call]
-    return output.view(result.shape)
+    output: Tensor = _SharedPass.apply(result, x.to(dtype), *adapter, *remainder)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _SharedPass(torch.autograd.Function):
@@ -97,32 +96,39 @@ class _SharedPass(torch.autograd.Function):
         right: Tensor,
         remainder_scaling: float,
     ) -> Tensor:
-        hidden = linear(x, _stacked(lora_A, right.mT, x.dtype))
+        hidden = linear(_rows(x), _stacked(lora_A, right.mT, x.dtype))
         back = _stacked(_times(lora_B.mT, scaling), _times(left.mT, remainder_scaling), x.dtype)
         ctx.scaling, ctx.remainder_scaling, ctx.dtype_of_result = scaling, remainder_scaling, result.dtype
         ctx.save_for_backward(x, lora_A, lora_B, left, right, hidden[:, : len(lora_A)].clone())
+        rows = _rows(result)
         # One operation, and in half precision one rounding.
-        return torch.addmm(result, hidden, back) if result.dtype == x.dtype else result + hidden @ back
+        output = torch.addmm(rows, hidden, back) if rows.dtype == x.dtype else rows + hidden @ back
+        return output.view(result.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, left, right, hidden = ctx.saved_tensors
         for_result, for_x, for_A, for_B, *_ = ctx.needs_input_grad
+        rows = _rows(x)
         if torch.is_grad_enabled():  # for second derivatives, of which the saved product is no part
-            hidden = x @ lora_A.to(x.dtype).mT
+            hidden = linear(rows, lora_A.to(x.dtype))
         grad_x = grad_A = grad_B = None
-        of_products = grad.to(x.dtype)
+        of_products = _rows(grad).to(x.dtype)
         if for_x or for_A:
             back = _stacked(_times(lora_B.mT, ctx.scaling), _times(left.mT, ctx.remainder_scaling), x.dtype)
             grad_hidden = linear(of_products, back)
             if for_x:
-                grad_x = grad_hidden @ _stacked(lora_A, right.mT, x.dtype)
+                grad_x = (grad_hidden @ _stacked(lora_A, right.mT, x.dtype)).view(x.shape)
             if for_A:
-                grad_A = (grad_hidden[:, : len(lora_A)].mT @ x).to(lora_A.dtype)
+                grad_A = (grad_hidden[:, : len(lora_A)].mT @ rows).to(lora_A.dtype)
         if for_B:
             grad_B = _times((of_products.mT @ hidden).to(lora_B.dtype), ctx.scaling)
         grad_result = grad.to(ctx.dtype_of_result) if for_result else None
         return grad_result, grad_x, grad_A, grad_B, None, None, None, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _stacked(upper: Tensor, lower: Tensor, dtype: torch.dtype) -> Tensor:
