@@ -16,7 +16,14 @@ from scalora.cli import app
 from scalora.model.adapters import UnsupportedLayerError
 from scalora.rivals.full_weights import Full
 
-ADAPTED = {"method": "full", "method_options": {"matrices": "adapted"}}
+METHODS = ["full", "galore", "apollo"]
+
+
+def adapted(method):
+    return {"method": method, "method_options": {"matrices": "adapted"}}
+
+
+ADAPTED = adapted("full")
 
 
 def command(*words):
@@ -61,8 +68,9 @@ def adapted_by_lora(run):
         {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]},
     ],
 )
-def test_it_trains_the_weights_that_lora_adapts_and_no_others(lora, train, causal_folder):
-    run = train("full", model=str(causal_folder), lora=lora, **ADAPTED)
+@pytest.mark.parametrize("method", METHODS)
+def test_it_trains_the_weights_that_lora_adapts_and_no_others(method, lora, train, causal_folder):
+    run = train(method, model=str(causal_folder), lora=lora, **adapted(method))
     wanted = adapted_by_lora(train("lora", model=str(causal_folder), lora=lora, method="lora"))
     before, after = load_file(causal_folder / "model.safetensors"), load_file(run / "model" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -74,9 +82,10 @@ def test_it_trains_the_weights_that_lora_adapts_and_no_others(lora, train, causa
 
 
 @pytest.mark.slow
-def test_a_classifiers_new_head_is_trained_too(train, encoder_folder):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_classifiers_new_head_is_trained_too(method, train, encoder_folder):
     settings = {"task": "classification", "model": str(encoder_folder), "lora": {"target_modules": ["query"]}}
-    run = train("full", **settings, **ADAPTED)
+    run = train(method, **settings, **adapted(method))
     wanted = adapted_by_lora(train("lora", **settings, method="lora"))
     assert {"classifier.weight", "classifier.bias"} < wanted
     after = load_file(run / "model" / "model.safetensors")
@@ -207,7 +216,7 @@ def test_the_settings_of_lora_are_checked(tmp_path, write_jsonl, causal_folder):
         ("--lora.target_modules", "[qproj]"): "lora.target_modules: the model has no module 'qproj'",
         ("--lora.r", "0"): "lora.r",
         ("--method_options.matrices", "most"): "matrices='most': the choices are all, adapted",
-        ("--method", "apollo"): "unknown key 'method_options.matrices'",
+        ("--method", "mora"): "unknown key 'method_options.matrices'",
     }.items():
         result = command("train", tmp_path / "run.yaml", *override)
         assert result.exit_code == 2

@@ -125,7 +125,7 @@ class Apollo(TrainsBase):
     """APOLLO for the linear layers in the blocks, and AdamW for all other parameters.
 
     Raises:
-        ValueError: an option is not a positive number.
+        ValueError: an option is not a positive number, or there is no such choice of matrices.
     """
 
     rank: int = 8
@@ -140,6 +140,7 @@ class Apollo(TrainsBase):
     the default is that for width 512 and rank 8."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self)
 
     def optimizer(self, model: nn.Module, arguments: TrainingArguments) -> Optimizer:

@@ -1,7 +1,7 @@
 """Full fine-tuning and GaLore: methods that train the weights of the base itself.
 
-Full fine-tuning can be restricted to the matrices that LoRA would adapt. It is then the ceiling that a comparison with
-adapters needs: training embeddings and norms too may help for reasons that have nothing to do with the rank.
+They can be restricted to the matrices that LoRA would adapt, as a comparison with adapters needs: training embeddings
+and norms too may help for reasons that have nothing to do with the rank.
 
 GaLore saves optimizer memory by keeping Adam's moments in a low-rank space. It uses the authors' package, galore-torch
 (Apache-2.0), through the integration in Transformers, with one difference: Transformers drops the betas, the epsilon
@@ -38,7 +38,11 @@ Matrices = Literal["all", "adapted"]
 
 @dataclass(frozen=True)
 class TrainsBase(Method):
-    """Base class of the methods that train the weights of the base. The settings under ``lora:`` have no effect."""
+    """Base class of the methods that train the weights of the base.
+
+    Raises:
+        ValueError: there is no such choice of matrices.
+    """
 
     learning_rate: ClassVar[float | None] = None
     """The default of the training arguments' class, which is meant for full fine-tuning."""
@@ -46,28 +50,11 @@ class TrainsBase(Method):
     ordinary_adapter: ClassVar[bool] = False
     before_training: ClassVar[BeforeTraining] = "copy"
 
-    def peft_config(self, settings: dict[str, Any]) -> PeftConfig | None:
-        """Train without an adapter.
-
-        Args:
-            settings: not used.
-        """
-        return None
-
-
-@dataclass(frozen=True)
-class Full(TrainsBase):
-    """Full fine-tuning with the Trainer's optimizer, of all weights or of those that LoRA would adapt.
-
-    Raises:
-        ValueError: there is no such choice of matrices.
-    """
-
     matrices: Matrices = "all"
     """What is trained. all: every weight, and the settings under `lora` have no effect. adapted: the base weights that
     LoRA with the settings under `lora` would adapt, and what it trains besides, such as a classifier's head and
-    `modules_to_save`; a tied weight wherever it is used. Use it as the ceiling of a comparison. all by default, which
-    is what full fine-tuning means elsewhere."""
+    `modules_to_save`; a tied weight wherever it is used. Use it in a comparison with adapters. all by default, which is
+    what full fine-tuning means elsewhere."""
 
     def __post_init__(self) -> None:
         if self.matrices not in get_args(Matrices):
@@ -107,6 +94,11 @@ class Full(TrainsBase):
             for parameter in model.parameters():
                 parameter.requires_grad_(parameter in trained)
         return model
+
+
+@dataclass(frozen=True)
+class Full(TrainsBase):
+    """Full fine-tuning with the Trainer's optimizer, of all weights or of those that LoRA would adapt."""
 
 
 def _trained_with_adapter(model: nn.Module, config: PeftConfig) -> set[nn.Parameter]:
@@ -155,7 +147,7 @@ class GaLore(TrainsBase):
     layers in the blocks are trained so, all other parameters by AdamW.
 
     Raises:
-        ValueError: an option is not a positive number.
+        ValueError: an option is not a positive number, or there is no such choice of matrices.
     """
 
     cannot_resume: ClassVar[str | None] = (
@@ -180,6 +172,7 @@ class GaLore(TrainsBase):
     pre-training at 1e-2."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self)
 
     def training_defaults(self) -> dict[str, Any]:

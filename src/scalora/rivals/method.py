@@ -115,7 +115,7 @@ class Method:
 
 
 def require_positive(method: Method) -> None:
-    """Check that all options of a method are positive and finite, and integers if their defaults are.
+    """Check that all options of a method that are numbers are positive and finite, and integers if their defaults are.
 
     Args:
         method: the method to check.
@@ -124,6 +124,8 @@ def require_positive(method: Method) -> None:
         ValueError: an option is not; the message names it.
     """
     for option in fields(method):
+        if isinstance(option.default, str):
+            continue
         value = getattr(method, option.name)
         whole = isinstance(option.default, int)
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 < value < math.inf:
