@@ -25,6 +25,7 @@ _CLASSES = {
     "lora_ga": "from_peft.LoraGa",
     "hira": "from_peft.Hira",
     "mora": "mora.Mora",
+    "signed": "signed.Signed",
     "riemannian": "from_peft.Riemannian",
     "reflora": "reflora.RefLora",
     "reflora_s": "reflora.RefLoraS",

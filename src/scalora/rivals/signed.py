@@ -1,0 +1,179 @@
+"""LoRA with random signs: ``W + s·S ⊙ (B·A)``, where S has an entry of ±1 for each entry of W.
+
+Not from a paper; HiRA, ``W + W ⊙ (B·A)``, is its nearest relative. A step of LoRA moves W by a matrix of rank 2r at
+most, whose largest singular value is large for the size of its entries. With signs that have nothing to do with A and
+B, the same entries make a matrix of full rank. For n × n its largest singular value is smaller by about ``√(n/(8r))``,
+so that larger steps are possible, and the update's rank is not limited at all.
+
+The update is computed as a whole matrix, as is its gradient, in every pass. So it takes LoRA's memory for the optimizer
+and one byte for each entry of an adapted weight, and more time than full fine-tuning. As a pair of factors without the
+signs would be another update, both are one parameter, which plain PEFT refuses to load as LoRA.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int8
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear, LoraVariant
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from scalora.model.adapters import UnsupportedLayerError
+from scalora.model.shared_pass import autocasts
+from scalora.rescale.stochastic import draws
+from scalora.rivals.method import Backward, BeforeTraining, Method
+
+_SIGNS = "signs"
+
+
+@dataclass(frozen=True)
+class Signed(Method):
+    """LoRA with random signs. Its settings under ``lora:`` are LoRA's."""
+
+    ordinary_adapter: ClassVar[bool] = False
+    before_training: ClassVar[BeforeTraining] = "lost"  # TRL can't copy what is no pair of factors
+
+    def peft_config(self, settings: dict[str, Any]) -> PeftConfig | None:
+        """The configuration by which PEFT selects the layers.
+
+        Args:
+            settings: fields of `peft.LoraConfig`.
+
+        Raises:
+            ValueError: ``init_lora_weights`` is not True: other starts are none with the signs.
+        """
+        config = LoraConfig(**settings)
+        if config.init_lora_weights is not True:
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r}: with random signs the update starts at zero; leave "
+                "the setting out"
+            )
+        return config
+
+    def adapt(
+        self, model: nn.Module, config: PeftConfig | None, backward: Backward, learning_rate: float | None = None
+    ) -> nn.Module:
+        """Add PEFT's LoRA layers and give them signs.
+
+        Args:
+            model: the base model, which is modified.
+            config: the configuration of the adapter, from `peft_config`.
+            backward: not used.
+            learning_rate: not used.
+
+        Returns:
+            The model to train.
+
+        Raises:
+            UnsupportedLayerError: a layer is quantised or not linear, or has an option of LoRA that has no signs.
+        """
+        adapted = super().adapt(model, config, backward)
+        for name, module in adapted.named_modules():
+            if isinstance(module, LoraLayer):
+                for adapter in module.active_adapters:
+                    _give_signs(name, module, adapter)
+        return adapted
+
+
+def _give_signs(name: str, layer: LoraLayer, adapter: str) -> None:
+    base = layer.get_base_layer()
+    if type(layer) is not Linear or not isinstance(base, nn.Linear):
+        raise UnsupportedLayerError(
+            f"random signs can't be given to module {name!r}: {type(layer).__name__} over {type(base).__name__} is not "
+            "an unquantised linear layer; leave it out of target_modules, or load the base without quantisation"
+        )
+    if adapter in layer.lora_variant or layer.lora_bias[adapter]:
+        raise UnsupportedLayerError(
+            f"random signs can't be given to module {name!r}: they go with neither variants of LoRA nor a bias; set "
+            "use_dora, lora_bias and similar options to False"
+        )
+    lora_A = layer.lora_A[adapter].weight
+    factors = nn.Linear(layer.in_features + layer.out_features, len(lora_A), bias=False).to(lora_A)
+    with torch.no_grad():
+        factors.weight.zero_()
+        factors.weight[:, : layer.in_features] = lora_A
+    layer.lora_A[adapter], layer.lora_B[adapter] = factors, nn.Identity()
+    layer.lora_variant[adapter] = _Signed()
+    layer.register_buffer(_SIGNS, signs_of(name, base.weight), persistent=False)
+
+
+def signs_of(name: str, weight: Tensor) -> Int8[Tensor, "m n"]:
+    """The signs of a layer: the same in each process and each run.
+
+    Args:
+        name: the layer's name.
+        weight: its weight.
+    """
+    name_hash = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
+    return 1 - 2 * draws(name_hash, 0, 0, weight).bitwise_right_shift_(15).to(torch.int8)
+
+
+class _Signed(LoraVariant):  # type: ignore[misc]
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        x = module.lora_dropout[active_adapter](x)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+        A, B = (factor.to(dtype) for factor in _factors(module, active_adapter))
+        signs, scaling = module.get_buffer(_SIGNS), module.scaling[active_adapter]
+        output: Tensor = _Product.apply(x.to(dtype), A, B, signs, scaling)  # type: ignore[no-untyped-call]
+        return result + output
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight + _update(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += _update(module, active_adapter)
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - _update(module, active_adapter).to(orig_weight.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """``x · (s·S ⊙ (B·A))ᵀ``, of which only x and the factors are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, signs: Tensor, scaling: float) -> Tensor:
+        ctx.save_for_backward(x, A, B, signs)
+        ctx.scaling = scaling
+        return x @ _signed(B @ A, signs, scaling).mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, signs = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        grad_x = grad @ _signed(B @ A, signs, ctx.scaling) if ctx.needs_input_grad[0] else None
+        of_weight = _signed(_rows(grad).mT @ _rows(x), signs, ctx.scaling)
+        return grad_x, B.mT @ of_weight, of_weight @ A.mT, None, None
+
+
+def _rows(tensor: Float[Tensor, "*batch k"]) -> Float[Tensor, "rows k"]:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _signed(matrix: Float[Tensor, "m n"], signs: Int8[Tensor, "m n"], scaling: float) -> Float[Tensor, "m n"]:
+    """The matrix, overwritten, with other signs and multiplied by a number."""
+    return matrix.mul_(signs).mul_(scaling)
+
+
+def _factors(layer: LoraLayer, adapter: str) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
+    both = layer.lora_A[adapter].weight
+    return both[:, : layer.in_features], both[:, layer.in_features :].mT
+
+
+@torch.no_grad()
+def _update(layer: LoraLayer, adapter: str) -> Float[Tensor, "m n"]:
+    A, B = _factors(layer, adapter)
+    return _signed(B @ A, layer.get_buffer(_SIGNS), layer.scaling[adapter])
