@@ -156,6 +156,17 @@ def test_one_pass_under_what_torch_does_with_functions(way, in_two_passes):
     assert_close(results(model, x, ways.get(way, twice)), expected, 1e-5)
 
 
+@pytest.mark.parametrize("part", [..., (..., slice(2))])
+def test_what_follows_may_change_the_output_in_place(part, in_two_passes):
+    def run(x):
+        output = model(x)
+        output[part].mul_(2)
+        return output
+
+    model, x = attached(), inputs()
+    assert_close(results(model, x, run), in_two_passes(results, model, x, run), 1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.usefixtures("without_shape_checks")

@@ -78,7 +78,7 @@ def add_in_one_pass(
     """
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
     output: Tensor = _SharedPass.apply(result, x.to(dtype), *adapter, *remainder)  # type: ignore[no-untyped-call]
-    return output
+    return output.view(result.shape)  # a view that a function makes may not be changed in place
 
 
 class _SharedPass(torch.autograd.Function):
@@ -100,10 +100,9 @@ class _SharedPass(torch.autograd.Function):
         back = _stacked(_times(lora_B.mT, scaling), _times(left.mT, remainder_scaling), x.dtype)
         ctx.scaling, ctx.remainder_scaling, ctx.dtype_of_result = scaling, remainder_scaling, result.dtype
         ctx.save_for_backward(x, lora_A, lora_B, left, right, hidden[:, : len(lora_A)].clone())
-        rows = _rows(result)
+        ctx.shape_of_result, rows = result.shape, _rows(result)
         # One operation, and in half precision one rounding.
-        output = torch.addmm(rows, hidden, back) if rows.dtype == x.dtype else rows + hidden @ back
-        return output.view(result.shape)
+        return torch.addmm(rows, hidden, back) if rows.dtype == x.dtype else rows + hidden @ back
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -113,7 +112,7 @@ class _SharedPass(torch.autograd.Function):
         if torch.is_grad_enabled():  # for second derivatives, of which the saved product is no part
             hidden = linear(rows, lora_A.to(x.dtype))
         grad_x = grad_A = grad_B = None
-        of_products = _rows(grad).to(x.dtype)
+        of_products = grad.to(x.dtype)
         if for_x or for_A:
             back = _stacked(_times(lora_B.mT, ctx.scaling), _times(left.mT, ctx.remainder_scaling), x.dtype)
             grad_hidden = linear(of_products, back)
@@ -123,7 +122,7 @@ class _SharedPass(torch.autograd.Function):
                 grad_A = (grad_hidden[:, : len(lora_A)].mT @ rows).to(lora_A.dtype)
         if for_B:
             grad_B = _times((of_products.mT @ hidden).to(lora_B.dtype), ctx.scaling)
-        grad_result = grad.to(ctx.dtype_of_result) if for_result else None
+        grad_result = grad.to(ctx.dtype_of_result).reshape(ctx.shape_of_result) if for_result else None
         return grad_result, grad_x, grad_A, grad_B, None, None, None, None
 
 
