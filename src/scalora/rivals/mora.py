@@ -25,11 +25,10 @@ import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import Tensor, nn
 
-from scalora.model.adapters import UnsupportedLayerError
 from scalora.rivals.method import Backward, BeforeTraining, Method
+from scalora.rivals.own_update import OwnUpdate, check_layer
 
 _ROPE_BASE = 10000.0
 
@@ -84,17 +83,7 @@ class Mora(Method):
 
 
 def _make_square(name: str, layer: LoraLayer, adapter: str) -> None:
-    base = layer.get_base_layer()
-    if type(layer) is not Linear or not isinstance(base, nn.Linear):
-        raise UnsupportedLayerError(
-            f"MoRA can't adapt module {name!r}: {type(layer).__name__} over {type(base).__name__} is not an "
-            "unquantised linear layer; leave it out of target_modules, or load the base without quantisation"
-        )
-    if adapter in layer.lora_variant or layer.lora_bias[adapter]:
-        raise UnsupportedLayerError(
-            f"MoRA can't adapt module {name!r}: it has neither variants of LoRA nor a bias; set use_dora, lora_bias "
-            "and similar options to False"
-        )
+    check_layer("MoRA", name, layer, adapter)
     size = math.isqrt((layer.in_features + layer.out_features) * layer.r[adapter]) // 2 * 2
     like = layer.lora_A[adapter].weight
     square = nn.Linear(size, size, bias=False, device=like.device, dtype=like.dtype)
@@ -103,26 +92,16 @@ def _make_square(name: str, layer: LoraLayer, adapter: str) -> None:
     layer.lora_variant[adapter] = _Square()
 
 
-class _Square(LoraVariant):  # type: ignore[misc]
-    def supports_lora_conversion(self) -> bool:
-        return False
-
+class _Square(OwnUpdate):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         output: Tensor = result + _output_of(module, active_adapter, module.lora_dropout[active_adapter](x))
         return output
 
-    @staticmethod
-    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight + _update_matrix(module, active_adapter).to(orig_weight.dtype)
-
-    @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data += _update_matrix(module, active_adapter)
-
-    @staticmethod
-    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight - _update_matrix(module, active_adapter).to(orig_weight.dtype)
+    @torch.no_grad()
+    def update(self, module: LoraLayer, adapter: str) -> Float[Tensor, "m n"]:
+        weight = module.lora_A[adapter].weight
+        return _output_of(module, adapter, torch.eye(module.in_features, dtype=weight.dtype, device=weight.device)).mT
 
 
 def _output_of(layer: LoraLayer, adapter: str, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
@@ -132,12 +111,6 @@ def _output_of(layer: LoraLayer, adapter: str, x: Float[Tensor, "*batch n"]) -> 
     groups = math.ceil(layer.in_features / size)
     compressed = _rotated(_repeated(x, groups * size).reshape(*x.shape[:-1], groups, size))
     return _repeated(square(compressed).flatten(-2), layer.out_features)
-
-
-@torch.no_grad()
-def _update_matrix(layer: LoraLayer, adapter: str) -> Float[Tensor, "m n"]:
-    weight = layer.lora_A[adapter].weight
-    return _output_of(layer, adapter, torch.eye(layer.in_features, dtype=weight.dtype, device=weight.device)).mT
 
 
 def _repeated(x: Float[Tensor, "*batch k"], size: int) -> Float[Tensor, "*batch size"]:

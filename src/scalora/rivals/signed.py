@@ -20,14 +20,13 @@ import torch
 from jaxtyping import Float, Int8
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from scalora.model.adapters import UnsupportedLayerError
 from scalora.model.shared_pass import autocasts
 from scalora.rescale.stochastic import draws
 from scalora.rivals.method import Backward, BeforeTraining, Method
+from scalora.rivals.own_update import OwnUpdate, check_layer
 
 _SIGNS = "signs"
 
@@ -82,17 +81,7 @@ class Signed(Method):
 
 
 def _give_signs(name: str, layer: LoraLayer, adapter: str) -> None:
-    base = layer.get_base_layer()
-    if type(layer) is not Linear or not isinstance(base, nn.Linear):
-        raise UnsupportedLayerError(
-            f"random signs can't be given to module {name!r}: {type(layer).__name__} over {type(base).__name__} is not "
-            "an unquantised linear layer; leave it out of target_modules, or load the base without quantisation"
-        )
-    if adapter in layer.lora_variant or layer.lora_bias[adapter]:
-        raise UnsupportedLayerError(
-            f"random signs can't be given to module {name!r}: they go with neither variants of LoRA nor a bias; set "
-            "use_dora, lora_bias and similar options to False"
-        )
+    check_layer("LoRA with random signs", name, layer, adapter)
     lora_A = layer.lora_A[adapter].weight
     factors = nn.Linear(layer.in_features + layer.out_features, len(lora_A), bias=False).to(lora_A)
     with torch.no_grad():
@@ -100,7 +89,7 @@ def _give_signs(name: str, layer: LoraLayer, adapter: str) -> None:
         factors.weight[:, : layer.in_features] = lora_A
     layer.lora_A[adapter], layer.lora_B[adapter] = factors, nn.Identity()
     layer.lora_variant[adapter] = _Signed()
-    layer.register_buffer(_SIGNS, signs_of(name, base.weight), persistent=False)
+    layer.register_buffer(_SIGNS, signs_of(name, layer.get_base_layer().weight), persistent=False)
 
 
 def signs_of(name: str, weight: Tensor) -> Int8[Tensor, "m n"]:
@@ -114,10 +103,7 @@ def signs_of(name: str, weight: Tensor) -> Int8[Tensor, "m n"]:
     return 1 - 2 * draws(name_hash, 0, 0, weight).bitwise_right_shift_(15).to(torch.int8)
 
 
-class _Signed(LoraVariant):  # type: ignore[misc]
-    def supports_lora_conversion(self) -> bool:
-        return False
-
+class _Signed(OwnUpdate):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         x = module.lora_dropout[active_adapter](x)
@@ -127,17 +113,10 @@ class _Signed(LoraVariant):  # type: ignore[misc]
         output: Tensor = _Product.apply(x.to(dtype), A, B, signs, scaling)  # type: ignore[no-untyped-call]
         return result + output
 
-    @staticmethod
-    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight + _update(module, active_adapter).to(orig_weight.dtype)
-
-    @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data += _update(module, active_adapter)
-
-    @staticmethod
-    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight - _update(module, active_adapter).to(orig_weight.dtype)
+    @torch.no_grad()
+    def update(self, module: LoraLayer, adapter: str) -> Float[Tensor, "m n"]:
+        A, B = _factors(module, adapter)
+        return _signed(B @ A, module.get_buffer(_SIGNS), module.scaling[adapter])
 
 
 class _Product(torch.autograd.Function):
@@ -171,9 +150,3 @@ def _signed(matrix: Float[Tensor, "m n"], signs: Int8[Tensor, "m n"], scaling: f
 def _factors(layer: LoraLayer, adapter: str) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
     both = layer.lora_A[adapter].weight
     return both[:, : layer.in_features], both[:, layer.in_features :].mT
-
-
-@torch.no_grad()
-def _update(layer: LoraLayer, adapter: str) -> Float[Tensor, "m n"]:
-    A, B = _factors(layer, adapter)
-    return _signed(B @ A, layer.get_buffer(_SIGNS), layer.scaling[adapter])
