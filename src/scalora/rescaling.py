@@ -103,8 +103,7 @@ class Rescaling:
         numbers: dict[str, Number] = {} if skipped is None else {"skipped": skipped}
         if any(isinstance(pair.remainder, StochasticRemainder) for pair in pairs):
             numbers["step"] = float(step)
-        self._make_room(pairs)
-        factored = [pair.remainder for pair in pairs if isinstance(pair.remainder, FactoredRemainder)]
+        factored = self._make_room(pairs)
         rescaled = self._replay(
             partial(self._rescale, active, constants),
             self._key(active, constants),
@@ -114,7 +113,7 @@ class Rescaling:
             also_changed=[*(pair.weight for pair in pairs), *(half for r in factored for half in (r.left, r.right))],
             changes_gradients=True,
         )
-        self._compress(pairs)
+        self._compress(factored)
         return rescaled
 
     def forget_recording(self) -> None:
@@ -133,16 +132,25 @@ class Rescaling:
             tensors += layout.tensors_of(shapes)
         return addresses(tensors)
 
-    def _make_room(self, pairs: list[LoraPair]) -> None:
-        """Have factored remainders put as many columns to use as a rescale fills: what the host has to know of it."""
-        self._compress(pairs)  # those of a rescale that ended in an error
-        for pair in pairs:
-            if isinstance(pair.remainder, FactoredRemainder):
-                pair.remainder.make_room(pair.r)
+    def _make_room(self, pairs: list[LoraPair]) -> list[FactoredRemainder]:
+        """Have factored remainders put as many columns to use as a rescale fills: what the host has to know of it.
 
-    def _compress(self, pairs: list[LoraPair]) -> None:
+        Args:
+            pairs: the layers.
+
+        Returns:
+            Their factored remainders.
+        """
+        of_ranks = [(pair.remainder, pair.r) for pair in pairs if isinstance(pair.remainder, FactoredRemainder)]
+        factored = [remainder for remainder, _ in of_ranks]
+        self._compress(factored)  # those of a rescale that ended in an error
+        for remainder, r in of_ranks:
+            remainder.make_room(r)
+        return factored
+
+    def _compress(self, remainders: list[FactoredRemainder]) -> None:
         with record_function(PARTS[1]):
-            compress_full(pair.remainder for pair in pairs)
+            compress_full(remainders)
 
     def _rescale(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import linear
 
-from scalora.model.shared_pass import add_in_one_pass, can_share
+from scalora.model.shared_pass import add_in_one_pass, can_share, times
 from scalora.rescale.moments import is_being_captured
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class WithRemainder(LoraVariant):  # type: ignore[misc]
                 update = lora_B(lora_A(dropout(x))) * scaling
                 left, right = factors_for_a_pass(module)
                 of_remainder = linear(linear(x, right.mT.to(x.dtype)), left.to(x.dtype))
-                update = update + _scaled(of_remainder, module.remainder_scaling)
+                update = update + times(of_remainder, module.remainder_scaling)
         output: Tensor = result + update
         return output
 
@@ -103,7 +103,7 @@ def _remainder_of_convolution(layer: RemainderLayer, lora_A: Any, x: Tensor) -> 
     hidden = functional_call(lora_A, {"weight": kernels}, x)
     channels = 1 - kernels.ndim  # a batch has a dimension more
     output = linear(hidden.movedim(channels, -1), left.to(x.dtype)).movedim(-1, channels)
-    return _scaled(output, layer.remainder_scaling)
+    return times(output, layer.remainder_scaling)
 
 
 def remainder_of_embedding(layer: RemainderLayer, ids: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def remainder_of_embedding(layer: RemainderLayer, ids: Tensor) -> Tensor:
     output = layer._embed(ids, right) @ left.mT
     if (scale := layer._get_embed_scale()) is not None:
         output = output * scale.to(output.dtype)
-    return _scaled(output, layer.remainder_scaling)
+    return times(output, layer.remainder_scaling)
 
 
 def factors_for_a_pass(layer: RemainderLayer) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,3 @@ def factors_for_a_pass(layer: RemainderLayer) -> tuple[Tensor, Tensor]:
     remainder = layer.factored_remainder()
     fixed = torch.compiler.is_compiling() or is_being_captured(remainder.left.device)
     return (remainder.left, remainder.right) if fixed else remainder.used
-
-
-def _scaled(output: Tensor, scaling: float) -> Tensor:
-    return output if scaling == 1 else output * scaling

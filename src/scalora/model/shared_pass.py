@@ -50,6 +50,24 @@ def autocasts(x: Tensor) -> bool:
     return x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """The dtype in which matrix products with a tensor are done: autocast's, or its own.
+
+    Args:
+        x: the tensor.
+    """
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """A tensor (…, k) as a matrix (rows, k).
+
+    Args:
+        tensor: the tensor.
+    """
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether nobody would miss a call of the module: it is a product without bias, and no hook waits for its call."""
     if type(module) is not nn.Linear or module.bias is not None:
@@ -76,8 +94,7 @@ def add_in_one_pass(
     Returns:
         The sum, (…, m).
     """
-    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-    output: Tensor = _SharedPass.apply(result, x.to(dtype), *adapter, *remainder)  # type: ignore[no-untyped-call]
+    output: Tensor = _SharedPass.apply(result, x.to(dtype_of_products(x)), *adapter, *remainder)  # type: ignore[no-untyped-call]
     return output.view(result.shape)  # a view that a function makes may not be changed in place
 
 
@@ -96,11 +113,11 @@ class _SharedPass(torch.autograd.Function):
         right: Tensor,
         remainder_scaling: float,
     ) -> Tensor:
-        hidden = linear(_rows(x), _stacked(lora_A, right.mT, x.dtype))
-        back = _stacked(_times(lora_B.mT, scaling), _times(left.mT, remainder_scaling), x.dtype)
+        hidden = linear(rows_of(x), _stacked(lora_A, right.mT, x.dtype))
+        back = _stacked(times(lora_B.mT, scaling), times(left.mT, remainder_scaling), x.dtype)
         ctx.scaling, ctx.remainder_scaling, ctx.dtype_of_result = scaling, remainder_scaling, result.dtype
         ctx.save_for_backward(x, lora_A, lora_B, left, right, hidden[:, : len(lora_A)].clone())
-        ctx.shape_of_result, rows = result.shape, _rows(result)
+        ctx.shape_of_result, rows = result.shape, rows_of(result)
         # One operation, and in half precision one rounding.
         return torch.addmm(rows, hidden, back) if rows.dtype == x.dtype else rows + hidden @ back
 
@@ -108,31 +125,33 @@ class _SharedPass(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, left, right, hidden = ctx.saved_tensors
         for_result, for_x, for_A, for_B, *_ = ctx.needs_input_grad
-        rows = _rows(x)
+        rows = rows_of(x)
         if torch.is_grad_enabled():  # for second derivatives, of which the saved product is no part
             hidden = linear(rows, lora_A.to(x.dtype))
         grad_x = grad_A = grad_B = None
         of_products = grad.to(x.dtype)
         if for_x or for_A:
-            back = _stacked(_times(lora_B.mT, ctx.scaling), _times(left.mT, ctx.remainder_scaling), x.dtype)
+            back = _stacked(times(lora_B.mT, ctx.scaling), times(left.mT, ctx.remainder_scaling), x.dtype)
             grad_hidden = linear(of_products, back)
             if for_x:
                 grad_x = (grad_hidden @ _stacked(lora_A, right.mT, x.dtype)).view(x.shape)
             if for_A:
                 grad_A = (grad_hidden[:, : len(lora_A)].mT @ rows).to(lora_A.dtype)
         if for_B:
-            grad_B = _times((of_products.mT @ hidden).to(lora_B.dtype), ctx.scaling)
+            grad_B = times((of_products.mT @ hidden).to(lora_B.dtype), ctx.scaling)
         grad_result = grad.to(ctx.dtype_of_result).reshape(ctx.shape_of_result) if for_result else None
         return grad_result, grad_x, grad_A, grad_B, None, None, None, None
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _stacked(upper: Tensor, lower: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([upper, lower]).to(dtype)
 
 
-def _times(tensor: Tensor, factor: float) -> Tensor:
+def times(tensor: Tensor, factor: float) -> Tensor:
+    """A tensor multiplied by a number; the tensor itself if that is 1.
+
+    Args:
+        tensor: the tensor.
+        factor: the number.
+    """
     return tensor if factor == 1 else tensor * factor

@@ -40,7 +40,7 @@ class StochasticRemainder(DenseRemainder):
 
     def __init__(self, weight: Tensor, *, transposed: bool, name: str) -> None:
         super().__init__(weight, transposed=transposed)
-        self.name_hash = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
+        self.name_hash = hash_of(name)
         self.step: int | Float[Tensor, ""] = 0
 
     def by_matrix(self, weight: Tensor, matrices: Sequence[Float[Tensor, "rows columns"]]) -> Sequence[DenseRemainder]:
@@ -62,6 +62,15 @@ class StochasticRemainder(DenseRemainder):
         block = weight[part]
         exact = block.float().addmm_(left, right)
         block.copy_(rounded_by(exact, block, draws(self.name_hash, self.step, self.first_row + part.start, block)))
+
+
+def hash_of(name: str) -> int:
+    """32 bits of the hash of a layer's name.
+
+    Args:
+        name: the name.
+    """
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
 
 
 def on_device(step: int | Float[Tensor, ""], device: torch.device) -> Float[Tensor, ""]:

@@ -23,73 +23,34 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from scalora.rivals.method import Backward, BeforeTraining, Method
-from scalora.rivals.own_update import OwnUpdate, check_layer
+from scalora.rivals.own_update import OwnUpdate, ReplacesUpdate
 
 _ROPE_BASE = 10000.0
 
 
 @dataclass(frozen=True)
-class Mora(Method):
+class Mora(ReplacesUpdate):
     """MoRA. The setting ``r`` under ``lora:`` is the rank at which LoRA would have about as many parameters."""
 
-    ordinary_adapter: ClassVar[bool] = False
-    before_training: ClassVar[BeforeTraining] = "lost"  # TRL can't copy what is no pair of factors
+    title: ClassVar[str] = "MoRA"
 
-    def peft_config(self, settings: dict[str, Any]) -> PeftConfig | None:
-        """The configuration by which PEFT selects the layers.
-
-        Args:
-            settings: fields of `peft.LoraConfig`.
-
-        Raises:
-            ValueError: ``init_lora_weights`` is not True. MoRA starts at zero, and some of PEFT's other
-                initialisations change the base weights.
-        """
-        config = LoraConfig(**settings)
-        if config.init_lora_weights is not True:
-            raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r}: MoRA's matrix starts at zero; leave the setting out"
-            )
-        return config
-
-    def adapt(
-        self, model: nn.Module, config: PeftConfig | None, backward: Backward, learning_rate: float | None = None
-    ) -> nn.Module:
-        """Add PEFT's LoRA layers and replace their factors by the square matrix.
+    def replace_update(self, name: str, layer: LoraLayer, adapter: str) -> None:
+        """Replace the factors by the square matrix.
 
         Args:
-            model: the base model, which is modified.
-            config: the configuration of the adapter, from `peft_config`.
-            backward: not used.
-            learning_rate: not used.
-
-        Returns:
-            The model to train.
-
-        Raises:
-            UnsupportedLayerError: a layer is quantised or not linear, or has an option of LoRA that MoRA lacks.
+            name: the layer's name.
+            layer: the PEFT layer.
+            adapter: the adapter's name.
         """
-        adapted = super().adapt(model, config, backward)
-        for name, module in adapted.named_modules():
-            if isinstance(module, LoraLayer):
-                for adapter in module.active_adapters:
-                    _make_square(name, module, adapter)
-        return adapted
-
-
-def _make_square(name: str, layer: LoraLayer, adapter: str) -> None:
-    check_layer("MoRA", name, layer, adapter)
-    size = math.isqrt((layer.in_features + layer.out_features) * layer.r[adapter]) // 2 * 2
-    like = layer.lora_A[adapter].weight
-    square = nn.Linear(size, size, bias=False, device=like.device, dtype=like.dtype)
-    nn.init.zeros_(square.weight)
-    layer.lora_A[adapter], layer.lora_B[adapter] = square, nn.Identity()
-    layer.lora_variant[adapter] = _Square()
+        size = math.isqrt((layer.in_features + layer.out_features) * layer.r[adapter]) // 2 * 2
+        like = layer.lora_A[adapter].weight
+        square = nn.Linear(size, size, bias=False, device=like.device, dtype=like.dtype)
+        nn.init.zeros_(square.weight)
+        layer.lora_A[adapter], layer.lora_B[adapter] = square, nn.Identity()
+        layer.lora_variant[adapter] = _Square()
 
 
 class _Square(OwnUpdate):

@@ -2,13 +2,80 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import Tensor, nn
 
 from scalora.model.adapters import UnsupportedLayerError
+from scalora.rivals.method import Backward, BeforeTraining, Method
+
+
+@dataclass(frozen=True)
+class ReplacesUpdate(Method):
+    """Base class of such methods. Their update starts at zero."""
+
+    ordinary_adapter: ClassVar[bool] = False
+    before_training: ClassVar[BeforeTraining] = "lost"  # TRL can't copy what is no pair of factors
+
+    title: ClassVar[str]
+    """What the method is called in messages."""
+
+    def peft_config(self, settings: dict[str, Any]) -> PeftConfig | None:
+        """The configuration by which PEFT selects the layers.
+
+        Args:
+            settings: fields of `peft.LoraConfig`.
+
+        Raises:
+            ValueError: ``init_lora_weights`` is not True. Other starts are none for another update, and some of PEFT's
+                change the base weights.
+        """
+        config = LoraConfig(**settings)
+        if config.init_lora_weights is not True:
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r}: the update of {self.title} starts at zero; leave the "
+                "setting out"
+            )
+        return config
+
+    def adapt(
+        self, model: nn.Module, config: PeftConfig | None, backward: Backward, learning_rate: float | None = None
+    ) -> nn.Module:
+        """Add PEFT's LoRA layers and replace their updates.
+
+        Args:
+            model: the base model, which is modified.
+            config: the configuration of the adapter, from `peft_config`.
+            backward: not used.
+            learning_rate: not used.
+
+        Returns:
+            The model to train.
+
+        Raises:
+            UnsupportedLayerError: a layer is quantised or not linear, or has an option of LoRA that the method lacks.
+        """
+        adapted = super().adapt(model, config, backward)
+        for name, module in adapted.named_modules():
+            if isinstance(module, LoraLayer):
+                for adapter in module.active_adapters:
+                    _check_layer(self.title, name, module, adapter)
+                    self.replace_update(name, module, adapter)
+        return adapted
+
+    def replace_update(self, name: str, layer: LoraLayer, adapter: str) -> None:
+        """Replace the update of an adapter of a linear layer.
+
+        Args:
+            name: the layer's name.
+            layer: the PEFT layer.
+            adapter: the adapter's name.
+        """
+        raise NotImplementedError
 
 
 class OwnUpdate(LoraVariant):  # type: ignore[misc]
@@ -58,18 +125,7 @@ class OwnUpdate(LoraVariant):  # type: ignore[misc]
         return orig_weight - self.update(module, active_adapter).to(orig_weight.dtype)
 
 
-def check_layer(method: str, name: str, layer: Any, adapter: str) -> None:
-    """Check that a layer is plain LoRA over an unquantised linear layer.
-
-    Args:
-        method: the method, for the message.
-        name: the layer's name.
-        layer: the PEFT layer.
-        adapter: the adapter's name.
-
-    Raises:
-        UnsupportedLayerError: it is not.
-    """
+def _check_layer(method: str, name: str, layer: Any, adapter: str) -> None:
     base = layer.get_base_layer()
     if type(layer) is not Linear or not isinstance(base, nn.Linear):
         raise UnsupportedLayerError(

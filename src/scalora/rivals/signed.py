@@ -12,84 +12,44 @@ signs would be another update, both are one parameter, which plain PEFT refuses 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int8
-from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from scalora.model.shared_pass import autocasts
-from scalora.rescale.stochastic import draws
-from scalora.rivals.method import Backward, BeforeTraining, Method
-from scalora.rivals.own_update import OwnUpdate, check_layer
+from scalora.model.shared_pass import dtype_of_products, rows_of
+from scalora.rescale.stochastic import draws, hash_of
+from scalora.rivals.own_update import OwnUpdate, ReplacesUpdate
 
 _SIGNS = "signs"
 
 
 @dataclass(frozen=True)
-class Signed(Method):
+class Signed(ReplacesUpdate):
     """LoRA with random signs. Its settings under ``lora:`` are LoRA's."""
 
-    ordinary_adapter: ClassVar[bool] = False
-    before_training: ClassVar[BeforeTraining] = "lost"  # TRL can't copy what is no pair of factors
+    title: ClassVar[str] = "LoRA with random signs"
 
-    def peft_config(self, settings: dict[str, Any]) -> PeftConfig | None:
-        """The configuration by which PEFT selects the layers.
-
-        Args:
-            settings: fields of `peft.LoraConfig`.
-
-        Raises:
-            ValueError: ``init_lora_weights`` is not True: other starts are none with the signs.
-        """
-        config = LoraConfig(**settings)
-        if config.init_lora_weights is not True:
-            raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r}: with random signs the update starts at zero; leave "
-                "the setting out"
-            )
-        return config
-
-    def adapt(
-        self, model: nn.Module, config: PeftConfig | None, backward: Backward, learning_rate: float | None = None
-    ) -> nn.Module:
-        """Add PEFT's LoRA layers and give them signs.
+    def replace_update(self, name: str, layer: LoraLayer, adapter: str) -> None:
+        """Give the product of the factors signs.
 
         Args:
-            model: the base model, which is modified.
-            config: the configuration of the adapter, from `peft_config`.
-            backward: not used.
-            learning_rate: not used.
-
-        Returns:
-            The model to train.
-
-        Raises:
-            UnsupportedLayerError: a layer is quantised or not linear, or has an option of LoRA that has no signs.
+            name: the layer's name.
+            layer: the PEFT layer.
+            adapter: the adapter's name.
         """
-        adapted = super().adapt(model, config, backward)
-        for name, module in adapted.named_modules():
-            if isinstance(module, LoraLayer):
-                for adapter in module.active_adapters:
-                    _give_signs(name, module, adapter)
-        return adapted
-
-
-def _give_signs(name: str, layer: LoraLayer, adapter: str) -> None:
-    check_layer("LoRA with random signs", name, layer, adapter)
-    lora_A = layer.lora_A[adapter].weight
-    factors = nn.Linear(layer.in_features + layer.out_features, len(lora_A), bias=False).to(lora_A)
-    with torch.no_grad():
-        factors.weight.zero_()
-        factors.weight[:, : layer.in_features] = lora_A
-    layer.lora_A[adapter], layer.lora_B[adapter] = factors, nn.Identity()
-    layer.lora_variant[adapter] = _Signed()
-    layer.register_buffer(_SIGNS, signs_of(name, layer.get_base_layer().weight), persistent=False)
+        lora_A = layer.lora_A[adapter].weight
+        factors = nn.Linear(layer.in_features + layer.out_features, len(lora_A), bias=False).to(lora_A)
+        with torch.no_grad():
+            factors.weight.zero_()
+            factors.weight[:, : layer.in_features] = lora_A
+        layer.lora_A[adapter], layer.lora_B[adapter] = factors, nn.Identity()
+        layer.lora_variant[adapter] = _Signed()
+        layer.register_buffer(_SIGNS, signs_of(name, layer.get_base_layer().weight), persistent=False)
 
 
 def signs_of(name: str, weight: Tensor) -> Int8[Tensor, "m n"]:
@@ -99,15 +59,14 @@ def signs_of(name: str, weight: Tensor) -> Int8[Tensor, "m n"]:
         name: the layer's name.
         weight: its weight.
     """
-    name_hash = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
-    return 1 - 2 * draws(name_hash, 0, 0, weight).bitwise_right_shift_(15).to(torch.int8)
+    return 1 - 2 * draws(hash_of(name), 0, 0, weight).bitwise_right_shift_(15).to(torch.int8)
 
 
 class _Signed(OwnUpdate):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         x = module.lora_dropout[active_adapter](x)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+        dtype = dtype_of_products(x)
         A, B = (factor.to(dtype) for factor in _factors(module, active_adapter))
         signs, scaling = module.get_buffer(_SIGNS), module.scaling[active_adapter]
         output: Tensor = _Product.apply(x.to(dtype), A, B, signs, scaling)  # type: ignore[no-untyped-call]
@@ -134,12 +93,8 @@ class _Product(torch.autograd.Function):
         x, A, B, signs = ctx.saved_tensors
         grad = grad.to(x.dtype)
         grad_x = grad @ _signed(B @ A, signs, ctx.scaling) if ctx.needs_input_grad[0] else None
-        of_weight = _signed(_rows(grad).mT @ _rows(x), signs, ctx.scaling)
+        of_weight = _signed(rows_of(grad).mT @ rows_of(x), signs, ctx.scaling)
         return grad_x, B.mT @ of_weight, of_weight @ A.mT, None, None
-
-
-def _rows(tensor: Float[Tensor, "*batch k"]) -> Float[Tensor, "rows k"]:
-    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _signed(matrix: Float[Tensor, "m n"], signs: Int8[Tensor, "m n"], scaling: float) -> Float[Tensor, "m n"]:
