@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from scalora._version import __version__
 
 if TYPE_CHECKING:
+    from scalora.block_signs import add_block_signs as add_block_signs
     from scalora.config import ScaLoraConfig as ScaLoraConfig
     from scalora.engine import ScaLora as ScaLora
     from scalora.integrations.transformers import ScaLoraCallback as ScaLoraCallback
@@ -60,6 +61,7 @@ _HOMES = {
     "UnsupportedLayerError": "scalora.model.adapters",
     "UnsupportedOptimizerError": "scalora.rescale.optimizers",
     "accept_factors": "scalora.model.remainder_layer",
+    "add_block_signs": "scalora.block_signs",
     "captured_energy": "scalora.maths.residuals",
     "choose_scaling": "scalora.maths.scaling",
     "column_scaling": "scalora.maths.scaling",

@@ -218,7 +218,7 @@ class PairAdamW(Optimizer):
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {betas!r}")
-        self._pairs = find_lora_pairs(model, sharded=True, all_shapes=True)
+        self._pairs = find_lora_pairs(model, sharded=True, all_shapes=True, signed=True)
         check_shards(self._pairs)
         if lr is None:
             lr = default_weight_rate(median(pair.n for pair in self._pairs))

@@ -26,6 +26,7 @@ from scalora.model.layers import (
     experts_of,
     factor_keys,
     factors_of,
+    has_signs,
     is_copy,
     is_distributed,
     is_partitioned,
@@ -210,7 +211,12 @@ class LoraPair:
 
 
 def find_lora_pairs(
-    model: nn.Module, *, sharded: bool = False, all_shapes: bool = False, masters: bool = False
+    model: nn.Module,
+    *,
+    sharded: bool = False,
+    all_shapes: bool = False,
+    masters: bool = False,
+    signed: bool = False,
 ) -> list[LoraPair]:
     """Find all LoRA pairs of a model and check that each is supported.
 
@@ -222,6 +228,8 @@ def find_lora_pairs(
             convolutions. Few can, so by default these are refused.
         masters: whether the optimizer keeps float32 copies of factors in half precision. Few do, so by default these
             are refused.
+        signed: whether the caller can do with updates that have block signs, whose `LoraPair` has the factors without
+            them. Few can, so by default these are refused.
 
     Raises:
         UnsupportedLayerError: there is no LoRA layer, or an unsupported one: DoRA and other variants, attention
@@ -232,6 +240,7 @@ def find_lora_pairs(
     pairs = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
+            _check_signs(name, module, allowed=signed)
             pairs.append(_checked_pair(name, module, owners, sharded=sharded, all_shapes=all_shapes, masters=masters))
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             refuse(name, f"{type(module).__name__} is not a LoRA layer", "adapt the model with peft.LoraConfig")
@@ -393,6 +402,15 @@ def _check_plain_lora(name: str, layer: LoraLayer, adapter: str) -> None:
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, WithRemainder):
         refuse(name, f"the LoRA variant {type(variant).__name__} changes the update", "use plain LoRA")
+
+
+def _check_signs(name: str, layer: LoraLayer, *, allowed: bool) -> None:
+    if not allowed and any(has_signs(layer, adapter) for adapter in layer.active_adapters):
+        refuse(
+            name,
+            "its update has block signs, which rescales and most methods do not know",
+            "train it with scalora.PairAdamW or another optimizer alone, or leave add_block_signs out",
+        )
 
 
 def _base_weight(name: str, layer: LoraLayer) -> tuple[Tensor, bool]:

@@ -38,11 +38,22 @@ def factor_keys(layer: LoraLayer, adapter: str) -> tuple[str, str]:
     """
     if adapter in layer.lora_embedding_A:
         return f"lora_embedding_A.{adapter}", f"lora_embedding_B.{adapter}"
-    return f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight"
+    key = "factor" if has_signs(layer, adapter) else "weight"
+    return f"lora_A.{adapter}.{key}", f"lora_B.{adapter}.{key}"
+
+
+def has_signs(layer: LoraLayer, adapter: str) -> bool:
+    """Whether an adapter's update has block signs (`scalora.model.signed_factors`), so that it trains other factors.
+
+    Args:
+        layer: the PEFT layer.
+        adapter: the adapter's name.
+    """
+    return "factor" in getattr(layer._modules["lora_A"]._modules.get(adapter), "_parameters", ())
 
 
 def factors_of(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """PEFT's lora_A, (r, n), and lora_B, (m, r), of an adapter.
+    """PEFT's lora_A, (r, n), and lora_B, (m, r), of an adapter: what is trained of them.
 
     Args:
         layer: the PEFT layer.
@@ -54,6 +65,8 @@ def factors_of(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Paramet
     if of_A is None or of_B is None:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     weight_A, weight_B = of_A._parameters.get("weight"), of_B._parameters.get("weight")
+    if weight_A is None and "factor" in of_A._parameters:
+        return of_A.factor, of_B.factor
     return of_A.weight if weight_A is None else weight_A, of_B.weight if weight_B is None else weight_B
 
 

@@ -40,6 +40,15 @@ def peft_model_of(model: nn.Module) -> PeftModel | None:
     return _holder(model) if hasattr(model, "peft_config") else None
 
 
+def injected_model(model: nn.Module) -> nn.Module | None:
+    """The module that PEFT has injected layers into without a PeftModel, and left its configurations at.
+
+    Args:
+        model: the module, or one that contains it.
+    """
+    return next((module for module in model.modules() if "peft_config" in vars(module)), None)
+
+
 def root_of(model: nn.Module) -> nn.Module:
     """The model under whose names a state is kept: a wrapper that adds no parameters is left out.
 

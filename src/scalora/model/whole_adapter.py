@@ -39,12 +39,24 @@ def whole_config(config: LoraConfig, layers: Mapping[str, RemainderLayer]) -> Lo
         config: the adapter's own configuration.
         layers: its layers, by their names in the base model.
     """
-    ranks, alphas = {}, {}
+    ranks, scalings = {}, {}
     for name, layer in layers.items():
         columns = layer.remainder.nonzero[0].shape[-1] if isinstance(layer.remainder, FactoredRemainder) else 0
         key = pattern_key(name, layer)
         ranks[key] = layer.r[layer.trained_adapter] + columns
-        alphas[key] = _whole_number(configured_scaling(layer, layer.trained_adapter) * ranks[key])
+        scalings[key] = configured_scaling(layer, layer.trained_adapter)
+    return with_ranks(config, ranks, scalings)
+
+
+def with_ranks(config: LoraConfig, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> LoraConfig:
+    """A configuration in which all layers have given ranks and scalings.
+
+    Args:
+        config: the configuration to begin with; not modified.
+        ranks: the rank of each layer, by its `pattern_key`.
+        scalings: the scaling of each layer.
+    """
+    alphas = {key: _whole_number(scalings[key] * rank) for key, rank in ranks.items()}
     rank, alpha = max(ranks.values()), max(alphas.values())
     whole = copy.copy(config)
     whole.__class__ = LoraConfig

@@ -1,4 +1,4 @@
-"""Methods built on PEFT's layers and optimizers: rsLoRA, LoRA+, DoRA, PiSSA, LoRA-GA, HiRA, Riemannian preconditioning.
+"""Methods built on PEFT's layers and optimizers: other scalings, starts and forms of LoRA, preconditioned gradients.
 
 Each class names the paper, and what differs from the authors' code. The default learning rates assume a scaling of 1
 (``lora_alpha`` = r). Those that differ from LoRA's do so because a step of AdamW moves every entry of a factor by the
@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from peft import HiraConfig, LoraConfig, PeftConfig
+from peft import GraloraConfig, HiraConfig, LoraConfig, PeftConfig
 from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -236,16 +236,42 @@ class Hira(Method):
         Raises:
             TypeError: a field other than ``lora_alpha`` that HiRA does not have.
         """
-        renamed = {
-            "hira_dropout" if name == "lora_dropout" else name: value
-            for name, value in settings.items()
-            if name != "lora_alpha"
-        }
-        known = [field.name for field in fields(HiraConfig)]
-        for name, value in renamed.items():
-            if name not in known:
-                raise TypeError(f"{name}={value!r}: HiRA has no such field; leave it out")
-        return HiraConfig(**renamed)
+        without_alpha = {name: value for name, value in settings.items() if name != "lora_alpha"}
+        return HiraConfig(**_renamed(without_alpha, HiraConfig, "HiRA", lora_dropout="hira_dropout"))
+
+
+@dataclass(frozen=True)
+class Gralora(Method):
+    """GraLoRA: each of k × k blocks of the update has factors of rank r/k of its own.
+
+    Jung et al., "GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning", arXiv:2505.20355. Of the
+    settings under ``lora:`` it takes ``r``, ``lora_alpha`` (its ``alpha``), ``lora_dropout`` (its ``gralora_dropout``),
+    and the choice of adapted and saved modules.
+
+    Raises:
+        ValueError: `k` is not a positive integer.
+    """
+
+    k: int = 2
+    """Number of parts of each side of an update, of which r is a multiple. The default is PEFT's, the authors' for
+    r = 32 and below."""
+
+    ordinary_adapter: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_positive(self)
+
+    def peft_config(self, settings: dict[str, Any]) -> PeftConfig:
+        """The configuration of PEFT's GraLoRA.
+
+        Args:
+            settings: fields of `peft.LoraConfig`.
+
+        Raises:
+            TypeError: a field that GraLoRA does not have.
+        """
+        names = {"lora_alpha": "alpha", "lora_dropout": "gralora_dropout"}
+        return GraloraConfig(gralora_k=self.k, **_renamed(settings, GraloraConfig, "GraLoRA", **names))
 
 
 @dataclass(frozen=True)
@@ -276,6 +302,16 @@ class Riemannian(Method):
         """
         optimizer: Optimizer = create_riemannian_optimizer(model, AdamW, reg=self.reg, **adamw_arguments(arguments))
         return optimizer
+
+
+def _renamed(settings: dict[str, Any], config: type[PeftConfig], method: str, **names: str) -> dict[str, Any]:
+    """The settings by the names that another configuration of PEFT's has for them; `TypeError` if it has none."""
+    renamed = {names.get(name, name): value for name, value in settings.items()}
+    known = [field.name for field in fields(config)]
+    for name, value in renamed.items():
+        if name not in known:
+            raise TypeError(f"{name}={value!r}: {method} has no such field; leave it out")
+    return renamed
 
 
 def _fixed(settings: dict[str, Any], **fixed: Any) -> dict[str, Any]:

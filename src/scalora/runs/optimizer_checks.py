@@ -36,7 +36,7 @@ _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 # Methods that train plain LoRA pairs with whatever optimizer they are given.
-_WITH_PAIR_ADAMW = ("scalora", "lora", "rslora", "pissa", "lora_ga", "normalised_columns")
+_WITH_PAIR_ADAMW = ("scalora", "lora", "block_signs", "rslora", "pissa", "lora_ga", "normalised_columns")
 
 
 def default_mode(settings: Settings) -> Mode | None:
@@ -76,7 +76,7 @@ def stepped_in_pairs(settings: Settings, method: Method, model: nn.Module) -> li
         method: the fine-tuning method.
         model: the model to train.
     """
-    return find_lora_pairs(model, all_shapes=True) if uses_pair_adamw(settings, method) else []
+    return find_lora_pairs(model, all_shapes=True, signed=True) if uses_pair_adamw(settings, method) else []
 
 
 def own_optimizer(

@@ -13,7 +13,7 @@ from scalora.model.copies import complete_copies
 from scalora.model.layers import plain_name
 from scalora.model.mixed_class import mix_in
 from scalora.model.placement import place_remainders
-from scalora.model.roots import peft_model_of
+from scalora.model.roots import injected_model, peft_model_of
 from scalora.model.tuner import use_in_peft
 from scalora.model.whole_adapter import remainder_layers, write_as_whole
 from scalora.parallel.data_parallel import keep_out_of_broadcasts
@@ -47,7 +47,7 @@ def attach(
     pairs = find_lora_pairs(model, sharded=True, all_shapes=True, masters=zero is not None)
     check_shards(pairs)
     peft_model = peft_model_of(model)
-    own = None if peft_model is not None else _injected_model(model)
+    own = None if peft_model is not None else injected_model(model)
     if own is not None and _has_own_adapters(own):
         merge = _merge_for_own_adapters(merge)
     attachment = attachment_of(model)
@@ -85,11 +85,6 @@ def fingerprint_of(model: nn.Module) -> str:
     """
     attachment = attachment_of(model)
     return attachment.fingerprint if attachment else base_fingerprint(model)
-
-
-def _injected_model(model: nn.Module) -> nn.Module | None:
-    """The module that PEFT has injected layers into without a PeftModel, and left its configurations at."""
-    return next((module for module in model.modules() if "peft_config" in vars(module)), None)
 
 
 def _has_own_adapters(model: nn.Module) -> bool:

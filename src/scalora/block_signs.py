@@ -1,0 +1,137 @@
+"""`add_block_signs`: LoRA whose update has many times the rank of its factors (`scalora.maths.block_signs`).
+
+It needs no rescales, and none of the engine: a step is LoRA's, with any optimizer. `scalora.PairAdamW` is the one to
+take. What is saved is an ordinary adapter of the rank that the update has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear, ParamWrapper
+from torch import nn
+
+from scalora.maths.block_signs import block_signs
+from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
+from scalora.model.layers import configured_scaling, pattern_key
+from scalora.model.mixed_class import mix_in
+from scalora.model.remainder_layer import RemainderLayer
+from scalora.model.roots import injected_model, peft_model_of
+from scalora.model.signed_factors import SignedA, SignedB, SignedLinear
+from scalora.model.whole_adapter import with_ranks
+
+DEFAULT_BLOCKS = 32
+"""With r = 8, an update of rank 256. TODO"""
+
+
+def add_block_signs(model: nn.Module, blocks: int = DEFAULT_BLOCKS) -> None:
+    """Give the update of every linear LoRA layer the signs of `blocks` × `blocks` blocks, and that many times the rank.
+
+    The factors keep their shapes, and a step its cost. PEFT takes the adapter for an ordinary one of rank
+    ``r·blocks``, and its configuration says so: saved, it is one, which everything that takes LoRA adapters loads. To
+    go on with the training of a saved one, call this on a new model and load the adapter into it, as trainers do when
+    they resume.
+
+    Layers that are not linear (embeddings, convolutions, experts that are one parameter) stay plain LoRA. So do those
+    of which a side can't be divided by two. A side that can't be divided into so many equal parts is divided into the
+    largest power of two that it can.
+
+    Examples:
+        >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        >>> add_block_signs(model)
+        >>> optimizer = PairAdamW(model)  # and train as before
+
+    Args:
+        model: a model with PEFT LoRA layers and one active adapter whose update is zero, as PEFT starts it; modified.
+            The base may be quantised.
+        blocks: number of parts of each side of an update, a power of two.
+
+    Raises:
+        ValueError: `blocks` is not a power of two above 1; the adapter has been trained; or no layer can be divided.
+        UnsupportedLayerError: a layer is one that ScaLoRA can't train, trains a bias of ``lora_B``, or has rescales
+            (`scalora.ScaLora`) or signs of another number of blocks. The model has not been changed then.
+    """
+    check_blocks(blocks)
+    pairs = find_lora_pairs(model, all_shapes=True, signed=True)
+    signed = [pair for pair in pairs if _takes_signs(pair, blocks)]
+    if not signed:
+        raise ValueError(
+            f"no linear layer with LoRA has sides that can be divided into parts (blocks={blocks}): leave block signs "
+            "out"
+        )
+    for pair in signed:
+        _check(pair, blocks)
+    for pair in signed:
+        _sign(pair, blocks)
+    _report_ranks(model, pairs[0].adapter)
+
+
+def check_blocks(blocks: int) -> None:
+    """Check a number of blocks.
+
+    Args:
+        blocks: number of parts of each side of an update.
+
+    Raises:
+        ValueError: it is not a power of two above 1.
+    """
+    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 2 or blocks & (blocks - 1):
+        raise ValueError(f"blocks must be a power of two above 1, got {blocks!r}")
+
+
+def _takes_signs(pair: LoraPair, blocks: int) -> bool:
+    linear = pair.is_matrix and pair.adapter in pair.layer.lora_A and not isinstance(pair.layer, ParamWrapper)
+    return linear and block_signs(pair.m, pair.n, blocks, device="meta") is not None
+
+
+def _check(pair: LoraPair, blocks: int) -> None:
+    """Refuse what can't be trained, and an update that signs would change."""
+    of_B = pair.layer.lora_B[pair.adapter]
+    if isinstance(pair.layer, RemainderLayer):
+        raise UnsupportedLayerError(
+            f"module {pair.name!r} has ScaLoRA's rescales, which block signs can't be combined with: train with one of "
+            "them"
+        )
+    if isinstance(of_B, SignedB):
+        if of_B.blocks != blocks:
+            raise UnsupportedLayerError(
+                f"module {pair.name!r} has the signs of {of_B.blocks} blocks already: set blocks={of_B.blocks}"
+            )
+        return
+    if of_B.bias is not None:
+        raise UnsupportedLayerError(f"module {pair.name!r} trains a bias with LoRA: set lora_bias=False")
+    if not pair.lora_B.is_meta and pair.lora_B.any():
+        raise ValueError(
+            f"the update of module {pair.name!r} is not zero, and signs would change it: add block signs to a new "
+            "adapter, with init_lora_weights=True, before it is trained or loaded"
+        )
+
+
+def _sign(pair: LoraPair, blocks: int) -> None:
+    layer, name = pair.layer, pair.adapter
+    if isinstance(layer.lora_B[name], SignedB):
+        return
+    layer.lora_A[name] = SignedA(pair.lora_A, blocks, pair.m, pair.n)
+    layer.lora_B[name] = SignedB(pair.lora_B, blocks, pair.m, pair.n)
+    rank = pair.r * layer.lora_B[name].signs.shape[1]
+    layer.r[name], layer.lora_alpha[name], layer.use_rslora[name] = rank, pair.scaling * rank, False
+    if type(layer) is Linear:
+        mix_in(layer, SignedLinear)
+
+
+def _report_ranks(model: nn.Module, adapter: str) -> None:
+    """Put the ranks that the updates have into the adapter's configuration. The user's own object is not changed."""
+    peft_model = peft_model_of(model)
+    base: Any = injected_model(model) if peft_model is None else peft_model.base_model.model
+    if base is None:
+        return  # injected by hand, with a configuration that is the caller's
+    layers = {
+        pattern_key(name, layer): layer
+        for name, layer in base.named_modules()
+        if isinstance(layer, LoraLayer) and adapter in layer.r
+    }
+    ranks = {key: layer.r[adapter] for key, layer in layers.items()}
+    scalings = {key: configured_scaling(layer, adapter) for key, layer in layers.items()}
+    configurations = base.peft_config if peft_model is None else peft_model.peft_config
+    configurations[adapter] = with_ranks(configurations[adapter], ranks, scalings)

@@ -1,0 +1,134 @@
+"""Signs for the blocks of an update: ``S ⊙ (A·Bᵀ)`` has k times the rank, at the cost of ``A·Bᵀ`` (docs/method.md).
+
+S has one sign for each of k × k blocks, those of a Walsh–Hadamard matrix C: ``S ⊙ (A·Bᵀ)`` has the blocks
+``c_ij·A_i·B_jᵀ``. As C has full rank, and all its singular values are equal, the sum of the blocks' ranks is not wasted
+on a few directions. For any matrix of weight gradients G, those of A and B are what they would be without signs for
+``S ⊙ G``: what holds for ``A·Bᵀ``, as of optimizers for pairs, holds in the space of ``S ⊙ W``.
+
+BoRA (Li et al., arXiv 2508.06953) multiplies each block by a diagonal matrix, ``A_i·diag(σ_ij)·B_jᵀ``, which it trains.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def block_signs(
+    m: int, n: int, blocks: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> Float[Tensor, "k_out k_in"] | None:
+    """C: the signs of the blocks of an m × n matrix, ``(−1)^popcount(i & j)``.
+
+    A side that can't be divided into so many equal parts is divided into the largest power of two that it can.
+
+    Args:
+        m: rows of the matrix.
+        n: columns of the matrix.
+        blocks: k, a power of two.
+        dtype: dtype of the signs.
+        device: device of the signs.
+
+    Returns:
+        The signs; None if all are +1, as with a single part on either side.
+    """
+    k_out, k_in = math.gcd(m, blocks), math.gcd(n, blocks)
+    if min(k_out, k_in) == 1:
+        return None
+    i, j = (torch.arange(k, device=device) for k in (k_out, k_in))
+    common, odd = i[:, None] & j, torch.zeros((), dtype=torch.int64, device=device)
+    for bit in range(blocks.bit_length()):
+        odd = odd ^ (common >> bit & 1)
+    return (1 - 2 * odd).to(dtype)
+
+
+def with_signs(
+    matrix: Float[Tensor, "*layers m n"], signs: Float[Tensor, "k_out k_in"]
+) -> Float[Tensor, "*layers m n"]:
+    """``S ⊙ matrix``.
+
+    Args:
+        matrix: the matrix, or a stack of them.
+        signs: from `block_signs`.
+    """
+    k_out, k_in = signs.shape
+    *layers, m, n = matrix.shape
+    in_blocks = matrix.reshape(*layers, k_out, m // k_out, k_in, n // k_in)
+    return (in_blocks * signs.to(matrix.dtype)[:, None, :, None]).reshape(matrix.shape)
+
+
+def expanded_A(lora_A: Float[Tensor, "r n"], parts: int) -> Float[Tensor, "R n"]:
+    """The first of two ordinary factors whose product is ``S ⊙ (lora_B · lora_A)``: ``R = r·k_in``, block-diagonal.
+
+    Args:
+        lora_A: PEFT's ``lora_A.weight``.
+        parts: k_in.
+    """
+    r, n = lora_A.shape
+    expanded = lora_A.new_zeros(parts, r, parts, n // parts)
+    expanded.diagonal(dim1=0, dim2=2).copy_(lora_A.view(r, parts, -1).permute(0, 2, 1))
+    return expanded.view(parts * r, n)
+
+
+def expanded_B(lora_B: Float[Tensor, "m r"], signs: Float[Tensor, "k_out k_in"]) -> Float[Tensor, "m R"]:
+    """The second of two ordinary factors whose product is ``S ⊙ (lora_B · lora_A)``.
+
+    Args:
+        lora_B: PEFT's ``lora_B.weight``.
+        signs: from `block_signs`.
+    """
+    m, r = lora_B.shape
+    k_out, k_in = signs.shape
+    in_parts = lora_B.view(k_out, m // k_out, 1, r)
+    return (in_parts * signs.to(lora_B.dtype)[:, None, :, None]).view(m, k_in * r)
+
+
+def compact_A(expanded: Float[Tensor, "R n"], parts: int) -> Float[Tensor, "r n"]:
+    """The inverse of `expanded_A`. What is not block-diagonal in `expanded` is ignored.
+
+    Args:
+        expanded: the ordinary factor.
+        parts: k_in.
+    """
+    R, n = expanded.shape
+    blocks = expanded.view(parts, R // parts, parts, n // parts).diagonal(dim1=0, dim2=2)
+    return blocks.permute(0, 2, 1).reshape(R // parts, n)
+
+
+def compact_B(expanded: Float[Tensor, "m R"], parts: int) -> Float[Tensor, "m r"]:
+    """The inverse of `expanded_B`. C's first column has no minus.
+
+    Args:
+        expanded: the ordinary factor.
+        parts: k_in.
+    """
+    return expanded[:, : expanded.shape[1] // parts]
+
+
+def signed_linear(
+    x: Float[Tensor, "... n"],
+    lora_A: Float[Tensor, "r n"],
+    lora_B: Float[Tensor, "m r"],
+    signs: Float[Tensor, "k_out k_in"],
+) -> Float[Tensor, "... m"]:
+    """``x · (S ⊙ (lora_B · lora_A))ᵀ`` without the product itself.
+
+    In place of r numbers for each token there are r for each part of the inputs, which C turns into r for each part of
+    the outputs.
+
+    Args:
+        x: the input.
+        lora_A: PEFT's ``lora_A.weight``.
+        lora_B: PEFT's ``lora_B.weight``.
+        signs: from `block_signs`.
+    """
+    k_out, k_in = signs.shape
+    (r, n), m = lora_A.shape, len(lora_B)
+    tokens = math.prod(x.shape[:-1])
+    parts = x.reshape(tokens, k_in, n // k_in).transpose(0, 1)
+    hidden = parts @ lora_A.view(r, k_in, n // k_in).permute(1, 2, 0)
+    mixed = signs.to(hidden.dtype) @ hidden.reshape(k_in, tokens * r)
+    output = mixed.view(k_out, tokens, r) @ lora_B.view(k_out, m // k_out, r).mT
+    return output.transpose(0, 1).reshape(*x.shape[:-1], m)

@@ -1,0 +1,215 @@
+"""PEFT's modules ``lora_A`` and ``lora_B`` of an update whose blocks have signs (`scalora.maths.block_signs`).
+
+To PEFT, and to whatever reads a state dict, they are ordinary factors of the rank that the update has: what merges,
+combines, converts or saves an adapter by ``lora_A.weight`` and ``lora_B.weight`` gets the whole update. What is trained
+is smaller, and called `factor`. Checked with PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from scalora.maths.block_signs import block_signs, compact_A, compact_B, expanded_A, expanded_B, signed_linear
+from scalora.model.layers import is_distributed, is_partitioned
+from scalora.model.mixed_class import MixedIn
+
+
+class ShardedFactorsError(RuntimeError):
+    """A factor whose blocks have signs is split over processes. The message says what to do instead."""
+
+
+class SignedFactor(nn.Module):
+    """A factor of an update whose blocks have signs.
+
+    Args:
+        factor: what is trained: (r, n), or (m, r).
+        blocks: the number of parts that the update's sides are divided into, a power of two.
+        m: rows of the update.
+        n: columns of the update.
+
+    Attributes:
+        factor: the trained parameter.
+        blocks: the number of parts.
+    """
+
+    bias = None  # as of PEFT's modules
+
+    def __init__(self, factor: nn.Parameter, blocks: int, m: int, n: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.blocks = blocks
+        self._m, self._n = m, n
+        # No buffer: DistributedDataParallel would overwrite it between a forward and a backward pass.
+        self._signs = self._new_signs()
+
+    @property
+    def signs(self) -> Float[Tensor, "k_out k_in"]:
+        """The signs of the blocks, in the dtype and on the device of the factor."""
+        if self._signs.device != self.factor.device or self._signs.dtype != self.factor.dtype:
+            self._signs = self._new_signs()
+        return self._signs
+
+    def _new_signs(self) -> Tensor:
+        signs = block_signs(self._m, self._n, self.blocks, dtype=self.factor.dtype, device=self.factor.device)
+        assert signs is not None
+        return signs
+
+    @property
+    def weight(self) -> Tensor:
+        """The ordinary factor, made of the trained one at each call; gradients go through it."""
+        raise NotImplementedError
+
+    def compacted(self, weight: Tensor) -> Tensor | None:
+        """What has to be trained for an ordinary factor.
+
+        Args:
+            weight: the ordinary factor.
+
+        Returns:
+            The inverse of `weight`; None if there is none.
+        """
+        raise NotImplementedError
+
+    @property
+    def in_features(self) -> int:
+        """The number of inputs."""
+        return int(self.weight.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        """The number of outputs."""
+        return int(self.weight.shape[0])
+
+    def forward(self, x: Float[Tensor, "... k"]) -> Float[Tensor, "... l"]:
+        """The product with the ordinary factor.
+
+        Args:
+            x: the input.
+        """
+        return linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        """What is shown of the module beside its name."""
+        return f"{', '.join(map(str, self.factor.shape))}, blocks={self.blocks}"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if is_distributed(self.factor) or is_partitioned(self.factor):
+            raise ShardedFactorsError(
+                "an adapter with block signs can't be saved from factors that are split over processes (FSDP, ZeRO-3): "
+                "train with DistributedDataParallel, or ZeRO-1 or -2"
+            )
+        with torch.no_grad():
+            destination[f"{prefix}weight"] = self.weight
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}weight"
+        if (weight := state_dict.get(key)) is None:
+            if strict:
+                missing_keys.append(key)
+            return
+        factor = self.compacted(weight)
+        if factor is None or factor.shape != self.factor.shape:
+            error_msgs.append(
+                f"{key!r}, {tuple(weight.shape)}, is not a factor with the signs of {self.blocks} blocks at rank "
+                f"{min(self.factor.shape)}: load it into a model without block signs, or with those of its training"
+            )
+            return
+        with torch.no_grad():
+            if self.factor.is_meta:
+                self.factor = nn.Parameter(factor.clone(), self.factor.requires_grad)
+            else:
+                self.factor.copy_(factor)
+
+
+class SignedA(SignedFactor):
+    """``lora_A``. It holds no signs: those are `SignedB`'s."""
+
+    @property
+    def weight(self) -> Float[Tensor, "R n"]:
+        """The ordinary factor, which is block-diagonal."""
+        return expanded_A(self.factor, self.signs.shape[1])
+
+    def compacted(self, weight: Float[Tensor, "R n"]) -> Float[Tensor, "r n"] | None:
+        """What has to be trained for an ordinary factor.
+
+        Args:
+            weight: the ordinary factor.
+
+        Returns:
+            The inverse of `weight`; None if there is none.
+        """
+        parts = self.signs.shape[1]
+        if weight.ndim != 2 or len(weight) % parts or weight.shape[1] != self._n:
+            return None
+        factor = compact_A(weight, parts)
+        return factor if torch.equal(expanded_A(factor, parts), weight) else None
+
+
+class SignedB(SignedFactor):
+    """``lora_B``."""
+
+    @property
+    def weight(self) -> Float[Tensor, "m R"]:
+        """The ordinary factor, which has the signs."""
+        return expanded_B(self.factor, self.signs)
+
+    def compacted(self, weight: Float[Tensor, "m R"]) -> Float[Tensor, "m r"] | None:
+        """What has to be trained for an ordinary factor.
+
+        Args:
+            weight: the ordinary factor.
+
+        Returns:
+            The inverse of `weight`; None if there is none.
+        """
+        signs = self.signs
+        if weight.ndim != 2 or weight.shape[1] % signs.shape[1] or len(weight) != self._m:
+            return None
+        factor = compact_B(weight, signs.shape[1])
+        return factor if torch.equal(expanded_B(factor, signs.to(weight.device)), weight) else None
+
+
+class SignedLinear(MixedIn, Linear):  # type: ignore[misc]
+    """Mixed into the class of PEFT's layers over unquantised linear ones, so that a pass costs what LoRA's costs.
+
+    PEFT's own forward pass would be right as well, but make the ordinary factors.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's forward pass.
+
+        Args:
+            x: the layer's input, (…, n).
+            args: as PEFT's.
+            kwargs: as PEFT's.
+
+        Returns:
+            The layer's output, (…, m).
+        """
+        names = self.active_adapters
+        of_A = self.lora_A[names[0]] if len(names) == 1 and names[0] in self.lora_A else None
+        if args or kwargs or self.disable_adapters or self.merged or not isinstance(of_A, SignedA):
+            of_peft: Tensor = super().forward(x, *args, **kwargs)
+            return of_peft
+        (name,) = names
+        of_B = self.lora_B[name]
+        result = self.base_layer(x)
+        x = self.lora_dropout[name](self._cast_input_dtype(x, of_A.factor.dtype))
+        update = signed_linear(x, of_A.factor, of_B.factor, of_B.signs)
+        output: Tensor = (result + update * self.scaling[name]).to(result.dtype)
+        return output

@@ -1,0 +1,410 @@
+"""Block signs against their definition, and as PEFT adapters: rank, training, ordinary files, resume, refusals."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Mixed, TwoLayers, tiny_gpt2, tiny_llama, trainable
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from torch import nn
+from torch.nn.functional import linear
+from transformers import Trainer, TrainingArguments
+
+from scalora import PairAdamW, ScaLora, ScaLoraConfig, UnsupportedLayerError, add_block_signs
+from scalora.maths.block_signs import (
+    block_signs,
+    compact_A,
+    compact_B,
+    expanded_A,
+    expanded_B,
+    signed_linear,
+    with_signs,
+)
+from scalora.model.adapters import find_lora_pairs
+
+
+def signs_by_definition(m, n, blocks):
+    """S itself: Sylvester's Hadamard matrix, whose rows and columns are repeated for all entries of their parts."""
+    C = torch.ones(1, 1)
+    while len(C) < blocks:
+        C = torch.cat([torch.cat([C, C], 1), torch.cat([C, -C], 1)])
+    k_out, k_in = math.gcd(m, blocks), math.gcd(n, blocks)
+    return C[:k_out, :k_in].repeat_interleave(m // k_out, 0).repeat_interleave(n // k_in, 1).double()
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+sides = st.sampled_from([2, 4, 6, 8, 12, 24, 32, 40, 64])
+powers = st.sampled_from([2, 4, 8, 16, 32])
+
+
+@settings(max_examples=60, deadline=None)
+@given(m=sides, n=sides, r=st.integers(1, 5), blocks=powers, batch=st.sampled_from([(), (3,), (0,), (2, 5)]))
+def test_all_forms_are_the_definition(m, n, r, blocks, batch):
+    signs = block_signs(m, n, blocks, dtype=torch.float64)
+    A, B, x = normal(r, n, seed=1), normal(m, r, seed=2), normal(*batch, n, seed=3)
+    update = signs_by_definition(m, n, blocks) * (B @ A)
+    torch.testing.assert_close(with_signs(B @ A, signs), update, rtol=0, atol=0)
+    torch.testing.assert_close(with_signs(torch.stack([B @ A] * 2), signs)[1], update, rtol=0, atol=0)
+    torch.testing.assert_close(signed_linear(x, A, B, signs), x @ update.mT, rtol=1e-11, atol=1e-11)
+    parts = signs.shape[1]
+    big_A, big_B = expanded_A(A, parts), expanded_B(B, signs)
+    torch.testing.assert_close(big_B @ big_A, update, rtol=1e-12, atol=1e-12)
+    assert torch.equal(compact_A(big_A, parts), A)
+    assert torch.equal(compact_B(big_B, parts), B)
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 8), (9, 8), (8, 15), (7, 5)])
+def test_a_side_that_cannot_be_divided_has_no_signs(m, n):
+    assert block_signs(m, n, 8) is None
+
+
+def test_the_update_has_as_many_times_the_rank_and_a_small_norm():
+    A, B = normal(4, 128, seed=1), normal(128, 4, seed=2)
+    update = with_signs(B @ A, block_signs(128, 128, 16, dtype=torch.float64))
+    assert torch.linalg.matrix_rank(update) == 64
+    assert torch.linalg.matrix_rank(B @ A) == 4
+    torch.testing.assert_close(update.norm(), (B @ A).norm(), rtol=1e-12, atol=0)
+    assert torch.linalg.matrix_norm(update, 2) < 0.5 * torch.linalg.matrix_norm(B @ A, 2)
+
+
+def signed_model(model, blocks=4, *, trained=False, **lora):
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**lora))
+    add_block_signs(adapted, blocks)
+    if trained:
+        torch.manual_seed(1)
+        for parameter in trainable(adapted):
+            nn.init.normal_(parameter, std=0.3)
+    return adapted
+
+
+def test_training_is_that_of_lora_in_the_space_of_signed_weights():
+    """A loss of S ⊙ W with plain LoRA is the same loss of W with signs: all gradients and all steps are equal."""
+    S, x, y = signs_by_definition(24, 16, 8), normal(40, 16, seed=4), normal(40, 24, seed=5)
+    base = nn.Linear(16, 24, bias=False).double()
+
+    class InSignedSpace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 24, bias=False).double()
+            self.layer.weight.data.copy_(S * base.weight.data)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    plain = get_peft_model(InSignedSpace(), LoraConfig(r=3, lora_alpha=6, target_modules=["layer"])).double()
+    signed = signed_model(nn.Sequential(base), 8, r=3, lora_alpha=6, target_modules=["0"]).double()
+    for one, other in zip(trainable(signed), trainable(plain), strict=True):
+        one.data.copy_(other.data)
+    optimizers = [PairAdamW(model, lr=1e-2) for model in (signed, plain)]
+    for _ in range(20):
+        (signed(x) - y).square().mean().backward()
+        layer = plain.base_model.model.layer
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        weight = S * (layer.base_layer.weight + 2 * B @ A)
+        (linear(x, weight) - y).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(trainable(signed), trainable(plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    assert trainable(signed)[1].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_a_layer_computes_its_definition_and_has_its_gradients(kind):
+    model = nn.Sequential(nn.Linear(12, 16)) if kind == "linear" else tiny_gpt2().transformer.h[0].mlp
+    name = "0" if kind == "linear" else "c_fc"
+    transposed = {"fan_in_fan_out": True} if kind == "conv1d" else {}
+    adapted = signed_model(model.double(), trained=True, r=2, lora_alpha=6, target_modules=[name], **transposed)
+    adapted = adapted.double()
+    layer = adapted.get_submodule(f"base_model.model.{name}")
+    weight = layer.base_layer.weight if kind == "linear" else layer.base_layer.weight.mT
+    A, B = trainable(adapted)
+    assert A.shape == (2, weight.shape[1])
+    assert B.shape == (weight.shape[0], 2)
+    x = normal(3, 5, weight.shape[1], seed=6).requires_grad_()
+    expected = linear(x, weight + 3 * signs_by_definition(*weight.shape, 4) * (B @ A), layer.base_layer.bias)
+    output, grad = layer(x), normal(3, 5, weight.shape[0], seed=7)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    for found, wanted in zip(*(torch.autograd.grad(y, [x, A, B], grad) for y in (output, expected)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+    # PEFT's own forward pass, with several adapters for instance, goes by the modules.
+    super_output = type(layer).__bases__[1].forward(layer, x)
+    torch.testing.assert_close(super_output, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_it_starts_as_the_base_with_loras_parameters_and_its_optimizers_state():
+    base, lora = tiny_llama(), {"r": 2, "target_modules": "all-linear"}
+    plain, signed = get_peft_model(copy.deepcopy(base), LoraConfig(**lora)), signed_model(base, 8, **lora)
+    tokens = torch.randint(0, 64, (2, 9))
+    assert torch.equal(signed(input_ids=tokens).logits, base(input_ids=tokens).logits)
+    assert [p.shape for p in trainable(signed)] == [p.shape for p in trainable(plain)]
+    for model in (plain, signed):
+        optimizer = PairAdamW(model)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        model.state_numbers = sum(t.numel() for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t))
+    assert signed.state_numbers == plain.state_numbers
+
+
+@pytest.mark.parametrize("optimizer", ["PairAdamW", "AdamW"])
+def test_training_lowers_the_loss_and_fills_the_rank(optimizer):
+    base = tiny_llama(hidden_size=64, intermediate_size=128)
+    adapted = signed_model(base, 16, r=2, lora_alpha=2, target_modules="all-linear")
+    optimizer = PairAdamW(adapted, lr=3e-3) if optimizer == "PairAdamW" else torch.optim.AdamW(trainable(adapted), 1e-2)
+    tokens = torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(8):
+        loss = adapted(input_ids=tokens, labels=tokens).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+    merged = adapted.merge_and_unload()
+    update = (merged.model.layers[0].mlp.up_proj.weight - base.model.layers[0].mlp.up_proj.weight).double()
+    assert torch.linalg.matrix_rank(update, rtol=1e-3) == 32
+
+
+def outputs(model, seed=0):
+    model.eval()
+    tokens = torch.randint(0, 64, (3, 10), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_is_saved_is_an_ordinary_adapter(tmp_path, rslora):
+    base = tiny_llama()
+    config = LoraConfig(r=2, lora_alpha=6, target_modules="all-linear", use_rslora=rslora)
+    adapted = get_peft_model(copy.deepcopy(base), config)
+    add_block_signs(adapted, 8)
+    for parameter in trainable(adapted):
+        nn.init.normal_(parameter, std=0.3)
+    assert config.r == 2, "the user's object"
+    assert adapted.peft_config["default"].r == 16
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert loaded.peft_config["default"].r == 16
+    assert not loaded.peft_config["default"].rank_pattern
+    torch.testing.assert_close(outputs(loaded), outputs(adapted), rtol=1e-4, atol=1e-5)
+    layer = loaded.base_model.model.model.layers[0].self_attn.k_proj
+    assert type(layer.lora_A["default"]) is nn.Linear
+    assert layer.lora_A["default"].weight.shape == (16, 32)
+
+
+def test_layers_of_other_kinds_and_odd_sizes_stay_plain_and_the_file_says_so(tmp_path):
+    class Odd(Mixed):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(10, 15)
+            self.last = nn.Linear(15, 12)
+            self.even = nn.Linear(12, 12)
+
+        def forward(self, tokens):
+            return self.head(self.even(self.last(torch.tanh(self.linear(self.conv1d(self.embed(tokens)))))))
+
+    names = ["embed", "conv1d", "linear", "last", "even"]
+    adapted = signed_model(Odd(), 4, trained=True, r=2, lora_alpha=2, target_modules=names)
+    ranks = {name: adapted.get_submodule(f"base_model.model.{name}").r["default"] for name in names}
+    assert ranks == {"embed": 2, "conv1d": 8, "linear": 2, "last": 2, "even": 8}
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Odd(), tmp_path)
+    tokens = torch.randint(0, 20, (2, 5))
+    torch.testing.assert_close(loaded(tokens), adapted(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_training_goes_on_from_a_saved_adapter_to_the_bit(tmp_path):
+    base, lora = tiny_llama(), {"r": 2, "target_modules": "all-linear"}
+    adapted = signed_model(base, 8, trained=True, **lora)
+    adapted.save_pretrained(tmp_path)
+    resumed = signed_model(base, 8, **lora)
+    resumed.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(outputs(resumed), outputs(adapted))
+    for one, other in zip(trainable(resumed), trainable(adapted), strict=True):
+        assert torch.equal(one, other)
+    again = signed_model(base, 8, **lora)
+    again.load_state_dict(adapted.state_dict())
+    assert torch.equal(outputs(again), outputs(adapted))
+
+
+def test_another_adapter_is_not_loaded_into_signed_factors(tmp_path):
+    base, lora = tiny_llama(), {"target_modules": "all-linear"}
+    adapted = signed_model(base, 8, r=2, **lora)
+    before = copy.deepcopy(adapted.state_dict())
+    for r in (2, 16):  # of the factors' own shape, and of the ordinary ones'
+        other = get_peft_model(copy.deepcopy(base), LoraConfig(r=r, **lora))
+        nn.init.normal_(other.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+        other.save_pretrained(tmp_path / str(r))
+        with pytest.raises(RuntimeError, match="not a factor with the signs of 8 blocks"):
+            adapted.load_adapter(tmp_path / str(r), "default", is_trainable=True)
+    signed_model(base, 4, trained=True, r=4, **lora).save_pretrained(tmp_path / "4")
+    with pytest.raises(RuntimeError, match="not a factor with the signs of 8 blocks"):
+        adapted.load_adapter(tmp_path / "4", "default", is_trainable=True)
+    plain = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, **lora))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        plain.load_state_dict(adapted.state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*q_proj.lora_A.default.weight"):
+        adapted.load_state_dict({k: v for k, v in before.items() if "q_proj.lora_A" not in k})
+
+
+def test_a_trainer_resumes_as_if_it_had_not_stopped(tmp_path):
+    tokens = torch.randint(0, 64, (64, 8), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+
+    def trainer(folder, **arguments):
+        model = signed_model(tiny_llama(), 8, r=2, target_modules="all-linear", lora_dropout=0.1)
+        settings = TrainingArguments(
+            folder,
+            max_steps=8,
+            per_device_train_batch_size=4,
+            report_to=[],
+            save_steps=3,
+            use_cpu=True,
+            disable_tqdm=True,
+            **arguments,
+        )
+        optimizer = (PairAdamW, {"model": model, "lr": 3e-3})
+        return Trainer(model, settings, train_dataset=data, optimizer_cls_and_kwargs=optimizer)
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for one, other in zip(trainable(resumed.model), trainable(whole.model), strict=True):
+        assert torch.equal(one, other)
+    checkpoint = PeftModel.from_pretrained(tiny_llama(), tmp_path / "whole" / "checkpoint-8")
+    torch.testing.assert_close(outputs(checkpoint), outputs(whole.model), rtol=1e-4, atol=1e-5)
+
+
+def test_pefts_own_operations_take_it_for_the_ordinary_adapter_that_it_is():
+    base = tiny_llama()
+    adapted = signed_model(base, 8, trained=True, r=2, lora_alpha=4, target_modules="all-linear")
+    expected = outputs(adapted)
+    assert torch.equal(outputs(copy.deepcopy(adapted)), expected)
+    with adapted.disable_adapter():
+        assert torch.equal(outputs(adapted), outputs(base))
+    adapted.merge_adapter()
+    torch.testing.assert_close(outputs(adapted), expected, rtol=1e-4, atol=1e-5)
+    adapted.unmerge_adapter()
+    torch.testing.assert_close(outputs(adapted), expected, rtol=1e-4, atol=1e-5)
+    adapted.add_weighted_adapter(["default"], [1.0], "sum", combination_type="cat")
+    adapted.set_adapter("sum")
+    torch.testing.assert_close(outputs(adapted), expected, rtol=1e-4, atol=1e-5)
+    adapted.set_adapter("default")
+    torch.testing.assert_close(outputs(adapted), expected, rtol=1e-4, atol=1e-5)
+    tokens = torch.randint(0, 64, (2, 10))
+    mixed = adapted(input_ids=tokens, adapter_names=["default", "__base__"]).logits
+    torch.testing.assert_close(mixed[0], adapted(input_ids=tokens).logits[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1], base(input_ids=tokens).logits[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(adapted.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_transformers_own_adapters_are_ordinary_when_saved(tmp_path):
+    base = tiny_llama()
+    model = copy.deepcopy(base)
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    add_block_signs(model, 8)
+    for parameter in trainable(model):
+        nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert loaded.peft_config["default"].r == 16
+    torch.testing.assert_close(outputs(loaded), outputs(model), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_with_injected_layers_alone_trains_too():
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["first"]), TwoLayers())
+    add_block_signs(model, 4)
+    assert model.first.r["default"] == 8
+
+
+def test_autocast_and_dropout_are_loras():
+    adapted = signed_model(nn.Sequential(nn.Linear(8, 16)), trained=True, r=2, lora_dropout=0.5, target_modules=["0"])
+    x = torch.randn(6, 8)
+    adapted.eval()
+    exact = adapted(x)
+    assert torch.equal(adapted(x), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = adapted(x)
+    assert rounded.dtype == torch.bfloat16
+    assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
+    adapted.train()
+    assert not torch.allclose(adapted(x), exact)
+
+
+@pytest.mark.parametrize("convert", [torch.nn.Module.double, torch.nn.Module.bfloat16])
+def test_conversions_of_the_model_take_the_signs_along(convert):
+    adapted = signed_model(nn.Sequential(nn.Linear(8, 16)), trained=True, r=2, target_modules=["0"])
+    before = adapted(torch.ones(1, 8))
+    convert(adapted)
+    dtype = trainable(adapted)[0].dtype
+    torch.testing.assert_close(adapted(torch.ones(1, 8, dtype=dtype)).float(), before, rtol=0.05, atol=0.05)
+    assert adapted.base_model.model[0].lora_B["default"].weight.dtype == dtype
+
+
+@pytest.mark.usefixtures("without_shape_checks")  # torch.compile cannot trace them
+def test_a_compiled_model_computes_the_same():
+    adapted = signed_model(nn.Sequential(nn.Linear(8, 16)), trained=True, r=2, target_modules=["0"])
+    x = torch.randn(6, 8)
+    compiled = torch.compile(adapted, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), adapted(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_call_changes_nothing():
+    adapted = signed_model(TwoLayers(), 4, trained=True, r=2, target_modules=["first", "second"])
+    expected, ranks = adapted(torch.ones(1, 12)), adapted.peft_config["default"].to_dict()
+    add_block_signs(adapted, 4)
+    assert torch.equal(adapted(torch.ones(1, 12)), expected)
+    assert adapted.peft_config["default"].to_dict() == ranks
+    with pytest.raises(UnsupportedLayerError, match="first.*4 blocks already: set blocks=4"):
+        add_block_signs(adapted, 2)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3, -4, 12, 4.0, True, "4"])
+def test_other_numbers_than_powers_of_two_are_refused(blocks):
+    with pytest.raises(ValueError, match="power of two above 1, got"):
+        add_block_signs(get_peft_model(TwoLayers(), LoraConfig(target_modules=["first"])), blocks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"use_dora": True}, UnsupportedLayerError, "first.*use_dora"),
+        ({"lora_bias": True}, UnsupportedLayerError, "first.*lora_bias"),
+        ({"init_lora_weights": False}, ValueError, "first.*not zero"),
+        ({"init_lora_weights": "pissa"}, ValueError, "first.*not zero"),
+    ],
+)
+def test_what_cannot_have_signs_is_refused_and_unchanged(settings, error, message):
+    model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["first"], **settings))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        add_block_signs(model, 4)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert model.peft_config["default"].r == 2
+
+
+def test_a_model_without_such_layers_is_refused():
+    with pytest.raises(ValueError, match="no linear layer"):
+        add_block_signs(get_peft_model(Mixed(), LoraConfig(r=2, target_modules=["embed"])), 4)
+    with pytest.raises(UnsupportedLayerError, match="no LoRA layers"):
+        add_block_signs(TwoLayers(), 4)
+
+
+def test_rescales_and_signs_refuse_each_other():
+    signed = signed_model(TwoLayers(), 4, r=2, target_modules=["first", "second"])
+    with pytest.raises(UnsupportedLayerError, match="first.*block signs"):
+        ScaLora(signed, torch.optim.AdamW(trainable(signed)), ScaLoraConfig())
+    with pytest.raises(UnsupportedLayerError, match="first.*block signs"):
+        find_lora_pairs(signed)
+    model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["first", "second"]))
+    ScaLora(model, torch.optim.AdamW(trainable(model)), ScaLoraConfig())
+    with pytest.raises(UnsupportedLayerError, match=r"first.*rescales"):
+        add_block_signs(model, 4)
