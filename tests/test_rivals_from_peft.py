@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from scalora.rivals.apollo import Apollo
-from scalora.rivals.from_peft import Dora, Hira, LoraGa, LoraPlus, Pissa, Riemannian, RsLora
+from scalora.rivals.from_peft import Dora, Gralora, Hira, LoraGa, LoraPlus, Pissa, Riemannian, RsLora
 from scalora.rivals.full_weights import Full, GaLore
 
 TWO = {"r": 3, "lora_alpha": 6, "target_modules": ["first", "second"]}
@@ -207,6 +207,31 @@ def test_hira_multiplies_the_weight_by_the_low_rank_product():
     torch.testing.assert_close(layer(X), X @ (W + W * (B @ A)).T + layer.base_layer.bias)
     before = model(X)
     torch.testing.assert_close(Hira().merged(model)(X), before)
+
+
+def test_gralora_gives_each_block_factors_of_its_own():
+    model = adapted(Gralora(k=2), settings=TWO | {"r": 4, "lora_alpha": 12})
+    layer = model.base_model.model.first
+    assert sum(p.numel() for p in trainable(layer)) == 4 * (12 + 16)
+    x = torch.eye(12)
+    update = (layer(x) - layer.base_layer(x)).T.detach()
+    ranks = [torch.linalg.matrix_rank(block) for rows in update.chunk(2) for block in rows.chunk(2, dim=1)]
+    assert ranks == [2, 2, 2, 2]
+    assert torch.linalg.matrix_rank(update) == 8
+    scaled = adapted(Gralora(k=2), settings=TWO | {"r": 4, "lora_alpha": 24}).base_model.model.first
+    torch.testing.assert_close((scaled(x) - scaled.base_layer(x)).T, 2 * update)
+    before = forward(model)
+    torch.testing.assert_close(Gralora().merged(model)(X), before)
+
+
+def test_gralora_takes_over_what_it_shares_with_lora_and_refuses_the_rest():
+    config = Gralora().peft_config({"r": 4, "lora_alpha": 8, "lora_dropout": 0.25, "modules_to_save": ["score"]})
+    assert (config.r, config.alpha, config.gralora_dropout, config.gralora_k) == (4, 8, 0.25, 2)
+    assert config.modules_to_save == ["score"]
+    with pytest.raises(TypeError, match="use_rslora=True: GraLoRA has no such field"):
+        Gralora().peft_config({"use_rslora": True})
+    with pytest.raises(ValueError, match="k must be a positive integer, got 0"):
+        Gralora(k=0)
 
 
 def test_hira_takes_over_what_it_shares_with_lora_and_refuses_the_rest():
@@ -408,7 +433,7 @@ def test_a_missing_package_is_said_before_anything_is_loaded(method, monkeypatch
         method.training_defaults()
 
 
-@pytest.mark.parametrize("cls", [RsLora, LoraPlus, Dora, Pissa, LoraGa, Hira, Riemannian])
+@pytest.mark.parametrize("cls", [RsLora, LoraPlus, Dora, Pissa, LoraGa, Hira, Gralora, Riemannian])
 def test_a_field_that_the_adapter_does_not_have_is_refused_by_name(cls):
     with pytest.raises(TypeError, match="no_such_field"):
         cls().peft_config(TWO | {"no_such_field": 1})

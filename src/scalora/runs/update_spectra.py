@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
@@ -295,4 +295,6 @@ def _effective_weight(layer: nn.Module) -> Tensor:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether the layer is a linear layer that holds an unquantised weight, without an adapter."""
-    return isinstance(layer, LINEAR) and type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
+    # Some of PEFT's layers are linear layers by their class, with the base's weight for theirs.
+    adapted = isinstance(layer, BaseTunerLayer) or not isinstance(layer, LINEAR)
+    return not adapted and type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
