@@ -16,7 +16,7 @@ from models import TwoLayers, trainable, with_lora
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from scalora import PairAdamW, ScaLora, ScaLoraConfig, UnsupportedOptimizerError
+from scalora import PairAdamW, ScaLora, ScaLoraConfig, UnsupportedOptimizerError, add_block_signs
 from scalora.config import Merge
 from scalora.model.adapters import find_lora_pairs
 from scalora.rescale.remainder import DenseRemainder, FactoredRemainder
@@ -115,6 +115,32 @@ def test_training_is_that_of_the_cpu(dtype, bound, merge, mode, optimizer):
     assert engine.metrics()["scalora/rescales"] == 28
     assert engine.metrics()["scalora/left_alone_share"] < 1
     assert_near(of_cpu, of_gpu, bound)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+def test_training_with_block_signs_is_that_of_the_cpu(dtype, bound, autocast):
+    if autocast and dtype == torch.float64:
+        pytest.skip("autocast leaves float64 alone")
+
+    def trained(device):
+        torch.manual_seed(0)
+        config = LoraConfig(r=3, target_modules=["first", "second"])
+        model = get_peft_model(TwoLayers(16, 32, 8), config).to(device, dtype)
+        add_block_signs(model, 4)
+        optimizer, generator = PairAdamW(model, lr=1e-2), torch.Generator().manual_seed(1)
+        x, y = (torch.randn(32, n, generator=generator, dtype=dtype).to(device) for n in (16, 8))
+        for _ in range(10):
+            with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
+                output = model(x)
+            nn.functional.mse_loss(output.to(dtype), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        layers = [model.base_model.model.first, model.base_model.model.second]
+        return [layer.get_delta_weight("default").detach().double().cpu() for layer in layers]
+
+    for of_cpu, of_gpu in zip(trained("cpu"), trained(DEVICE), strict=True):
+        assert (of_gpu - of_cpu).norm() < (0.2 if autocast else bound) * of_cpu.norm()
 
 
 def test_the_exact_optimum_over_matrices_is_that_of_the_cpu():

@@ -41,7 +41,7 @@ def test_the_script_runs_at_toy_size_with_torch_and_peft_alone(tmp_path):
     assert [(row["method"], row["checkpointing"]) for row in steps["steps"]] == [
         (method, checkpointing)
         for checkpointing in (False, True)
-        for method in ("LoRA", "ScaLoRA, dense, I = 1", "ScaLoRA, matrices, factored, I = 10")
+        for method in ("LoRA", "ScaLoRA, dense, I = 1", "block signs, PairAdamW", "ScaLoRA, matrices, factored, I = 10")
     ]
     assert all(seconds > 0 for row in steps["steps"] for seconds in row["seconds"] + row["baseline_seconds"])
     (rescale,) = steps["rescales"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scalora import PairAdamW, ScaLora, ScaLoraConfig
+from scalora import PairAdamW, ScaLora, ScaLoraConfig, add_block_signs
 from scalora.bench.case import fill_remainders
 from scalora.config import Merge
 from scalora.rescale.other_optimizers import _WATCHES
@@ -84,7 +84,7 @@ TOY = Size(
 )  # fmt: skip
 """A size at which everything takes seconds on a CPU."""
 
-TOY_METHODS = ("ScaLoRA, dense, I = 1", "ScaLoRA, matrices, factored, I = 10")
+TOY_METHODS = ("ScaLoRA, dense, I = 1", "ScaLoRA, matrices, factored, I = 10", "block signs, PairAdamW")
 """What is measured at toy size."""
 
 
@@ -97,12 +97,14 @@ class Spec:
         lora: fields of `peft.LoraConfig`; None for full training of the same matrices.
         scalora: fields of `scalora.ScaLoraConfig`; None without rescales.
         pair_adamw: whether the optimizer is `scalora.PairAdamW`, and not PyTorch's fused AdamW.
+        block_signs: whether the update has the signs of 32 × 32 blocks.
     """
 
     name: str
     lora: dict[str, Any] | None = field(default_factory=dict)
     scalora: dict[str, Any] | None = None
     pair_adamw: bool = False
+    block_signs: bool = False
 
     @property
     def interval(self) -> int:
@@ -137,6 +139,7 @@ def specs(intervals: tuple[int, ...] = (1, 10)) -> list[Spec]:
         Spec("DoRA", lora={"use_dora": True}),
         Spec("full", lora=None),
         Spec("LoRA, PairAdamW", pair_adamw=True),
+        Spec("block signs, PairAdamW", pair_adamw=True, block_signs=True),
         Spec("ScaLoRA, scalar, dense, I = 1", scalora={"mode": "scalar", "merge": "dense"}),
         *matrices[len(intervals) :],
     ]
@@ -167,6 +170,8 @@ class Contender:
             if spec.lora is None
             else get_peft_model(base, config)
         ).train()
+        if spec.block_signs:
+            add_block_signs(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         on_cuda = size.device.startswith("cuda")
         self.optimizer: Optimizer = (
