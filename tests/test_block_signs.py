@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from models import Mixed, TwoLayers, tiny_gpt2, tiny_llama, trainable
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.functional import linear
-from transformers import Trainer, TrainingArguments
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from scalora import PairAdamW, ScaLora, ScaLoraConfig, UnsupportedLayerError, add_block_signs
 from scalora.maths.block_signs import (
@@ -363,7 +366,7 @@ def test_a_second_call_changes_nothing():
     add_block_signs(adapted, 4)
     assert torch.equal(adapted(torch.ones(1, 12)), expected)
     assert adapted.peft_config["default"].to_dict() == ranks
-    with pytest.raises(UnsupportedLayerError, match="first.*4 blocks already: set blocks=4"):
+    with pytest.raises(UnsupportedLayerError, match=r"first.*4 blocks already: set blocks=4"):
         add_block_signs(adapted, 2)
 
 
@@ -400,11 +403,61 @@ def test_a_model_without_such_layers_is_refused():
 
 def test_rescales_and_signs_refuse_each_other():
     signed = signed_model(TwoLayers(), 4, r=2, target_modules=["first", "second"])
-    with pytest.raises(UnsupportedLayerError, match="first.*block signs"):
+    with pytest.raises(UnsupportedLayerError, match=r"first.*block signs"):
         ScaLora(signed, torch.optim.AdamW(trainable(signed)), ScaLoraConfig())
-    with pytest.raises(UnsupportedLayerError, match="first.*block signs"):
+    with pytest.raises(UnsupportedLayerError, match=r"first.*block signs"):
         find_lora_pairs(signed)
     model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["first", "second"]))
     ScaLora(model, torch.optim.AdamW(trainable(model)), ScaLoraConfig())
     with pytest.raises(UnsupportedLayerError, match=r"first.*rescales"):
         add_block_signs(model, 4)
+
+
+def split_by_fsdp2(model):
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+
+
+def split_by_fsdp1(model):
+    FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def split_by_zero3(model):
+    factor = model.base_model.model[0].lora_A["default"].factor
+    factor.ds_shape, factor.data = factor.shape, torch.empty(0)  # as DeepSpeed leaves it
+    model(torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("split", [split_by_fsdp1, split_by_fsdp2, split_by_zero3])
+def test_factors_that_are_split_over_processes_are_refused_before_a_step(split):
+    adapted = signed_model(nn.Sequential(nn.Linear(8, 16)), r=2, target_modules=["0"])
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(UnsupportedLayerError, match="block signs can't be split over processes"):
+            split(adapted)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_a_quantised_base_is_trained_and_the_adapter_is_ordinary(tmp_path, bits):
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+
+    def base():
+        settings = BitsAndBytesConfig(**bits)
+        return LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings, dtype="float32")
+
+    adapted = get_peft_model(base(), LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
+    add_block_signs(adapted, 8)
+    optimizer, tokens = PairAdamW(adapted, lr=5e-3), torch.randint(0, 64, (4, 12))
+    losses = []
+    for _ in range(4):
+        loss = adapted(input_ids=tokens, labels=tokens).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.05
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter")
+    assert loaded.peft_config["default"].r == 16
+    torch.testing.assert_close(outputs(loaded), outputs(adapted), rtol=1e-3, atol=1e-4)

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from scalora.maths.block_signs import block_signs, compact_A, compact_B, expanded_A, expanded_B, signed_linear
+from scalora.model.adapters import UnsupportedLayerError
 from scalora.model.layers import is_distributed, is_partitioned
 from scalora.model.mixed_class import MixedIn
 
-
-class ShardedFactorsError(RuntimeError):
-    """A factor whose blocks have signs is split over processes. The message says what to do instead."""
+_SPLIT = (
+    "factors with block signs can't be split over processes (FSDP, ZeRO-3): train with DistributedDataParallel, or "
+    "ZeRO-1 or -2, or leave add_block_signs out"
+)
 
 
 class SignedFactor(nn.Module):
@@ -32,6 +34,9 @@ class SignedFactor(nn.Module):
         blocks: the number of parts that the update's sides are divided into, a power of two.
         m: rows of the update.
         n: columns of the update.
+
+    Raises:
+        UnsupportedLayerError: FSDP splits the factor over processes.
 
     Attributes:
         factor: the trained parameter.
@@ -47,6 +52,12 @@ class SignedFactor(nn.Module):
         self._m, self._n = m, n
         # No buffer: DistributedDataParallel would overwrite it between a forward and a backward pass.
         self._signs = self._new_signs()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # So do FSDP1 and FSDP2 when they split a module's parameters (checked with torch 2.13).
+        if name == "factor" and (is_distributed(value) or not isinstance(value, nn.Parameter)):
+            raise UnsupportedLayerError(_SPLIT)
+        super().__setattr__(name, value)
 
     @property
     def signs(self) -> Float[Tensor, "k_out k_in"]:
@@ -99,11 +110,6 @@ class SignedFactor(nn.Module):
         return f"{', '.join(map(str, self.factor.shape))}, blocks={self.blocks}"
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if is_distributed(self.factor) or is_partitioned(self.factor):
-            raise ShardedFactorsError(
-                "an adapter with block signs can't be saved from factors that are split over processes (FSDP, ZeRO-3): "
-                "train with DistributedDataParallel, or ZeRO-1 or -2"
-            )
         with torch.no_grad():
             destination[f"{prefix}weight"] = self.weight
 
@@ -200,12 +206,17 @@ class SignedLinear(MixedIn, Linear):  # type: ignore[misc]
 
         Returns:
             The layer's output, (…, m).
+
+        Raises:
+            UnsupportedLayerError: DeepSpeed's ZeRO-3 has split the factors over processes.
         """
         names = self.active_adapters
         of_A = self.lora_A[names[0]] if len(names) == 1 and names[0] in self.lora_A else None
         if args or kwargs or self.disable_adapters or self.merged or not isinstance(of_A, SignedA):
             of_peft: Tensor = super().forward(x, *args, **kwargs)
             return of_peft
+        if is_partitioned(of_A.factor):
+            raise UnsupportedLayerError(_SPLIT)
         (name,) = names
         of_B = self.lora_B[name]
         result = self.base_layer(x)
