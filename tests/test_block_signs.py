@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.functional import linear
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -413,6 +414,25 @@ def test_rescales_and_signs_refuse_each_other():
         add_block_signs(model, 4)
 
 
+@pytest.fixture
+def processes(request):
+    """A process group: of this process alone, or one in which the other process is not there."""
+    kind, store, count = request.param
+    torch.distributed.init_process_group(kind, store=store(), rank=0, world_size=count)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [("gloo", torch.distributed.HashStore, 1)], indirect=True)
+@pytest.mark.usefixtures("processes")
+def test_distributed_data_parallel_takes_two_passes_before_a_backward_pass():
+    adapted = signed_model(nn.Sequential(nn.Linear(8, 16)), trained=True, r=2, target_modules=["0"])
+    wrapped = DistributedDataParallel(adapted)
+    (wrapped(torch.ones(2, 8)) - wrapped(torch.zeros(2, 8))).sum().backward()
+    assert all(parameter.grad.norm() > 0 for parameter in trainable(adapted))
+    assert not list(adapted.buffers()), "nothing to send around"
+
+
 def split_by_fsdp2(model):
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
 
@@ -427,15 +447,13 @@ def split_by_zero3(model):
     model(torch.ones(1, 8))
 
 
+@pytest.mark.parametrize("processes", [("fake", FakeStore, 2)], indirect=True)
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("split", [split_by_fsdp1, split_by_fsdp2, split_by_zero3])
 def test_factors_that_are_split_over_processes_are_refused_before_a_step(split):
     adapted = signed_model(nn.Sequential(nn.Linear(8, 16)), r=2, target_modules=["0"])
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        with pytest.raises(UnsupportedLayerError, match="block signs can't be split over processes"):
-            split(adapted)
-    finally:
-        torch.distributed.destroy_process_group()
+    with pytest.raises(UnsupportedLayerError, match="block signs can't be split over processes"):
+        split(adapted)
 
 
 @pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}])

@@ -22,7 +22,7 @@ from scalora.model.mixed_class import MixedIn
 
 _SPLIT = (
     "factors with block signs can't be split over processes (FSDP, ZeRO-3): train with DistributedDataParallel, or "
-    "ZeRO-1 or -2, or leave add_block_signs out"
+    "leave add_block_signs out"
 )
 
 
