@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from torch.optim import AdamW, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scalora import PairAdamW, ScaLora, ScaLoraConfig
+from scalora import PairAdamW, ScaLora, ScaLoraConfig, add_block_signs
 from scalora.rescale.other_optimizers import _WATCHES
 from scalora.rescale.remainder import DenseRemainder
 from scalora.rescale.replay import launched_one_by_one
@@ -43,14 +43,17 @@ class Method:
         layers: of the Llama.
         in_pairs: whether the optimizer is `PairAdamW`, and not AdamW.
         rescales: fields of `scalora.ScaLoraConfig`; None without rescales.
+        blocks: of block signs; 0 for none.
     """
 
-    def __init__(self, layers: int, in_pairs: bool, rescales: dict[str, Any] | None) -> None:
+    def __init__(self, layers: int, in_pairs: bool, rescales: dict[str, Any] | None, blocks: int = 0) -> None:
         config = LlamaConfig(
             vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4
         )
         lora = LoraConfig(r=_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         self._model = get_peft_model(LlamaForCausalLM(config).bfloat16(), lora).train()
+        if blocks:
+            add_block_signs(self._model, blocks)
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._optimizer: Optimizer = (
             PairAdamW(self._model, lr=1e-5) if in_pairs else AdamW(trained, lr=1e-5, fused=True)
@@ -75,12 +78,13 @@ class Method:
         return marks[1] - marks[0], marks[2] - marks[1]
 
 
-METHODS: dict[str, tuple[bool, dict[str, Any] | None]] = {
+METHODS: dict[str, tuple[Any, ...]] = {
     "LoRA": (False, None),
     "columns, dense": (False, {"merge": "dense"}),
     "columns, factored": (False, {"merge": "factored", "remainder_rank": 4 * _RANK}),
     "LoRA with PairAdamW": (True, None),
     "matrices, dense": (True, {"mode": "matrix", "merge": "dense"}),
+    "block signs with PairAdamW": (True, None, 8),
 }
 
 
