@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Mixed, TwoLayers, tiny_gpt2, tiny_llama, trainable
@@ -15,9 +16,17 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from scalora import PairAdamW, ScaLora, ScaLoraConfig, UnsupportedLayerError, add_block_signs
+from scalora import BlockSignsCallback, PairAdamW, ScaLora, ScaLoraConfig, UnsupportedLayerError, add_block_signs
 from scalora.maths.block_signs import (
     block_signs,
     compact_A,
@@ -479,3 +488,51 @@ def test_a_quantised_base_is_trained_and_the_adapter_is_ordinary(tmp_path, bits)
     loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter")
     assert loaded.peft_config["default"].r == 16
     torch.testing.assert_close(outputs(loaded), outputs(adapted), rtol=1e-3, atol=1e-4)
+
+
+def of_trl(kind, settings_class, base, folder, data, **arguments):
+    settings = settings_class(
+        str(folder), max_steps=6, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True,
+        learning_rate=1e-2, save_steps=3, bf16=False, **arguments,
+    )  # fmt: skip
+    return kind(
+        AutoModelForCausalLM.from_pretrained(base),
+        args=settings,
+        train_dataset=Dataset.from_list(data),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+        callbacks=[BlockSignsCallback(8)],
+    )
+
+
+@pytest.mark.slow
+def test_sft_trainer_with_its_own_peft_config(causal_folder, tmp_path):
+    data = [{"text": text} for text in ["say: red blue", "say: green"] * 12]
+    trainer = of_trl(SFTTrainer, SFTConfig, causal_folder, tmp_path / "run", data)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    trainer.save_model(tmp_path / "final")
+    expected = trained_outputs(trainer.model)
+    for folder in (tmp_path / "final", tmp_path / "run" / "checkpoint-6"):
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(causal_folder), folder)
+        assert loaded.peft_config["default"].r == 16
+        torch.testing.assert_close(trained_outputs(loaded), expected, rtol=1e-4, atol=1e-5)
+    resumed = of_trl(SFTTrainer, SFTConfig, causal_folder, tmp_path / "run", data)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert torch.equal(trained_outputs(resumed.model), expected)
+
+
+@pytest.mark.slow
+def test_dpo_has_the_untouched_model_as_its_reference(causal_folder, tmp_path):
+    data = [{"prompt": "say: red", "chosen": " red", "rejected": " blue"}] * 24
+    trainer = of_trl(DPOTrainer, DPOConfig, causal_folder, tmp_path, data)
+    trainer.train()
+    untouched = AutoModelForCausalLM.from_pretrained(causal_folder)
+    with trainer.model.disable_adapter():
+        assert torch.equal(trained_outputs(trainer.model), trained_outputs(untouched))
+    assert not torch.equal(trained_outputs(trainer.model), trained_outputs(untouched))
+
+
+def trained_outputs(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([[5, 9, 12, 20]])).logits

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from scalora.block_signs import add_block_signs as add_block_signs
     from scalora.config import ScaLoraConfig as ScaLoraConfig
     from scalora.engine import ScaLora as ScaLora
+    from scalora.integrations.block_signs import BlockSignsCallback as BlockSignsCallback
     from scalora.integrations.transformers import ScaLoraCallback as ScaLoraCallback
     from scalora.maths.matrix import matrix_scaling as matrix_scaling
     from scalora.maths.matrix import polar_scaling as polar_scaling
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from scalora.start import optimal_start as optimal_start
 
 _HOMES = {
+    "BlockSignsCallback": "scalora.integrations.block_signs",
     "ChangedBaseError": "scalora.model.remainder_layer",
     "ChangedFactorsError": "scalora.model.factor_guard",
     "ExportError": "scalora.saving.verify",

@@ -1,0 +1,49 @@
+"""`BlockSignsCallback`: block signs in a Trainer that makes the adapter itself, as TRL's do from a ``peft_config``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from scalora.block_signs import DEFAULT_BLOCKS, add_block_signs, check_blocks
+from scalora.model.adapters import promote_adapters
+
+
+class BlockSignsCallback(TrainerCallback):  # type: ignore[misc]
+    """`scalora.add_block_signs` on the Trainer's model, before it makes an optimizer or resumes.
+
+    The checkpoints and what is saved in the end are ordinary adapters. A Trainer with a model that
+    `scalora.add_block_signs` has been called on needs no callback.
+
+    Examples:
+        >>> SFTTrainer(model, args, train_dataset=…, peft_config=LoraConfig(…), callbacks=[BlockSignsCallback()])
+
+    Args:
+        blocks: as in `scalora.add_block_signs`.
+
+    Raises:
+        ValueError: `blocks` is not a power of two above 1.
+    """
+
+    def __init__(self, blocks: int = DEFAULT_BLOCKS) -> None:
+        check_blocks(blocks)
+        self._blocks = blocks
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the signs. Also converts the adapter to float32: TRL makes that of a quantised model bfloat16.
+
+        Args:
+            args: the Trainer's arguments; not used.
+            state: the Trainer's state; not used.
+            control: the Trainer's control flags; not used.
+            kwargs: other arguments of the event, with the model.
+
+        Raises:
+            ValueError: as `scalora.add_block_signs`.
+            UnsupportedLayerError: as `scalora.add_block_signs`.
+        """
+        model: nn.Module = kwargs["model"]
+        promote_adapters(model)
+        add_block_signs(model, self._blocks)
