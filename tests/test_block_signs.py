@@ -380,6 +380,15 @@ def test_a_second_call_changes_nothing():
         add_block_signs(adapted, 2)
 
 
+@pytest.mark.parametrize(("r", "blocks"), [(1, 256), (8, 32), (12, 16), (100, 2), (300, 2)])
+def test_by_default_the_updates_rank_is_256_or_next_to_it(r, blocks):
+    adapted = get_peft_model(nn.Sequential(nn.Linear(512, 512)), LoraConfig(r=r, target_modules=["0"]))
+    add_block_signs(adapted)
+    layer = adapted.base_model.model[0]
+    assert layer.lora_B["default"].blocks == blocks
+    assert layer.r["default"] == r * blocks
+
+
 @pytest.mark.parametrize("blocks", [0, 1, 3, -4, 12, 4.0, True, "4"])
 def test_other_numbers_than_powers_of_two_are_refused(blocks):
     with pytest.raises(ValueError, match="power of two above 1, got"):

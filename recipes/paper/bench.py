@@ -22,7 +22,7 @@ from problems import LinearProblem, TwoLayerProblem
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scalora import PairAdamW, ScaLora, ScaLoraConfig, effective_rank, numerical_rank, optimal_start
+from scalora import PairAdamW, ScaLora, ScaLoraConfig, add_block_signs, effective_rank, numerical_rank, optimal_start
 from scalora.maths.mode import COLUMN, SCALAR
 from scalora.maths.scaling import Grams, Scaling, scaling_of_grams
 from scalora.rivals.controls import normalising_rule, scale_gradients_only
@@ -68,6 +68,7 @@ class Setting:
         optimum: which matrices the engine takes in mode "matrix": "polar" or "exact".
         start: "zero" is PEFT's start; "random" makes lora_B random too and subtracts the product from the base weight;
             "oracle" is `scalora.optimal_start`.
+        blocks: number of block signs of each side; 0 for none.
     """
 
     method: str
@@ -81,6 +82,7 @@ class Setting:
     mode: str = "auto"
     optimum: str = "polar"
     start: str = "zero"
+    blocks: int = 0
 
     def config(self) -> ScaLoraConfig:
         """Settings of the engine."""
@@ -194,6 +196,8 @@ def train(
 
     if setting.method != "full":
         _start(model, modules, runs, backward)
+    if setting.blocks:
+        add_block_signs(model, setting.blocks)
     groups = [
         {"params": [p for p in module.parameters() if p.requires_grad], "lr": run.rate}
         for run, module in zip(runs, modules, strict=True)

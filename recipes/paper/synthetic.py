@@ -344,15 +344,28 @@ def matrix(size: Size, log: list[Run], file: Path) -> str:
     )
 
 
+def block_signs(size: Size, log: list[Run], file: Path) -> str:
+    """Block signs beside LoRA and matrix scaling, all with PairAdamW."""
+    search, outcomes = size.search(LinearProblem), []
+    for r in (4, 16):
+        variants = [
+            Variant(f"LoRA, r = {r}", _of("LoRA", rank=r), r),
+            Variant(f"block signs, r = {r}", _of("LoRA", rank=r, blocks=8), r),
+            Variant(f"matrices, r = {r}", _of("matrix", rank=r, mode="matrix", warmup_steps=1), r),
+        ]
+        outcomes += compare(search, variants, size, log, ("PairAdamW",))
+    figures.bars(file, outcomes)
+    return table(outcomes)
+
+
 def _by_value(outcome: Outcome) -> str:
     risks = ", ".join(f"{value:g}: {risk:.4f}" for value, risk in outcome.tuned.by_value.items())
     return f"- {outcome.variant.label}: {risks}\n"
 
 
-EXPERIMENTS = {
-    f.__name__: f
-    for f in (reach, target_norm, budget, exact, interval, start, mode, transport, rank, matrix, two_layers)
-}
+_ALL = (reach, target_norm, budget, exact, interval, start, mode, transport, rank, matrix, block_signs, two_layers)
+
+EXPERIMENTS = {experiment.__name__: experiment for experiment in _ALL}
 
 
 def main(words: Sequence[str] | None = None) -> None:

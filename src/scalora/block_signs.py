@@ -21,11 +21,12 @@ from scalora.model.roots import injected_model, peft_model_of
 from scalora.model.signed_factors import SignedA, SignedB, SignedLinear
 from scalora.model.whole_adapter import with_ranks
 
-DEFAULT_BLOCKS = 32
-"""With r = 8, an update of rank 256. TODO"""
+UPDATE_RANK = 256
+"""The rank that updates get by default. At a width of 384 it was as good as more (docs/results.md), and it is among those
+that serving engines take."""
 
 
-def add_block_signs(model: nn.Module, blocks: int = DEFAULT_BLOCKS) -> None:
+def add_block_signs(model: nn.Module, blocks: int | None = None) -> None:
     """Give the update of every linear LoRA layer the signs of `blocks` × `blocks` blocks, and that many times the rank.
 
     The factors keep their shapes, and a step its cost. PEFT takes the adapter for an ordinary one of rank
@@ -45,7 +46,8 @@ def add_block_signs(model: nn.Module, blocks: int = DEFAULT_BLOCKS) -> None:
     Args:
         model: a model with PEFT LoRA layers and one active adapter whose update is zero, as PEFT starts it; modified.
             The base may be quantised.
-        blocks: number of parts of each side of an update, a power of two.
+        blocks: number of parts of each side of an update, a power of two. None: as many as give it the rank 256, that
+            is 32 at r = 8, but at least 2.
 
     Raises:
         ValueError: `blocks` is not a power of two above 1; the adapter has been trained; or no layer can be divided.
@@ -54,30 +56,36 @@ def add_block_signs(model: nn.Module, blocks: int = DEFAULT_BLOCKS) -> None:
     """
     check_blocks(blocks)
     pairs = find_lora_pairs(model, all_shapes=True, signed=True)
-    signed = [pair for pair in pairs if _takes_signs(pair, blocks)]
+    parts = [(pair, blocks or _default_blocks(pair.r)) for pair in pairs]
+    signed = [(pair, count) for pair, count in parts if _takes_signs(pair, count)]
     if not signed:
         raise ValueError(
-            f"no linear layer with LoRA has sides that can be divided into parts (blocks={blocks}): leave block signs "
-            "out"
+            "no linear layer with LoRA has two sides that can be divided into equal parts: leave block signs out"
         )
-    for pair in signed:
-        _check(pair, blocks)
-    for pair in signed:
-        _sign(pair, blocks)
+    for pair, count in signed:
+        _check(pair, count)
+    for pair, count in signed:
+        _sign(pair, count)
     _report_ranks(model, pairs[0].adapter)
 
 
-def check_blocks(blocks: int) -> None:
+def check_blocks(blocks: int | None) -> None:
     """Check a number of blocks.
 
     Args:
-        blocks: number of parts of each side of an update.
+        blocks: number of parts of each side of an update; None for the default.
 
     Raises:
         ValueError: it is not a power of two above 1.
     """
+    if blocks is None:
+        return
     if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 2 or blocks & (blocks - 1):
         raise ValueError(f"blocks must be a power of two above 1, got {blocks!r}")
+
+
+def _default_blocks(r: int) -> int:
+    return max(2, 1 << max(1, UPDATE_RANK // r).bit_length() - 1)
 
 
 def _takes_signs(pair: LoraPair, blocks: int) -> bool:

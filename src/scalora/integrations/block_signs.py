@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scalora.block_signs import DEFAULT_BLOCKS, add_block_signs, check_blocks
+from scalora.block_signs import add_block_signs, check_blocks
 from scalora.model.adapters import promote_adapters
 
 
@@ -27,7 +27,7 @@ class BlockSignsCallback(TrainerCallback):  # type: ignore[misc]
         ValueError: `blocks` is not a power of two above 1.
     """
 
-    def __init__(self, blocks: int = DEFAULT_BLOCKS) -> None:
+    def __init__(self, blocks: int | None = None) -> None:
         check_blocks(blocks)
         self._blocks = blocks
 

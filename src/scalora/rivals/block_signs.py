@@ -8,7 +8,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from scalora.block_signs import DEFAULT_BLOCKS, add_block_signs, check_blocks
+from scalora.block_signs import add_block_signs, check_blocks
 from scalora.rivals.method import Backward, Method
 
 
@@ -20,8 +20,8 @@ class BlockSigns(Method):
         ValueError: `blocks` is not a power of two above 1.
     """
 
-    blocks: int = DEFAULT_BLOCKS
-    """Number of parts of each side of an update."""
+    blocks: int | None = None
+    """Number of parts of each side of an update. None: as many as give it the rank 256, 32 at r = 8."""
 
     def __post_init__(self) -> None:
         check_blocks(self.blocks)
