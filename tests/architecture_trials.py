@@ -9,7 +9,15 @@ import torch
 from architectures import tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from scalora import ScaLora, ScaLoraConfig, UnsupportedLayerError, export_adapter, load_model
+from scalora import (
+    PairAdamW,
+    ScaLora,
+    ScaLoraConfig,
+    UnsupportedLayerError,
+    add_block_signs,
+    export_adapter,
+    load_model,
+)
 
 R, STEPS = 2, 6
 
@@ -105,3 +113,27 @@ def trained_and_shipped(base, batch, targets, merge):
         assert max(report.needed.values()) > R
         agree(logits(PeftModel.from_pretrained(copy.deepcopy(base), adapter), batch), trained, 1e-4)
     return None
+
+
+def trained_and_shipped_with_block_signs(base, batch, targets):
+    """Try all that is to be done with block signs on a model."""
+    model = adapted(base, targets)
+    add_block_signs(model, 4)
+    optimizer, loss_before = PairAdamW(model, lr=2e-3), loss_of(model, batch)
+    for _ in range(STEPS):
+        model.train()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss_of(model, batch) < loss_before, "training has not lowered the loss"
+    trained = logits(model, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+        assert max(parameter.shape[1] for name, parameter in loaded.named_parameters() if "lora_B" in name) > R
+        agree(logits(loaded, batch), trained, 1e-4)
+        resumed = adapted(base, targets)
+        add_block_signs(resumed, 4)
+        resumed.load_adapter(folder, "default", is_trainable=True)
+        agree(logits(resumed, batch), trained, 1e-6)
+    agree(logits(model.merge_and_unload(), batch), trained, 1e-4)

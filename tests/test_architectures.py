@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architecture_trials import trained_and_shipped, tried_by_peft
+from architecture_trials import trained_and_shipped, trained_and_shipped_with_block_signs, tried_by_peft
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from scalora.maths.lowrank import factors_of_dense, rank_for_tolerance
@@ -28,6 +28,15 @@ def test_an_architecture_is_trained_and_shipped_or_refused_as_the_page_says(kind
     for merge, expected in (("dense", dense), ("factored", factored)):
         refusal = trained_and_shipped(base, batch, targets, merge)
         assert refusal is None if expected == "yes" else expected in refusal, f"{merge}: {refusal}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "head"), [line[:2] for line in LINES[::5]], ids=[line[0] for line in LINES[::5]])
+@pytest.mark.filterwarnings("ignore")
+def test_block_signs_on_every_fifth_architecture(kind, head):
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this version of Transformers has no {kind}")
+    trained_and_shipped_with_block_signs(*tried_by_peft(kind, head))
 
 
 def test_the_page_has_more_architectures_than_anyone_would_list_by_hand():
