@@ -3,9 +3,9 @@
     python benchmarks/random_signs.py recipes/studies/minilm-cities.yaml matrix 2.4e-3 --seed 0 --run.model MODEL
 
 `lora` is LoRA with AdamW, `pair_adamw` LoRA with `PairAdamW`, `matrix` adds the rescales. The weight of every adapted
-layer is ``W + s·S ⊙ (B·A)``, with S as in the method `signed`, and what a rescale moves into W gets the same signs. All
-else is the same: in the space of ``S ⊙ W``, it is the same method. An experiment by patches, for float32 on one device;
-it prints the final evaluation and saves no model.
+layer is ``W + s·S ⊙ (B·A)``, with S as in the method `signed`; what a rescale moves into W gets the same signs. With
+``--blocks k`` there is one random sign for each of k × k blocks. All else is the same: in the space of ``S ⊙ W``, it is
+the same method. An experiment by patches, for float32 on one device; it prints the final evaluation and saves no model.
 """
 
 from __future__ import annotations
@@ -34,9 +34,14 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 class Signs:
-    """The signs of each weight, drawn at its first use."""
+    """The signs of each weight, drawn at its first use.
 
-    def __init__(self) -> None:
+    Args:
+        blocks: number of parts of each side; 0 for a sign of its own for each entry.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
         self._of: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, weight: Tensor) -> Tensor:
@@ -46,8 +51,14 @@ class Signs:
             weight: the base weight of a layer; kept alive, so that its `id` stays its own.
         """
         if id(weight) not in self._of:
-            self._of[id(weight)] = signs_of(f"weight {len(self._of)}", weight).to(weight.dtype), weight
+            self._of[id(weight)] = self._drawn(f"weight {len(self._of)}", weight).to(weight.dtype), weight
         return self._of[id(weight)][0]
+
+    def _drawn(self, name: str, weight: Tensor) -> Tensor:
+        if not self._blocks:
+            return signs_of(name, weight)
+        of_rows, of_columns = (torch.arange(size) * self._blocks // size for size in weight.shape)
+        return signs_of(name, torch.empty(self._blocks, self._blocks))[of_rows][:, of_columns]
 
 
 def patch_in(signs: Signs) -> None:
@@ -77,12 +88,13 @@ def main() -> None:
     parser.add_argument("study", type=Path, help="a study file, whose run is taken")
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("learning_rate", type=float)
+    parser.add_argument("--blocks", type=int, default=0, help="of equal signs, for each side; 0: a sign for each entry")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run.model", dest="model", help="in place of the study's")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    patch_in(Signs())
+    patch_in(Signs(arguments.blocks))
     run = yaml.safe_load(arguments.study.read_text())["run"] | METHODS[arguments.method]
     run |= {"save_model": False, "lora": {"r": arguments.rank, "lora_alpha": arguments.rank}}
     run["model"] = arguments.model or run["model"]
@@ -98,7 +110,7 @@ def main() -> None:
     scores = {name: value for name, value in summary.items() if name.startswith("eval_") and isinstance(value, float)}
     print(
         json.dumps(
-            {"method": arguments.method, "rank": arguments.rank, **seeds, **scores}
+            {"method": arguments.method, "rank": arguments.rank, "blocks": arguments.blocks, **seeds, **scores}
             | {"learning_rate": arguments.learning_rate, "seconds": round(summary["training_seconds"])}
         )
     )
