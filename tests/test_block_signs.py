@@ -37,6 +37,7 @@ from scalora.maths.block_signs import (
     with_signs,
 )
 from scalora.model.adapters import find_lora_pairs
+from scalora.rivals.block_signs import BlockSigns
 
 
 def signs_by_definition(m, n, blocks):
@@ -411,6 +412,14 @@ def test_what_cannot_have_signs_is_refused_and_unchanged(settings, error, messag
         add_block_signs(model, 4)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert model.peft_config["default"].r == 2
+
+
+def test_the_command_refuses_what_the_method_cannot_be():
+    with pytest.raises(ValueError, match="init_lora_weights='gaussian': the update of LoRA with block signs"):
+        BlockSigns().peft_config({"init_lora_weights": "gaussian"})
+    with pytest.raises(ValueError, match="blocks must be a power of two above 1, got 24"):
+        BlockSigns(blocks=24)
+    assert BlockSigns.ordinary_adapter
 
 
 def test_a_model_without_such_layers_is_refused():

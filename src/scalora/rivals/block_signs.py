@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from torch import nn
 
 from scalora.block_signs import add_block_signs, check_blocks
 from scalora.rivals.method import Backward, Method
+from scalora.rivals.own_update import starting_at_zero
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,7 @@ class BlockSigns(Method):
         Raises:
             ValueError: ``init_lora_weights`` is not True. Other starts are none with signs.
         """
-        config = LoraConfig(**settings)
-        if config.init_lora_weights is not True:
-            raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r}: an update with block signs starts at zero; leave the "
-                "setting out"
-            )
-        return config
+        return starting_at_zero(settings, "LoRA with block signs")
 
     def adapt(
         self, model: nn.Module, config: PeftConfig | None, backward: Backward, learning_rate: float | None = None

@@ -34,13 +34,7 @@ class ReplacesUpdate(Method):
             ValueError: ``init_lora_weights`` is not True. Other starts are none for another update, and some of PEFT's
                 change the base weights.
         """
-        config = LoraConfig(**settings)
-        if config.init_lora_weights is not True:
-            raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r}: the update of {self.title} starts at zero; leave the "
-                "setting out"
-            )
-        return config
+        return starting_at_zero(settings, self.title)
 
     def adapt(
         self, model: nn.Module, config: PeftConfig | None, backward: Backward, learning_rate: float | None = None
@@ -76,6 +70,25 @@ class ReplacesUpdate(Method):
             adapter: the adapter's name.
         """
         raise NotImplementedError
+
+
+def starting_at_zero(settings: dict[str, Any], title: str) -> LoraConfig:
+    """The configuration of an adapter whose update is no product of factors, so that other starts are none for it.
+
+    Args:
+        settings: fields of `peft.LoraConfig`.
+        title: what the method is called in messages.
+
+    Raises:
+        ValueError: ``init_lora_weights`` is not True.
+    """
+    config = LoraConfig(**settings)
+    if config.init_lora_weights is not True:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r}: the update of {title} starts at zero; leave the setting "
+            "out"
+        )
+    return config
 
 
 class OwnUpdate(LoraVariant):  # type: ignore[misc]
