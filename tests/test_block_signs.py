@@ -347,8 +347,10 @@ def test_autocast_and_dropout_are_loras():
     assert torch.equal(adapted(x), exact)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = adapted(x)
-    assert rounded.dtype == torch.bfloat16
+        of_peft = type(adapted.base_model.model[0]).__bases__[1].forward(adapted.base_model.model[0], x)
+    assert rounded.dtype == of_peft.dtype == torch.bfloat16
     assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
+    assert (rounded - of_peft).norm() < 0.02 * exact.norm()
     adapted.train()
     assert not torch.allclose(adapted(x), exact)
 

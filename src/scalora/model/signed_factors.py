@@ -19,6 +19,7 @@ from scalora.maths.block_signs import block_signs, compact_A, compact_B, expande
 from scalora.model.adapters import UnsupportedLayerError
 from scalora.model.layers import is_distributed, is_partitioned
 from scalora.model.mixed_class import MixedIn
+from scalora.model.shared_pass import autocasts
 
 _SPLIT = (
     "factors with block signs can't be split over processes (FSDP, ZeRO-3): train with DistributedDataParallel, or "
@@ -220,7 +221,9 @@ class SignedLinear(MixedIn, Linear):  # type: ignore[misc]
         (name,) = names
         of_B = self.lora_B[name]
         result = self.base_layer(x)
-        x = self.lora_dropout[name](self._cast_input_dtype(x, of_A.factor.dtype))
+        if not autocasts(x):  # PEFT casts to the adapter's float32 what autocast casts back: two passes over the input
+            x = self._cast_input_dtype(x, of_A.factor.dtype)
+        x = self.lora_dropout[name](x)
         update = signed_linear(x, of_A.factor, of_B.factor, of_B.signs)
         output: Tensor = (result + update * self.scaling[name]).to(result.dtype)
         return output
