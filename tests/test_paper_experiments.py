@@ -119,5 +119,5 @@ def test_the_command_writes_runs_a_table_and_a_figure_of_every_experiment(tmp_pa
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert {"setting", "rate", "seed", "risks", "effective_ranks"} <= rows[0].keys()
         assert {row["seed"] for row in rows} == {0, 10, 11}
-        assert "| AdamW |" in (tmp_path / f"{name}.md").read_text()
+        assert "AdamW |" in (tmp_path / f"{name}.md").read_text()
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
