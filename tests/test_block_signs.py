@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Mixed, TwoLayers, tiny_gpt2, tiny_llama, trainable
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -37,6 +38,7 @@ from scalora.maths.block_signs import (
     with_signs,
 )
 from scalora.model.adapters import find_lora_pairs
+from scalora.model.made_factor import MadeFactorError
 from scalora.rivals.block_signs import BlockSigns
 
 
@@ -318,6 +320,45 @@ def test_pefts_own_operations_take_it_for_the_ordinary_adapter_that_it_is():
     torch.testing.assert_close(mixed[0], adapted(input_ids=tokens).logits[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mixed[1], base(input_ids=tokens).logits[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outputs(adapted.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
+WRITES = {
+    "reset_lora_parameters": lambda layer, w: layer.reset_lora_parameters("default", True),
+    "nn.init": lambda layer, w: nn.init.normal_(w),
+    "in place": lambda layer, w: w.mul_(2),
+    "in place, of data": lambda layer, w: w.data.mul_(2),
+    "of detached": lambda layer, w: w.detach().copy_(w),
+    "foreach": lambda layer, w: torch._foreach_mul_([w], 2.0),
+    "data": lambda layer, w: setattr(w, "data", torch.zeros(8, 32)),
+    "items": lambda layer, w: w.__setitem__(0, 1.0),
+    "out": lambda layer, w: torch.mul(torch.ones(8, 32), 2, out=w),
+    "swap_tensors": lambda layer, w: torch.utils.swap_tensors(w, torch.zeros(8, 32)),
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_what_would_write_to_the_ordinary_factors_is_told_so(how):
+    adapted = signed_model(tiny_llama(), 4, trained=True, r=2, target_modules="all-linear")
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    weight = layer.lora_A["default"].weight
+    assert weight.shape == (8, 32)
+    expected = outputs(adapted)
+    with torch.no_grad(), pytest.raises(MadeFactorError, match=r"change lora_A.NAME.factor"):
+        WRITES[how](layer, weight)
+    assert torch.equal(outputs(adapted), expected)
+    for read in (weight @ weight.mT, weight.float(), weight[0], weight.sum(), weight.to(torch.float64)):
+        assert type(read) is torch.Tensor
+
+
+def test_an_adapter_is_not_hot_swapped_into_signed_factors(tmp_path):
+    base = tiny_llama()
+    config = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear")
+    get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
+    adapted = signed_model(base, 4, trained=True, r=2, lora_alpha=2, target_modules="all-linear")
+    expected = outputs(adapted)
+    with pytest.raises(MadeFactorError, match="can't be written to"):
+        hotswap_adapter(adapted, tmp_path, "default")
+    assert torch.equal(outputs(adapted), expected)
 
 
 def test_transformers_own_adapters_are_ordinary_when_saved(tmp_path):

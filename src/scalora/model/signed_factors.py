@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from scalora.maths.block_signs import block_signs, compact_A, compact_B, expanded_A, expanded_B, signed_linear
 from scalora.model.adapters import UnsupportedLayerError
 from scalora.model.layers import is_distributed, is_partitioned
+from scalora.model.made_factor import MadeFactor
 from scalora.model.mixed_class import MixedIn
 from scalora.model.shared_pass import autocasts
 
@@ -74,7 +75,12 @@ class SignedFactor(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The ordinary factor, made of the trained one at each call; gradients go through it."""
+        """The ordinary factor, made of the trained one at each call, to read; gradients go through it."""
+        made = self.expanded()
+        return made if torch.compiler.is_compiling() else made.as_subclass(MadeFactor)
+
+    def expanded(self) -> Tensor:
+        """The ordinary factor, as a tensor of its own."""
         raise NotImplementedError
 
     def compacted(self, weight: Tensor) -> Tensor | None:
@@ -91,12 +97,12 @@ class SignedFactor(nn.Module):
     @property
     def in_features(self) -> int:
         """The number of inputs."""
-        return int(self.weight.shape[1])
+        return int(self.expanded().shape[1])
 
     @property
     def out_features(self) -> int:
         """The number of outputs."""
-        return int(self.weight.shape[0])
+        return int(self.expanded().shape[0])
 
     def forward(self, x: Float[Tensor, "... k"]) -> Float[Tensor, "... l"]:
         """The product with the ordinary factor.
@@ -104,7 +110,7 @@ class SignedFactor(nn.Module):
         Args:
             x: the input.
         """
-        return linear(x, self.weight)
+        return linear(x, self.expanded())
 
     def extra_repr(self) -> str:
         """What is shown of the module beside its name."""
@@ -112,7 +118,7 @@ class SignedFactor(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         with torch.no_grad():
-            destination[f"{prefix}weight"] = self.weight
+            destination[f"{prefix}weight"] = self.expanded()
 
     def _load_from_state_dict(
         self,
@@ -146,8 +152,7 @@ class SignedFactor(nn.Module):
 class SignedA(SignedFactor):
     """``lora_A``. It holds no signs: those are `SignedB`'s."""
 
-    @property
-    def weight(self) -> Float[Tensor, "R n"]:
+    def expanded(self) -> Float[Tensor, "R n"]:
         """The ordinary factor, which is block-diagonal."""
         return expanded_A(self.factor, self.signs.shape[1])
 
@@ -170,8 +175,7 @@ class SignedA(SignedFactor):
 class SignedB(SignedFactor):
     """``lora_B``."""
 
-    @property
-    def weight(self) -> Float[Tensor, "m R"]:
+    def expanded(self) -> Float[Tensor, "m R"]:
         """The ordinary factor, which has the signs."""
         return expanded_B(self.factor, self.signs)
 
