@@ -46,7 +46,7 @@ class Method:
         blocks: of block signs; 0 for none.
     """
 
-    def __init__(self, layers: int, in_pairs: bool, rescales: dict[str, Any] | None, blocks: int = 0) -> None:
+    def __init__(self, layers: int, in_pairs: bool, rescales: dict[str, Any] | None, blocks: int) -> None:
         config = LlamaConfig(
             vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4
         )
@@ -78,12 +78,12 @@ class Method:
         return marks[1] - marks[0], marks[2] - marks[1]
 
 
-METHODS: dict[str, tuple[Any, ...]] = {
-    "LoRA": (False, None),
-    "columns, dense": (False, {"merge": "dense"}),
-    "columns, factored": (False, {"merge": "factored", "remainder_rank": 4 * _RANK}),
-    "LoRA with PairAdamW": (True, None),
-    "matrices, dense": (True, {"mode": "matrix", "merge": "dense"}),
+METHODS: dict[str, tuple[bool, dict[str, Any] | None, int]] = {
+    "LoRA": (False, None, 0),
+    "columns, dense": (False, {"merge": "dense"}, 0),
+    "columns, factored": (False, {"merge": "factored", "remainder_rank": 4 * _RANK}, 0),
+    "LoRA with PairAdamW": (True, None, 0),
+    "matrices, dense": (True, {"mode": "matrix", "merge": "dense"}, 0),
     "block signs with PairAdamW": (True, None, 8),
 }
 

@@ -87,6 +87,18 @@ def backward(model, seed=3):
     return loss.item()
 
 
+def losses_of(model, optimizer, tokens, steps):
+    """Train a language model on one batch; returns the loss before each step."""
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
 def with_adapter_in_float32(model):
     """A half-precision model whose trained parameters are in float32, as PEFT keeps adapters."""
     for parameter in trainable(model):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from drift import drift, train
-from models import TwoLayers, tiny_llama, trainable, with_lora
+from models import TwoLayers, losses_of, tiny_llama, trainable, with_lora
 from peft import PeftModel
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
@@ -96,13 +96,7 @@ def test_a_quantised_base_trains_and_stays_as_it_is(kind, quantised):
             ScaLora(model, optimizer, ScaLoraConfig(merge=merge))
     engine = ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=2))
     tokens = torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(1))
-    losses = []
-    for _ in range(15):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    losses = losses_of(model, optimizer, tokens, 15)
     assert losses[-1] < losses[0] - 0.1
     assert engine.metrics()["scalora/merge_norm"] > 0
     after = model.state_dict()

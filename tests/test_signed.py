@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import Mixed, TwoLayers, tiny_gpt2, tiny_llama, trainable
+from models import Mixed, TwoLayers, losses_of, tiny_gpt2, tiny_llama, trainable
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -109,13 +109,7 @@ def test_training_lowers_the_loss_and_the_updates_rank_exceeds_that_of_lora():
     adapted = with_signs(base, r=2, target_modules="all-linear")
     optimizer = torch.optim.AdamW(trainable(adapted), lr=1e-2)
     tokens = torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(0))
-    losses = []
-    for _ in range(8):
-        loss = adapted(input_ids=tokens, labels=tokens).loss
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    losses = losses_of(adapted, optimizer, tokens, 8)
     assert losses[-1] < losses[0] - 0.1
     merged = Signed().merged(adapted)
     for name, before in base.named_parameters():

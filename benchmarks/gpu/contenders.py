@@ -97,7 +97,7 @@ class Spec:
         lora: fields of `peft.LoraConfig`; None for full training of the same matrices.
         scalora: fields of `scalora.ScaLoraConfig`; None without rescales.
         pair_adamw: whether the optimizer is `scalora.PairAdamW`, and not PyTorch's fused AdamW.
-        block_signs: whether the update has the signs of 32 × 32 blocks.
+        block_signs: whether the update has block signs.
     """
 
     name: str

@@ -6,6 +6,7 @@ take. What is saved is an ordinary adapter of the rank that the update has.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -120,9 +121,9 @@ def _sign(pair: LoraPair, blocks: int) -> None:
     layer, name = pair.layer, pair.adapter
     if isinstance(layer.lora_B[name], SignedB):
         return
-    layer.lora_A[name] = SignedA(pair.lora_A, blocks, pair.m, pair.n)
-    layer.lora_B[name] = SignedB(pair.lora_B, blocks, pair.m, pair.n)
-    rank = pair.r * layer.lora_B[name].signs.shape[1]
+    parts = math.gcd(pair.n, blocks)
+    layer.lora_A[name], layer.lora_B[name] = SignedA(pair.lora_A, blocks, parts), SignedB(pair.lora_B, blocks, parts)
+    rank = pair.r * parts
     layer.r[name], layer.lora_alpha[name], layer.use_rslora[name] = rank, pair.scaling * rank, False
     if type(layer) is Linear:
         mix_in(layer, SignedLinear)

@@ -44,21 +44,6 @@ def block_signs(
     return (1 - 2 * odd).to(dtype)
 
 
-def with_signs(
-    matrix: Float[Tensor, "*layers m n"], signs: Float[Tensor, "k_out k_in"]
-) -> Float[Tensor, "*layers m n"]:
-    """``S ⊙ matrix``.
-
-    Args:
-        matrix: the matrix, or a stack of them.
-        signs: from `block_signs`.
-    """
-    k_out, k_in = signs.shape
-    *layers, m, n = matrix.shape
-    in_blocks = matrix.reshape(*layers, k_out, m // k_out, k_in, n // k_in)
-    return (in_blocks * signs.to(matrix.dtype)[:, None, :, None]).reshape(matrix.shape)
-
-
 def expanded_A(lora_A: Float[Tensor, "r n"], parts: int) -> Float[Tensor, "R n"]:
     """The first of two ordinary factors whose product is ``S ⊙ (lora_B · lora_A)``: ``R = r·k_in``, block-diagonal.
 
@@ -82,7 +67,7 @@ def expanded_B(lora_B: Float[Tensor, "m r"], signs: Float[Tensor, "k_out k_in"])
     m, r = lora_B.shape
     k_out, k_in = signs.shape
     in_parts = lora_B.view(k_out, m // k_out, 1, r)
-    return (in_parts * signs.to(lora_B.dtype)[:, None, :, None]).view(m, k_in * r)
+    return (in_parts * signs.to(lora_B)[:, None, :, None]).view(m, k_in * r)
 
 
 def compact_A(expanded: Float[Tensor, "R n"], parts: int) -> Float[Tensor, "r n"]:

@@ -65,7 +65,7 @@ def factors_of(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Paramet
     if of_A is None or of_B is None:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     weight_A, weight_B = of_A._parameters.get("weight"), of_B._parameters.get("weight")
-    if weight_A is None and "factor" in of_A._parameters:
+    if weight_A is None and has_signs(layer, adapter):
         return of_A.factor, of_B.factor
     return of_A.weight if weight_A is None else weight_A, of_B.weight if weight_B is None else weight_B
 

@@ -34,8 +34,7 @@ class SignedFactor(nn.Module):
     Args:
         factor: what is trained: (r, n), or (m, r).
         blocks: the number of parts that the update's sides are divided into, a power of two.
-        m: rows of the update.
-        n: columns of the update.
+        parts: the number of parts that the update's columns could be divided into.
 
     Raises:
         UnsupportedLayerError: FSDP splits the factor over processes.
@@ -43,17 +42,20 @@ class SignedFactor(nn.Module):
     Attributes:
         factor: the trained parameter.
         blocks: the number of parts.
+        parts: that of the columns.
+        in_features: the number of inputs of the ordinary factor.
+        out_features: its number of outputs.
     """
 
     bias = None  # as of PEFT's modules
+    in_features: int
+    out_features: int
 
-    def __init__(self, factor: nn.Parameter, blocks: int, m: int, n: int) -> None:
+    def __init__(self, factor: nn.Parameter, blocks: int, parts: int) -> None:
         super().__init__()
         self.factor = factor
         self.blocks = blocks
-        self._m, self._n = m, n
-        # No buffer: DistributedDataParallel would overwrite it between a forward and a backward pass.
-        self._signs = self._new_signs()
+        self.parts = parts
 
     def __setattr__(self, name: str, value: Any) -> None:
         # So do FSDP1 and FSDP2 when they split a module's parameters (checked with torch 2.13).
@@ -62,47 +64,26 @@ class SignedFactor(nn.Module):
         super().__setattr__(name, value)
 
     @property
-    def signs(self) -> Float[Tensor, "k_out k_in"]:
-        """The signs of the blocks, in the dtype and on the device of the factor."""
-        if self._signs.device != self.factor.device or self._signs.dtype != self.factor.dtype:
-            self._signs = self._new_signs()
-        return self._signs
-
-    def _new_signs(self) -> Tensor:
-        signs = block_signs(self._m, self._n, self.blocks, dtype=self.factor.dtype, device=self.factor.device)
-        assert signs is not None
-        return signs
-
-    @property
     def weight(self) -> Tensor:
         """The ordinary factor, made of the trained one at each call, to read; gradients go through it."""
-        made = self.expanded()
+        made = self.expanded(self.factor)
         return made if torch.compiler.is_compiling() else made.as_subclass(MadeFactor)
 
-    def expanded(self) -> Tensor:
-        """The ordinary factor, as a tensor of its own."""
-        raise NotImplementedError
-
-    def compacted(self, weight: Tensor) -> Tensor | None:
-        """What has to be trained for an ordinary factor.
+    def expanded(self, factor: Tensor) -> Tensor:
+        """The ordinary factor for a trained one, as a tensor of its own.
 
         Args:
-            weight: the ordinary factor.
-
-        Returns:
-            The inverse of `weight`; None if there is none.
+            factor: as the trained one.
         """
         raise NotImplementedError
 
-    @property
-    def in_features(self) -> int:
-        """The number of inputs."""
-        return int(self.expanded().shape[1])
+    def compacted(self, weight: Tensor) -> Tensor:
+        """The inverse of `expanded`, if `weight` is what that makes.
 
-    @property
-    def out_features(self) -> int:
-        """The number of outputs."""
-        return int(self.expanded().shape[0])
+        Args:
+            weight: the ordinary factor.
+        """
+        raise NotImplementedError
 
     def forward(self, x: Float[Tensor, "... k"]) -> Float[Tensor, "... l"]:
         """The product with the ordinary factor.
@@ -110,7 +91,7 @@ class SignedFactor(nn.Module):
         Args:
             x: the input.
         """
-        return linear(x, self.expanded())
+        return linear(x, self.expanded(self.factor))
 
     def extra_repr(self) -> str:
         """What is shown of the module beside its name."""
@@ -118,7 +99,7 @@ class SignedFactor(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         with torch.no_grad():
-            destination[f"{prefix}weight"] = self.expanded()
+            destination[f"{prefix}weight"] = self.expanded(self.factor)
 
     def _load_from_state_dict(
         self,
@@ -135,8 +116,9 @@ class SignedFactor(nn.Module):
             if strict:
                 missing_keys.append(key)
             return
-        factor = self.compacted(weight)
-        if factor is None or factor.shape != self.factor.shape:
+        fits = weight.shape == (self.out_features, self.in_features)
+        factor = self.compacted(weight) if fits else None
+        if factor is None or not torch.equal(self.expanded(factor), weight):
             error_msgs.append(
                 f"{key!r}, {tuple(weight.shape)}, is not a factor with the signs of {self.blocks} blocks at rank "
                 f"{min(self.factor.shape)}: load it into a model without block signs, or with those of its training"
@@ -150,49 +132,69 @@ class SignedFactor(nn.Module):
 
 
 class SignedA(SignedFactor):
-    """``lora_A``. It holds no signs: those are `SignedB`'s."""
+    """``lora_A``. It needs no signs: those are `SignedB`'s."""
 
-    def expanded(self) -> Float[Tensor, "R n"]:
-        """The ordinary factor, which is block-diagonal."""
-        return expanded_A(self.factor, self.signs.shape[1])
+    def __init__(self, factor: nn.Parameter, blocks: int, parts: int) -> None:
+        super().__init__(factor, blocks, parts)
+        r, self.in_features = factor.shape
+        self.out_features = r * parts
 
-    def compacted(self, weight: Float[Tensor, "R n"]) -> Float[Tensor, "r n"] | None:
-        """What has to be trained for an ordinary factor.
+    def expanded(self, factor: Float[Tensor, "r n"]) -> Float[Tensor, "R n"]:
+        """The ordinary factor for a trained one, which is block-diagonal.
+
+        Args:
+            factor: as the trained one.
+        """
+        return expanded_A(factor, self.parts)
+
+    def compacted(self, weight: Float[Tensor, "R n"]) -> Float[Tensor, "r n"]:
+        """The inverse of `expanded`, if `weight` is what that makes.
 
         Args:
             weight: the ordinary factor.
-
-        Returns:
-            The inverse of `weight`; None if there is none.
         """
-        parts = self.signs.shape[1]
-        if weight.ndim != 2 or len(weight) % parts or weight.shape[1] != self._n:
-            return None
-        factor = compact_A(weight, parts)
-        return factor if torch.equal(expanded_A(factor, parts), weight) else None
+        return compact_A(weight, self.parts)
 
 
 class SignedB(SignedFactor):
     """``lora_B``."""
 
-    def expanded(self) -> Float[Tensor, "m R"]:
-        """The ordinary factor, which has the signs."""
-        return expanded_B(self.factor, self.signs)
+    def __init__(self, factor: nn.Parameter, blocks: int, parts: int) -> None:
+        super().__init__(factor, blocks, parts)
+        self.out_features, r = factor.shape
+        self.in_features = r * parts
+        # No buffer: DistributedDataParallel would overwrite it between a forward and a backward pass.
+        self._signs = self._new_signs()
 
-    def compacted(self, weight: Float[Tensor, "m R"]) -> Float[Tensor, "m r"] | None:
-        """What has to be trained for an ordinary factor.
+    @property
+    def signs(self) -> Float[Tensor, "k_out k_in"]:
+        """The signs of the blocks, in the dtype and on the device of the factor."""
+        if self._signs.device != self.factor.device or self._signs.dtype != self.factor.dtype:
+            self._signs = self._new_signs()
+        return self._signs
+
+    def _new_signs(self) -> Tensor:
+        # As many columns as parts are divided into so many, and the signs depend on nothing else.
+        factor = self.factor
+        signs = block_signs(self.out_features, self.parts, self.blocks, dtype=factor.dtype, device=factor.device)
+        assert signs is not None
+        return signs
+
+    def expanded(self, factor: Float[Tensor, "m r"]) -> Float[Tensor, "m R"]:
+        """The ordinary factor for a trained one, which has the signs.
+
+        Args:
+            factor: as the trained one.
+        """
+        return expanded_B(factor, self.signs)
+
+    def compacted(self, weight: Float[Tensor, "m R"]) -> Float[Tensor, "m r"]:
+        """The inverse of `expanded`, if `weight` is what that makes.
 
         Args:
             weight: the ordinary factor.
-
-        Returns:
-            The inverse of `weight`; None if there is none.
         """
-        signs = self.signs
-        if weight.ndim != 2 or weight.shape[1] % signs.shape[1] or len(weight) != self._m:
-            return None
-        factor = compact_B(weight, signs.shape[1])
-        return factor if torch.equal(expanded_B(factor, signs.to(weight.device)), weight) else None
+        return compact_B(weight, self.parts)
 
 
 class SignedLinear(MixedIn, Linear):  # type: ignore[misc]
