@@ -107,6 +107,7 @@ def encoder_folder(tokenizer, tmp_path_factory):
         max_position_embeddings=64,
         pad_token_id=1,
     )
+    torch.manual_seed(0)  # as `tiny_llama` does: not another model for each order of the tests
     BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
