@@ -30,6 +30,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from scalora import BlockSignsCallback, PairAdamW, ScaLora, ScaLoraConfig, UnsupportedLayerError, add_block_signs
 from scalora.maths.block_signs import (
     block_signs,
+    blocks_of,
     compact_A,
     compact_B,
     expanded_A,
@@ -239,6 +240,63 @@ def test_training_goes_on_from_a_saved_adapter_to_the_bit(tmp_path):
     again = signed_model(base, 8, **lora)
     again.load_state_dict(adapted.state_dict())
     assert torch.equal(outputs(again), outputs(adapted))
+
+
+@pytest.mark.parametrize("given", [None, 8])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_loaded_adapter_that_has_signs_goes_on_with_them(tmp_path, given, trained):
+    base = tiny_llama(intermediate_size=36)  # 36 is divided into four parts, not into eight
+    adapted = signed_model(base, 8, trained=trained, r=2, lora_alpha=6, target_modules="all-linear")
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    optimizers = [torch.optim.AdamW(trainable(model), 1e-2) for model in (adapted, loaded)]
+    add_block_signs(loaded, given)
+    for one, other in zip(trainable(loaded), trainable(adapted), strict=True):
+        assert torch.equal(one, other)
+    if not trained and given is None:
+        return  # of an update of zero, the number of blocks is not known in all layers
+    tokens = torch.randint(0, 64, (4, 8))
+    for model, optimizer in zip((adapted, loaded), optimizers, strict=True):
+        assert losses_of(model, optimizer, tokens, 3)[-1] > 0
+    for one, other in zip(trainable(loaded), trainable(adapted), strict=True):
+        assert torch.equal(one, other)
+    configs = [model.peft_config["default"] for model in (loaded, adapted)]
+    assert len({(config.r, config.lora_alpha, str(config.rank_pattern)) for config in configs}) == 1
+    assert torch.equal(outputs(loaded), outputs(adapted))
+
+
+def test_an_adapter_of_other_signs_or_none_is_refused_and_unchanged(tmp_path):
+    base = tiny_llama()
+    signed_model(base, 8, trained=True, r=2, target_modules="all-linear").save_pretrained(tmp_path / "signed")
+    plain = get_peft_model(copy.deepcopy(base), LoraConfig(r=16, target_modules="all-linear"))
+    for parameter in trainable(plain):
+        nn.init.normal_(parameter, std=0.3)
+    plain.save_pretrained(tmp_path / "plain")
+    for folder, blocks, error in [
+        ("signed", 4, "has the signs of 8 blocks already"),
+        ("plain", None, "no block signs"),
+    ]:
+        model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / folder, is_trainable=True)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises((ValueError, UnsupportedLayerError), match=error):
+            add_block_signs(model, blocks)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@settings(max_examples=60, deadline=None)
+@given(m=sides, n=sides, r=st.integers(1, 5), blocks=powers, dtype=st.sampled_from([torch.float64, torch.bfloat16]))
+def test_the_blocks_of_ordinary_factors_are_found(m, n, r, blocks, dtype):
+    signs = block_signs(m, n, blocks, dtype=dtype)
+    parts = signs.shape[1]
+    A, B = normal(r, n, seed=1).to(dtype), normal(m, r, seed=2).to(dtype)
+    big_A, big_B = expanded_A(A, parts), expanded_B(B, signs)
+    found = blocks_of(big_A, big_B)
+    assert found
+    assert all(torch.equal(block_signs(m, n, number, dtype=dtype), signs) for number in found)
+    assert min(blocks, math.lcm(math.gcd(m, 32), parts)) in found
+    assert not blocks_of(normal(r * parts, n).to(dtype), big_B)
+    assert not blocks_of(big_A, normal(m, r * parts).to(dtype))
+    assert not blocks_of(torch.zeros_like(big_A), big_B)
 
 
 def test_another_adapter_is_not_loaded_into_signed_factors(tmp_path):

@@ -16,8 +16,8 @@ from models import take_random_steps, trainable
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from scalora import PairAdamW, ScaLora, ScaLoraConfig, load_model
-from scalora.integrations.plugin import PluginCallback, PluginSettings, leave_an_ordinary_adapter
+from scalora import BlockSignsCallback, PairAdamW, ScaLora, ScaLoraConfig, load_model
+from scalora.integrations.plugin import PluginSettings, leave_an_ordinary_adapter
 
 TOKENS = torch.randint(5, 60, (3, 10), generator=torch.Generator().manual_seed(0))
 
@@ -41,12 +41,23 @@ def test_a_block_of_settings_is_a_config_and_an_optimizer(block, config, pair_ad
     assert PluginSettings.from_block(block) == PluginSettings(config, pair_adamw)
 
 
+def test_a_block_may_ask_for_block_signs():
+    assert PluginSettings.from_block({"method": "block_signs"}) == PluginSettings(None, False)
+    block = {"method": "block_signs", "blocks": 4, "optimizer": "pair_adamw"}
+    assert PluginSettings.from_block(block) == PluginSettings(None, True, 4)
+    assert PluginSettings.from_block({"method": "scalora"}) == PluginSettings(ScaLoraConfig(), False)
+
+
 @pytest.mark.parametrize(
     ("block", "error"),
     [
         ({"intervall": 10}, "scalora: unknown ScaLoRA setting 'intervall'; the settings are interval, merge, mode"),
         ({"interval": "ten"}, "scalora: interval must be an integer of at least 1, got 'ten'"),
         ({"optimizer": "adamw"}, "scalora.optimizer must be pair_adamw, got 'adamw'"),
+        ({"method": "lora"}, "scalora.method must be scalora or block_signs, got 'lora'"),
+        ({"method": "block_signs", "interval": 2}, "scalora: 'interval' is no setting of block signs"),
+        ({"method": "block_signs", "blocks": 3}, "scalora: blocks must be a power of two above 1, got 3"),
+        ({"blocks": 4}, "scalora: unknown ScaLoRA setting 'blocks'"),
         ("dense", "scalora must be a block of settings, such as `scalora: {interval: 10}`, got 'dense'"),
     ],
 )
@@ -65,12 +76,31 @@ def test_the_trainer_creates_the_optimizer_of_the_settings(causal_folder, tmp_pa
         adam_beta2=0.99, lr_scheduler_type="constant",
     )  # fmt: skip
     settings = PluginSettings.from_block({"mode": "matrix", "warmup_steps": 0})
-    callback = PluginCallback(settings)
+    callback = settings.callback()
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
     trainer.train()
     assert isinstance(callback.engine.optimizer, PairAdamW)
     group = callback.engine.optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-3, (0.9, 0.99), 0.0)
+
+
+def test_the_trainer_trains_block_signs_of_the_settings_and_goes_on_with_them(causal_folder, tmp_path):
+    rows = Dataset.from_list([{"input_ids": TOKENS[0].tolist(), "labels": TOKENS[0].tolist()}] * 2)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, report_to="none", save_strategy="no", learning_rate=3e-3
+    )
+    settings = PluginSettings.from_block({"method": "block_signs", "blocks": 4, "optimizer": "pair_adamw"})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(causal_folder), LoraConfig(r=2))
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[settings.callback()])
+    trainer.train()
+    assert trainer.optimizer.optimizer.__class__ is PairAdamW
+    trainer.save_model(tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(causal_folder)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out", is_trainable=True)
+    assert loaded.peft_config["default"].r == 8
+    Trainer(loaded, arguments, train_dataset=rows, callbacks=[settings.callback()])
+    for one, other in zip(trainable(loaded), trainable(model), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.fixture
@@ -153,6 +183,8 @@ def test_axolotls_plugin_checks_the_config_and_brings_the_callback(with_stub):
     assert settings["lora_qkv_kernel"] is settings["lora_mlp_kernel"] is settings["lora_o_kernel"] is False
     (callback,) = plugin.add_callbacks_pre_trainer(settings, torch.nn.Identity())
     assert callback.config == ScaLoraConfig(interval=3, mode="matrix")
+    (callback,) = plugin.add_callbacks_pre_trainer({"scalora": {"method": "block_signs"}}, torch.nn.Identity())
+    assert isinstance(callback, BlockSignsCallback)
     for wrong, error in [
         ({"adapter": None}, "adapter must be lora or qlora with ScaLoRA, got None"),
         ({"relora": True}, "relora: true restarts the adapter"),
@@ -176,6 +208,8 @@ def test_ms_swift_gets_the_callback_and_loads_states_before_it_trains_on(with_st
     module.register(interval=3)
     module.register(interval=4)  # a second time: still ms-swift's own function otherwise
     assert callbacks["scalora"](None, None).config == ScaLoraConfig(interval=4)
+    module.register(method="block_signs")
+    assert isinstance(callbacks["scalora"](None, None), BlockSignsCallback)
     folder, trained = saved(merge="dense")
     base = AutoModelForCausalLM.from_pretrained(causal_folder)
     assert Swift.from_pretrained(base, folder) == (folder, {})  # for inference: the adapter in the folder

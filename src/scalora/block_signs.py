@@ -13,9 +13,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import nn
 
-from scalora.maths.block_signs import block_signs
+from scalora.maths.block_signs import block_signs, blocks_of, compact_A, compact_B
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
-from scalora.model.layers import configured_scaling, pattern_key
+from scalora.model.layers import configured_scaling, is_distributed, is_partitioned, pattern_key
 from scalora.model.mixed_class import mix_in
 from scalora.model.remainder_layer import RemainderLayer
 from scalora.model.roots import injected_model, peft_model_of
@@ -31,9 +31,8 @@ def add_block_signs(model: nn.Module, blocks: int | None = None) -> None:
     """Give the update of every linear LoRA layer the signs of `blocks` × `blocks` blocks, and that many times the rank.
 
     The factors keep their shapes, and a step its cost. PEFT takes the adapter for an ordinary one of rank
-    ``r·blocks``, and its configuration says so: saved, it is one, which everything that takes LoRA adapters loads. To
-    go on with the training of a saved one, call this on a new model and load the adapter into it, as trainers do when
-    they resume.
+    ``r·blocks``, and its configuration says so: saved, it is one, which everything that takes LoRA adapters loads. An
+    adapter that has been loaded and has block signs goes on with them, at the rank that it was trained with.
 
     Layers that are not linear (embeddings, convolutions, experts that are one parameter) stay plain LoRA. So do those
     of which a side can't be divided by two. A side that can't be divided into so many equal parts is divided into the
@@ -45,28 +44,28 @@ def add_block_signs(model: nn.Module, blocks: int | None = None) -> None:
         >>> optimizer = PairAdamW(model)  # and train as before
 
     Args:
-        model: a model with PEFT LoRA layers and one active adapter whose update is zero, as PEFT starts it; modified.
-            The base may be quantised.
-        blocks: number of parts of each side of an update, a power of two. None: as many as give it the rank 256, that
-            is 32 at r = 8, but at least 2.
+        model: a model with PEFT LoRA layers and one active adapter; modified. Its update is zero, as PEFT starts it, or
+            has block signs, as one that was saved with them. The base may be quantised.
+        blocks: number of parts of each side of an update, a power of two. None: those that the adapter has; of a new
+            one as many as give it the rank 256, that is 32 at r = 8, but at least 2.
 
     Raises:
-        ValueError: `blocks` is not a power of two above 1; the adapter has been trained; or no layer can be divided.
+        ValueError: `blocks` is not a power of two above 1; the adapter has been trained without block signs, or with
+            those of another number of blocks; or no layer can be divided.
         UnsupportedLayerError: a layer is one that ScaLoRA can't train, trains a bias of ``lora_B``, or has rescales
             (`scalora.ScaLora`) or signs of another number of blocks. The model has not been changed then.
     """
     check_blocks(blocks)
     pairs = find_lora_pairs(model, all_shapes=True, signed=True)
-    parts = [(pair, blocks or _default_blocks(pair.r)) for pair in pairs]
-    signed = [(pair, count) for pair, count in parts if _takes_signs(pair, count)]
-    if not signed:
+    divisible = [
+        pair for pair in pairs if _is_linear(pair) and block_signs(pair.m, pair.n, 2, device="meta") is not None
+    ]
+    if not divisible:
         raise ValueError(
             "no linear layer with LoRA has two sides that can be divided into equal parts: leave block signs out"
         )
-    for pair, count in signed:
-        _check(pair, count)
-    for pair, count in signed:
-        _sign(pair, count)
+    for pair, (of_A, of_B) in [(pair, _signed_factors(pair, blocks)) for pair in divisible]:
+        _replace(pair, of_A, of_B)
     _report_ranks(model, pairs[0].adapter)
 
 
@@ -89,13 +88,12 @@ def _default_blocks(r: int) -> int:
     return max(2, 1 << max(1, UPDATE_RANK // r).bit_length() - 1)
 
 
-def _takes_signs(pair: LoraPair, blocks: int) -> bool:
-    linear = pair.is_matrix and pair.adapter in pair.layer.lora_A and not isinstance(pair.layer, ParamWrapper)
-    return linear and block_signs(pair.m, pair.n, blocks, device="meta") is not None
+def _is_linear(pair: LoraPair) -> bool:
+    return pair.is_matrix and pair.adapter in pair.layer.lora_A and not isinstance(pair.layer, ParamWrapper)
 
 
-def _check(pair: LoraPair, blocks: int) -> None:
-    """Refuse what can't be trained, and an update that signs would change."""
+def _signed_factors(pair: LoraPair, blocks: int | None) -> tuple[SignedA, SignedB]:
+    """PEFT's modules of a layer with signs. Refuses what can't be trained with them, and an update that they change."""
     of_B = pair.layer.lora_B[pair.adapter]
     if isinstance(pair.layer, RemainderLayer):
         raise UnsupportedLayerError(
@@ -103,28 +101,44 @@ def _check(pair: LoraPair, blocks: int) -> None:
             "them"
         )
     if isinstance(of_B, SignedB):
-        if of_B.blocks != blocks:
-            raise UnsupportedLayerError(
-                f"module {pair.name!r} has the signs of {of_B.blocks} blocks already: set blocks={of_B.blocks}"
-            )
-        return
+        _chosen(pair, [of_B.blocks], blocks)
+        return pair.layer.lora_A[pair.adapter], of_B
     if of_B.bias is not None:
         raise UnsupportedLayerError(f"module {pair.name!r} trains a bias with LoRA: set lora_bias=False")
-    if not pair.lora_B.is_meta and pair.lora_B.any():
+    A, B = pair.lora_A, pair.lora_B
+    whole = not (A.is_meta or is_distributed(A) or is_partitioned(A))
+    if whole and (found := blocks_of(A, B)):
+        count = _chosen(pair, found, blocks)
+        parts = math.gcd(pair.n, count)
+        A, B = (nn.Parameter(factor.detach().clone()) for factor in (compact_A(A, parts), compact_B(B, parts)))
+        return SignedA(A, count, parts), SignedB(B, count, parts)
+    if not B.is_meta and B.any():
         raise ValueError(
-            f"the update of module {pair.name!r} is not zero, and signs would change it: add block signs to a new "
-            "adapter, with init_lora_weights=True, before it is trained or loaded"
+            f"the update of module {pair.name!r} is not zero and has no block signs, which would change it: add "
+            "them to a new adapter, with init_lora_weights=True, before it is trained"
         )
+    count = blocks or _default_blocks(pair.r)
+    parts = math.gcd(pair.n, count)
+    return SignedA(A, count, parts), SignedB(B, count, parts)
 
 
-def _sign(pair: LoraPair, blocks: int) -> None:
-    layer, name = pair.layer, pair.adapter
-    if isinstance(layer.lora_B[name], SignedB):
-        return
-    parts = math.gcd(pair.n, blocks)
-    layer.lora_A[name], layer.lora_B[name] = SignedA(pair.lora_A, blocks, parts), SignedB(pair.lora_B, blocks, parts)
-    rank = pair.r * parts
-    layer.r[name], layer.lora_alpha[name], layer.use_rslora[name] = rank, pair.scaling * rank, False
+def _chosen(pair: LoraPair, found: list[int], blocks: int | None) -> int:
+    """The number of blocks of a layer that has signs."""
+    if blocks not in (None, *found):
+        raise UnsupportedLayerError(
+            f"module {pair.name!r} has the signs of {found[0]} blocks already: set blocks={found[0]}"
+        )
+    return blocks or found[0]
+
+
+def _replace(pair: LoraPair, of_A: SignedA, of_B: SignedB) -> None:
+    layer, name, scaling, rank = pair.layer, pair.adapter, pair.scaling, of_A.out_features
+    for module, parameter in ((of_A, pair.lora_A), (of_B, pair.lora_B)):
+        if module.factor is not parameter:  # an optimizer may have PEFT's parameters already
+            parameter.data = module.factor.data
+            module.factor = parameter
+    layer.lora_A[name], layer.lora_B[name] = of_A, of_B
+    layer.r[name], layer.lora_alpha[name], layer.use_rslora[name] = rank, scaling * rank, False
     if type(layer) is Linear:
         mix_in(layer, SignedLinear)
 

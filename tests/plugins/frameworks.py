@@ -17,6 +17,7 @@ import scalora
 
 R = 2
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+BLOCK_SIGNS = {"method": "block_signs", "blocks": 4, "optimizer": "pair_adamw"}
 
 
 def needs(framework):
@@ -46,9 +47,17 @@ def logits(model):
 
 def check_adapter(base_folder, folder, dtype=torch.float32):
     """An adapter is an ordinary one of the whole update: of a higher rank, with the logits of the trained model."""
-    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype)
-    untrained = logits(base)
-    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32), folder)
+    by_peft = logits_of_adapter(base_folder, folder)
+    untrained = logits(AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype))
+    trained = logits(scalora.load_model(AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype), folder))
+    assert (trained - untrained).norm() > 20 * (trained - by_peft).norm()
+    return trained
+
+
+def logits_of_adapter(base_folder, folder):
+    """The logits of plain PEFT with an adapter, whose update has a higher rank than what was trained."""
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    by_peft = PeftModel.from_pretrained(base, folder)
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
     factors = load_file(folder / "adapter_model.safetensors")
     layers = [name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")]
@@ -56,6 +65,4 @@ def check_adapter(base_folder, folder, dtype=torch.float32):
     ranks = [int(torch.linalg.matrix_rank(update, rtol=1e-4)) for update in updates]
     assert len(ranks) == 2 * len(TARGETS)
     assert min(ranks) > R
-    trained = logits(scalora.load_model(AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype), folder))
-    assert (trained - untrained).norm() > 20 * (trained - logits(by_peft)).norm()
-    return trained
+    return logits(by_peft)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from conftest import pairs
-from frameworks import TARGETS, R, check_adapter, needs, run
+from frameworks import BLOCK_SIGNS, TARGETS, R, check_adapter, logits_of_adapter, needs, run
 
 pytestmark = needs("axolotl")
 SHORT = {"system_prompt": "", "format": "{instruction}", "no_input_format": "{instruction}"}
@@ -66,6 +66,13 @@ def test_dpo_has_the_untouched_model_as_its_reference(train, causal_folder, tmp_
 def test_matrix_scaling_brings_its_optimizer(train, causal_folder):
     _, output = train(scalora=SCALORA | {"mode": "matrix"}, learning_rate=1e-3)
     check_adapter(causal_folder, output)
+
+
+def test_block_signs_end_in_an_ordinary_adapter_and_resume(train, causal_folder):
+    _, whole = train("whole", BLOCK_SIGNS, learning_rate=1e-3)
+    trained = logits_of_adapter(causal_folder, whole)
+    _, resumed = train("resumed", BLOCK_SIGNS, learning_rate=1e-3, resume_from_checkpoint=str(whole / "checkpoint-6"))
+    torch.testing.assert_close(logits_of_adapter(causal_folder, resumed), trained, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

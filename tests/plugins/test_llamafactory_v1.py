@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 from conftest import pairs
-from frameworks import TARGETS, R, check_adapter, needs, run
+from frameworks import BLOCK_SIGNS, TARGETS, R, check_adapter, logits_of_adapter, needs, run
 
 pytestmark = needs("llamafactory")
 SCALORA = {"warmup_steps": 2, "interval": 2}
@@ -38,6 +38,11 @@ def train(causal_folder, tmp_path):
 def test_it_leaves_an_ordinary_adapter_of_a_higher_rank(more, train, causal_folder):
     _, output = train(scalora=SCALORA | more)
     check_adapter(causal_folder, output)
+
+
+def test_block_signs_end_in_an_ordinary_adapter(train, causal_folder):
+    _, output = train(scalora=BLOCK_SIGNS, learning_rate=1e-3)
+    logits_of_adapter(causal_folder, output)
 
 
 @pytest.mark.parametrize(

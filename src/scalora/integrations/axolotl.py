@@ -14,12 +14,13 @@ from pydantic import BaseModel, Field
 from torch import nn
 from transformers import TrainerCallback
 
-from scalora.integrations.plugin import PluginCallback, PluginSettings, leave_an_ordinary_adapter
+from scalora.integrations.plugin import PluginSettings, leave_an_ordinary_adapter
 
 _BLOCK = "scalora"
 _ADAPTERS = ("lora", "qlora")
 
-# They compute the adapted layers from lora_A and lora_B, and miss a remainder. axolotl switches them on by default.
+# They compute the adapted layers from lora_A and lora_B, and miss a remainder; of block signs they make whole factors.
+# axolotl switches them on by default.
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 
@@ -27,17 +28,18 @@ class ScaloraArgs(BaseModel):
     """The key that the plug-in adds to axolotl's.
 
     Attributes:
-        scalora: fields of `ScaLoraConfig`, and ``optimizer: pair_adamw``.
+        scalora: fields of `ScaLoraConfig`, and ``optimizer: pair_adamw``; or ``method: block_signs``.
     """
 
     scalora: dict[str, Any] | None = Field(
         default=None,
-        description="Settings of ScaLoRA: fields of scalora.ScaLoraConfig, and optimizer: pair_adamw.",
+        description="Settings of ScaLoRA: fields of scalora.ScaLoraConfig, and optimizer: pair_adamw; or method: "
+        "block_signs.",
     )
 
 
 class ScaloraPlugin(BasePlugin):  # type: ignore[misc]
-    """Trains axolotl's LoRA and QLoRA adapters with ScaLoRA.
+    """Trains axolotl's LoRA and QLoRA adapters with ScaLoRA, or with block signs.
 
     In its YAML file:
 
@@ -71,8 +73,8 @@ class ScaloraPlugin(BasePlugin):  # type: ignore[misc]
         for kernel in _KERNELS:
             if cfg.get(kernel):
                 raise ValueError(
-                    f"{kernel}: true computes layers from lora_A and lora_B alone, which misses ScaLoRA's remainder: "
-                    "leave it out"
+                    f"{kernel}: true computes layers from lora_A and lora_B alone, which misses ScaLoRA's remainder "
+                    "and what block signs save: leave it out"
                 )
             cfg[kernel] = False
 
@@ -83,7 +85,7 @@ class ScaloraPlugin(BasePlugin):  # type: ignore[misc]
             cfg: axolotl's settings.
             model: the model; not used.
         """
-        return [PluginCallback(PluginSettings.from_block(cfg.get(_BLOCK), _BLOCK))]
+        return [PluginSettings.from_block(cfg.get(_BLOCK), _BLOCK).callback()]
 
     def post_train_unload(self, cfg: Any) -> None:
         """Leave an ordinary adapter in the output folder.

@@ -14,7 +14,7 @@ from llamafactory.hparams import read_args
 from llamafactory.train import tuner
 from transformers import TrainerCallback
 
-from scalora.integrations.plugin import PluginCallback, PluginSettings, leave_an_ordinary_adapter
+from scalora.integrations.plugin import PluginSettings, leave_an_ordinary_adapter
 
 _BLOCK = "scalora"
 
@@ -30,7 +30,8 @@ def run_exp(args: dict[str, Any] | None = None, callbacks: list[TrainerCallback]
 
     Args:
         args: LLaMA-Factory's arguments, and in ``scalora`` the settings of ScaLoRA: fields of `ScaLoraConfig`, and
-            ``optimizer: pair_adamw``. None: those of the command line, as LLaMA-Factory reads them.
+            ``optimizer: pair_adamw``; or ``method: block_signs``. None: those of the command line, as LLaMA-Factory
+            reads them.
         callbacks: other callbacks.
 
     Raises:
@@ -64,7 +65,7 @@ def _checked(args: Any) -> tuple[dict[str, Any], PluginSettings]:
 
 
 def _run(given: dict[str, Any], settings: PluginSettings, callbacks: list[TrainerCallback] | None) -> None:
-    tuner.run_exp(given, callbacks=[*(callbacks or []), PluginCallback(settings)])
+    tuner.run_exp(given, callbacks=[*(callbacks or []), settings.callback()])
     leave_an_ordinary_adapter(Path(given["output_dir"]))
 
 

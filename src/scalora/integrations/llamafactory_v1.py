@@ -20,6 +20,7 @@ from llamafactory.v1.trainers.sft_trainer import run_sft
 from torch import nn
 from torch.optim import Optimizer
 
+from scalora.block_signs import add_block_signs
 from scalora.engine import ScaLora
 from scalora.integrations.plugin import PluginSettings, leave_an_ordinary_adapter
 from scalora.integrations.transformers import calling
@@ -30,24 +31,27 @@ _NAME = "scalora"
 
 @OptimizerPlugin(_NAME).register()  # type: ignore[untyped-decorator]
 def optimizer_with_scalora(model: nn.Module, config: Mapping[str, Any]) -> Optimizer:
-    """The optimizer for ``optim_config: {name: scalora, …}``, with ScaLoRA attached.
+    """The optimizer for ``optim_config: {name: scalora, …}``, with ScaLoRA attached, or with block signs in the model.
 
     Args:
         model: the model.
-        config: the block: fields of `ScaLoraConfig`, and ``optimizer: pair_adamw``. The learning rate is
-            LLaMA-Factory's.
+        config: the block: fields of `ScaLoraConfig`, and ``optimizer: pair_adamw``; or ``method: block_signs``. The
+            learning rate is LLaMA-Factory's.
 
     Raises:
         ValueError: a setting is wrong. One line.
     """
     settings = _settings(config)
+    if settings.config is None:
+        add_block_signs(model, settings.blocks)  # first, because the optimizer takes the parameters that they leave
     trainer = calling(BaseTrainer)
     rate = {} if trainer is None else {"lr": trainer.args.learning_rate}
     if settings.pair_adamw:
         optimizer: Optimizer = PairAdamW(model, **rate)
     else:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **rate, weight_decay=0.0)
-    ScaLora(model, optimizer, settings.config)
+    if settings.config is not None:
+        ScaLora(model, optimizer, settings.config)
     return optimizer
 
 

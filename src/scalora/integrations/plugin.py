@@ -12,16 +12,20 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
+from scalora.block_signs import check_blocks
 from scalora.config import ScaLoraConfig
+from scalora.integrations.block_signs import BlockSignsCallback
 from scalora.integrations.transformers import ScaLoraCallback, adamw_arguments, calling
 from scalora.pair_adamw import PairAdamW
 from scalora.parallel.job import is_first
@@ -33,6 +37,7 @@ from scalora.saving.state_file import holds_state, read_state
 from scalora.saving.verify import ExportError
 
 _PAIR_ADAMW = "pair_adamw"
+_SCALORA, _BLOCK_SIGNS = "scalora", "block_signs"
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,14 @@ class PluginSettings:
     """The settings of a plug-in: a block in the config file of the framework.
 
     Attributes:
-        config: the settings of the method.
+        config: the settings of ScaLoRA; None for block signs in its place.
         pair_adamw: whether `scalora.PairAdamW` replaces the framework's optimizer.
+        blocks: the number of blocks, as in `scalora.add_block_signs`.
     """
 
-    config: ScaLoraConfig
+    config: ScaLoraConfig | None
     pair_adamw: bool
+    blocks: int | None = None
 
     @classmethod
     def from_block(cls, block: Any, key: str = "scalora") -> PluginSettings:
@@ -53,7 +60,8 @@ class PluginSettings:
 
         Args:
             block: the fields of `ScaLoraConfig` to set, by name, and ``optimizer: pair_adamw``, which is the default
-                with ``mode: matrix`` because AdamW's state can't be carried there; None for the defaults.
+                with ``mode: matrix`` because AdamW's state can't be carried there. Or ``method: block_signs``, and
+                beside it ``blocks`` and ``optimizer``. None for the defaults.
             key: the name of the block, for errors.
 
         Raises:
@@ -62,16 +70,35 @@ class PluginSettings:
         if not isinstance(block, Mapping | None):
             raise ValueError(f"{key} must be a block of settings, such as `{key}: {{interval: 10}}`, got {block!r}")
         given = {str(name): value for name, value in (block or {}).items()}
-        optimizer = given.pop("optimizer", None)
+        optimizer, method = given.pop("optimizer", None), given.pop("method", _SCALORA)
         if optimizer not in (None, _PAIR_ADAMW):
             raise ValueError(
                 f"{key}.optimizer must be {_PAIR_ADAMW}, got {optimizer!r}: leave it out for the framework's optimizer"
             )
+        if method not in (_SCALORA, _BLOCK_SIGNS):
+            raise ValueError(f"{key}.method must be {_SCALORA} or {_BLOCK_SIGNS}, got {method!r}")
         try:
+            if method == _BLOCK_SIGNS:
+                return cls(None, pair_adamw=optimizer is not None, blocks=_blocks_of(given))
             config = ScaLoraConfig.from_dict(given)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
         return cls(config, pair_adamw=optimizer is not None or config.norm_from_turn)
+
+    def callback(self) -> TrainerCallback:
+        """The callback for the Trainer's constructor."""
+        return PluginCallback(self) if self.config is not None else _BlockSignsOfPlugin(self)
+
+
+def _blocks_of(given: dict[str, Any]) -> int | None:
+    blocks: int | None = given.pop("blocks", None)
+    if given:
+        raise ValueError(
+            f"{next(iter(given))!r} is no setting of block signs, which have no rescales; the settings are blocks and "
+            "optimizer"
+        )
+    check_blocks(blocks)
+    return blocks
 
 
 class PluginCallback(ScaLoraCallback):
@@ -95,8 +122,25 @@ class PluginCallback(ScaLoraCallback):
             kwargs: other arguments of the event, with the model.
         """
         super().on_init_end(args, state, control, **kwargs)
-        if self._pair_adamw and (trainer := calling(Trainer)) is not None:
-            trainer.optimizer_cls_and_kwargs = (PairAdamW, {"model": kwargs["model"], **adamw_arguments(args)})
+        if self._pair_adamw:
+            _bring_pair_adamw(kwargs["model"], args)
+
+
+class _BlockSignsOfPlugin(BlockSignsCallback):
+    def __init__(self, settings: PluginSettings) -> None:
+        super().__init__(settings.blocks)
+        self._pair_adamw = settings.pair_adamw
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_init_end(args, state, control, **kwargs)
+        if self._pair_adamw:
+            _bring_pair_adamw(kwargs["model"], args)
+
+
+def _bring_pair_adamw(model: nn.Module, args: TrainingArguments) -> None:
+    """Have the Trainer that is being made create `scalora.PairAdamW`."""
+    if (trainer := calling(Trainer)) is not None:
+        trainer.optimizer_cls_and_kwargs = (PairAdamW, {"model": model, **adamw_arguments(args)})
 
 
 def leave_an_ordinary_adapter(folder: Path) -> None:

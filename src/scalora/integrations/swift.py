@@ -11,7 +11,7 @@ from typing import Any
 
 from swift.callbacks import callbacks_map
 from swift.tuners import Swift
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scalora.integrations.plugin import PluginCallback, PluginSettings, leave_an_ordinary_adapter
 from scalora.saving.export import load_model
@@ -31,22 +31,23 @@ def register(**settings: Any) -> None:
 
     Args:
         settings: fields of `ScaLoraConfig`, and ``optimizer="pair_adamw"`` for `scalora.PairAdamW` instead of
-            ms-swift's optimizer, which is the default with ``mode="matrix"``.
+            ms-swift's optimizer, which is the default with ``mode="matrix"``. Or ``method="block_signs"``, and beside
+            it ``blocks`` and ``optimizer``.
 
     Raises:
         ValueError: a name is unknown, or a value is out of range. One line.
     """
     read = PluginSettings.from_block(settings, _NAME)
 
-    class Callback(_SwiftCallback):
-        def __init__(self, args: Any, trainer: Any) -> None:  # as ms-swift makes callbacks
-            if "unsloth" in sys.modules:  # which ms-swift imports for --tuner_backend unsloth alone
-                raise ValueError(
-                    "tuner_backend unsloth brings layers of its own, which miss ScaLoRA's remainder: use peft"
-                )
-            super().__init__(read)
+    def callback(args: Any, trainer: Any) -> TrainerCallback:  # as ms-swift makes callbacks
+        if "unsloth" in sys.modules:  # which ms-swift imports for --tuner_backend unsloth alone
+            raise ValueError(
+                "tuner_backend unsloth brings layers of its own, which miss ScaLoRA's remainder and block signs: use "
+                "peft"
+            )
+        return read.callback() if read.config is None else _SwiftCallback(read)
 
-    callbacks_map[_NAME] = Callback
+    callbacks_map[_NAME] = callback
     Swift.from_pretrained = staticmethod(_with_states)
 
 

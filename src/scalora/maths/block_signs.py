@@ -92,6 +92,38 @@ def compact_B(expanded: Float[Tensor, "m R"], parts: int) -> Float[Tensor, "m r"
     return expanded[:, : expanded.shape[1] // parts]
 
 
+def blocks_of(lora_A: Float[Tensor, "R n"], lora_B: Float[Tensor, "m R"]) -> list[int]:
+    """Of two ordinary factors that `expanded_A` and `expanded_B` have made: the numbers of blocks that make them.
+
+    There are several if the parts are as many with each of them, or if the second factor is zero.
+
+    Args:
+        lora_A: the first factor.
+        lora_B: the second factor.
+
+    Returns:
+        The numbers, in order; none if they are no such factors.
+    """
+    (R, n), m = lora_A.shape, len(lora_B)
+    parts = _power_of_two(math.gcd(n, R))
+    while parts > 1 and not torch.equal(expanded_A(compact_A(lora_A, parts), parts), lora_A):
+        parts //= 2
+    if parts == 1 or not lora_A.any():
+        return []
+    numbers, blocks = [], parts
+    while blocks == parts or (math.gcd(n, blocks) == parts and blocks <= _power_of_two(m)):
+        signs = block_signs(m, n, blocks, dtype=lora_B.dtype, device=lora_B.device)
+        if signs is not None and torch.equal(expanded_B(compact_B(lora_B, parts), signs), lora_B):
+            numbers.append(blocks)
+        blocks *= 2
+    return numbers
+
+
+def _power_of_two(count: int) -> int:
+    """The largest power of two that divides a number."""
+    return count & -count
+
+
 def signed_linear(
     x: Float[Tensor, "... n"],
     lora_A: Float[Tensor, "r n"],
