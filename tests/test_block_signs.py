@@ -9,7 +9,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Mixed, TwoLayers, losses_of, tiny_gpt2, tiny_llama, trainable
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -39,6 +39,7 @@ from scalora.maths.block_signs import (
 )
 from scalora.model.adapters import find_lora_pairs
 from scalora.model.made_factor import MadeFactorError
+from scalora.model.signed_factors import SignedB, SignedFactor
 from scalora.rivals.block_signs import BlockSigns
 
 
@@ -380,6 +381,12 @@ WRITES = {
     "foreach": lambda layer, w: torch._foreach_mul_([w], 2.0),
     "data": lambda layer, w: setattr(w, "data", torch.zeros(8, 32)),
     "items": lambda layer, w: w.__setitem__(0, 1.0),
+    "a row": lambda layer, w: w.data[0].zero_(),
+    "columns": lambda layer, w: w[:, :1].mul_(2),
+    "transposed": lambda layer, w: w.T.mul_(2),
+    "in another shape": lambda layer, w: w.view(-1).mul_(2),
+    "chunks": lambda layer, w: w.chunk(2)[1].zero_(),
+    "a new parameter": lambda layer, w: setattr(layer.lora_A["default"], "weight", nn.Parameter(torch.zeros(8, 32))),
     "out": lambda layer, w: torch.mul(torch.ones(8, 32), 2, out=w),
     "swap_tensors": lambda layer, w: torch.utils.swap_tensors(w, torch.zeros(8, 32)),
 }
@@ -395,8 +402,158 @@ def test_what_would_write_to_the_ordinary_factors_is_told_so(how):
     with torch.no_grad(), pytest.raises(MadeFactorError, match=r"change lora_A.NAME.factor"):
         WRITES[how](layer, weight)
     assert torch.equal(outputs(adapted), expected)
-    for read in (weight @ weight.mT, weight.float(), weight[0], weight.sum(), weight.to(torch.float64)):
-        assert type(read) is torch.Tensor
+    copies = (weight @ weight.mT, weight.double(), weight.clone(), weight.sum(), copy.deepcopy(weight.detach()))
+    assert {type(read) for read in copies} == {torch.Tensor}
+
+
+def test_what_is_read_is_pickled_as_ordinary_tensors(tmp_path):
+    adapted = signed_model(tiny_llama(), 4, trained=True, r=2, target_modules=["q_proj"])
+    factors = [layer.weight.detach() for layer in adapted.modules() if isinstance(layer, SignedFactor)]
+    torch.save(factors, tmp_path / "factors.pt")
+    for one, other in zip(torch.load(tmp_path / "factors.pt", weights_only=True), factors, strict=True):
+        assert type(one) is torch.Tensor
+        assert torch.equal(one, other)
+
+
+def test_a_dict_of_the_trained_parameters_is_loaded():
+    base, lora = tiny_llama(), {"r": 2, "target_modules": "all-linear"}
+    adapted, other = signed_model(base, 8, trained=True, **lora), signed_model(base, 8, **lora)
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert not other.load_state_dict(trained, strict=False).unexpected_keys
+    assert torch.equal(outputs(other), outputs(adapted))
+    name = next(iter(trained))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*q_proj.lora_A.default.no_such"):
+        other.load_state_dict(adapted.state_dict() | {name.replace("factor", "no_such"): torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=r"lora_A.default.factor' is \(4, 32\), but here it is \(2, 32\)"):
+        other.load_state_dict({name: torch.zeros(4, 32)}, strict=False)
+
+
+def test_a_model_without_memory_takes_the_tensors_of_a_state_dict():
+    base, lora = tiny_llama(), {"r": 2, "target_modules": "all-linear"}
+    adapted = signed_model(base, 8, trained=True, **lora)
+    with torch.device("meta"):
+        empty = signed_model(tiny_llama(), 8, **lora)
+    for name, buffer in adapted.named_buffers():  # which no state dict holds
+        empty.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer, persistent=False)
+    empty.load_state_dict(adapted.state_dict(), assign=True)
+    assert torch.equal(outputs(empty), outputs(adapted))
+
+
+def test_signs_made_while_evaluating_can_be_trained_with():
+    adapted = signed_model(tiny_llama(), 4, trained=True, r=2, target_modules="all-linear").double()
+    tokens = torch.randint(0, 64, (2, 6))
+    with torch.inference_mode():
+        adapted(input_ids=tokens)
+    adapted(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in trainable(adapted))
+
+
+def test_hooks_on_the_factors_are_called():
+    adapted = signed_model(tiny_llama(), 4, trained=True, r=2, target_modules=["q_proj"])
+    tokens = torch.randint(0, 64, (2, 6))
+    expected = adapted(input_ids=tokens).logits
+    called = []
+    for module in adapted.modules():
+        if isinstance(module, SignedFactor):
+            module.register_forward_hook(lambda module, args, output: called.append(output.shape[-1]))
+    torch.testing.assert_close(adapted(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    assert called == [8, 32] * 2
+
+
+TOKENS = torch.randint(0, 64, (8, 32), generator=torch.Generator().manual_seed(0))
+
+
+def bytes_kept(model, tokens):
+    """How many bytes a forward pass keeps for the backward pass, beside parameters and buffers."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(input_ids=tokens, labels=tokens).loss
+    del loss
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+def test_no_more_is_kept_for_a_backward_pass_than_by_lora():
+    base, lora = tiny_llama(), {"r": 2, "target_modules": "all-linear"}
+    plain, signed = get_peft_model(copy.deepcopy(base), LoraConfig(**lora)), signed_model(base, 16, **lora)
+    signs = sum(module._signs.nbytes for module in signed.modules() if isinstance(module, SignedB))
+    assert bytes_kept(signed, TOKENS) - signs <= bytes_kept(plain, TOKENS)
+
+
+def test_gradients_and_second_derivatives_are_those_of_the_definition():
+    signs = block_signs(24, 16, 8, dtype=torch.float64)
+    inputs = [normal(*shape, seed=seed).requires_grad_() for seed, shape in enumerate([(3, 16), (2, 16), (24, 2)])]
+    assert torch.autograd.gradcheck(lambda *xAB: signed_linear(*xAB, signs), inputs)
+    assert torch.autograd.gradgradcheck(lambda *xAB: signed_linear(*xAB, signs), inputs)
+
+
+def test_a_dict_of_the_trained_parameters_is_saved_as_the_ordinary_adapter(tmp_path):
+    base = tiny_llama()
+    adapted = signed_model(base, 8, trained=True, r=2, target_modules="all-linear")
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if "lora_" in name}
+    adapted.save_pretrained(tmp_path, state_dict=trained)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(outputs(loaded), outputs(adapted), rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_of_a_model_says_that_its_configuration_is_not_known():
+    whole = get_peft_model(nn.Sequential(tiny_llama()), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match="call add_block_signs on the whole"):
+        add_block_signs(whole.base_model.model[0], 4)
+
+
+def test_of_two_models_with_injected_layers_both_are_saved_with_their_rank(tmp_path):
+    both = nn.ModuleList([tiny_llama(), tiny_llama()])
+    for model in both:
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    add_block_signs(both, 4)
+    for number, model in enumerate(both):
+        model.save_pretrained(tmp_path / str(number))
+        assert PeftConfig.from_pretrained(tmp_path / str(number)).r == 8
+
+
+def test_a_rank_is_written_for_the_layers_that_have_it_and_no_other(tmp_path):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.ModuleDict({"out": nn.Linear(8, 8)})
+            self.out = nn.Linear(8, 7)  # which can't be divided
+
+        def forward(self, x):
+            return self.out(self.block["out"](x))
+
+    base = Nested()
+    adapted = signed_model(base, 4, trained=True, r=2, alpha_pattern={"^out": 1}, target_modules=["out"])
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(loaded(x), adapted(x), rtol=1e-4, atol=1e-5)
+    for name in ("out", "block.out"):
+        scalings = {model.get_submodule(f"base_model.model.{name}").scaling["default"] for model in (adapted, loaded)}
+        assert len(scalings) == 1
+
+
+def test_a_trainer_that_makes_new_models_gives_each_the_signs(tmp_path):
+    tokens = torch.randint(0, 64, (8, 8))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+
+    def new_model():
+        return get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+
+    settings = TrainingArguments(tmp_path, max_steps=1, report_to=[], save_strategy="no", use_cpu=True)
+    trainer = Trainer(args=settings, model_init=new_model, train_dataset=data, callbacks=[BlockSignsCallback(4)])
+    trainer.train()
+    layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+    assert isinstance(layer.lora_A["default"], SignedFactor)
+    late = Trainer(new_model(), settings, train_dataset=data)
+    late.add_callback(BlockSignsCallback())
+    with pytest.raises(RuntimeError, match="give it to the Trainer's constructor"):
+        late.train()
 
 
 def test_an_adapter_is_not_hot_swapped_into_signed_factors(tmp_path):
@@ -571,7 +728,7 @@ def split_by_zero3(model):
 @pytest.mark.parametrize("split", [split_by_fsdp1, split_by_fsdp2, split_by_zero3])
 def test_factors_that_are_split_over_processes_are_refused_before_a_step(split):
     adapted = signed_model(nn.Sequential(nn.Linear(8, 16)), r=2, target_modules=["0"])
-    with pytest.raises(UnsupportedLayerError, match="block signs can't be split over processes"):
+    with pytest.raises(UnsupportedLayerError, match="block signs can be neither split over processes"):
         split(adapted)
 
 
@@ -583,8 +740,10 @@ def test_a_quantised_base_is_trained_and_the_adapter_is_ordinary(tmp_path, bits)
         settings = BitsAndBytesConfig(**bits)
         return LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings, dtype="float32")
 
-    adapted = get_peft_model(base(), LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
+    adapted, plain = (get_peft_model(base(), LoraConfig(r=2, lora_alpha=4, target_modules="all-linear")) for _ in "ab")
     add_block_signs(adapted, 8)
+    signs = sum(module._signs.nbytes for module in adapted.modules() if isinstance(module, SignedB))
+    assert bytes_kept(adapted, TOKENS) - signs <= bytes_kept(plain, TOKENS)
     optimizer, tokens = PairAdamW(adapted, lr=5e-3), torch.randint(0, 64, (4, 12))
     losses = losses_of(adapted, optimizer, tokens, 4)
     assert losses[-1] < losses[0] - 0.05
@@ -594,19 +753,18 @@ def test_a_quantised_base_is_trained_and_the_adapter_is_ordinary(tmp_path, bits)
     torch.testing.assert_close(outputs(loaded), outputs(adapted), rtol=1e-3, atol=1e-4)
 
 
-def of_trl(kind, settings_class, base, folder, data, **arguments):
+def of_trl(kind, settings_class, base, folder, data, model=None, **arguments):
     settings = settings_class(
         str(folder), max_steps=6, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True,
         learning_rate=1e-2, save_steps=3, bf16=False, **arguments,
     )  # fmt: skip
-    return kind(
-        AutoModelForCausalLM.from_pretrained(base),
-        args=settings,
-        train_dataset=Dataset.from_list(data),
-        processing_class=AutoTokenizer.from_pretrained(base),
-        peft_config=LoraConfig(r=2, target_modules="all-linear"),
-        callbacks=[BlockSignsCallback(8)],
-    )
+    model = {
+        "model": AutoModelForCausalLM.from_pretrained(base),
+        "peft_config": LoraConfig(r=2, target_modules="all-linear"),
+        "callbacks": [BlockSignsCallback(8)],
+    } | ({"model": model, "peft_config": None, "callbacks": []} if model else {})
+    dataset, tokenizer = Dataset.from_list(data), AutoTokenizer.from_pretrained(base)
+    return kind(args=settings, train_dataset=dataset, processing_class=tokenizer, **model)
 
 
 @pytest.mark.slow
@@ -635,6 +793,24 @@ def test_dpo_has_the_untouched_model_as_its_reference(causal_folder, tmp_path):
     with trainer.model.disable_adapter():
         assert torch.equal(trained_outputs(trainer.model), trained_outputs(untouched))
     assert not torch.equal(trained_outputs(trainer.model), trained_outputs(untouched))
+
+
+@pytest.mark.slow
+def test_dpo_of_a_model_with_trained_signs_has_that_as_its_reference(causal_folder, tmp_path):
+    data = [{"prompt": "say: red", "chosen": " red", "rejected": " blue"}] * 24
+    model = signed_model(
+        AutoModelForCausalLM.from_pretrained(causal_folder), 8, trained=True, target_modules=["q_proj"]
+    )
+    before = trained_outputs(model)
+    trainer = of_trl(DPOTrainer, DPOConfig, causal_folder, tmp_path, data, model=model)
+    trainer.train()
+    assert not torch.allclose(trained_outputs(model), before)
+    model.set_adapter("ref")
+    torch.testing.assert_close(trained_outputs(model), before)
+    model.save_pretrained(tmp_path / "both")
+    reference = AutoModelForCausalLM.from_pretrained(causal_folder)
+    ordinary = PeftModel.from_pretrained(reference, tmp_path / "both" / "ref")
+    torch.testing.assert_close(trained_outputs(ordinary), before, rtol=1e-4, atol=1e-5)
 
 
 def trained_outputs(model):

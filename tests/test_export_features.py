@@ -105,15 +105,17 @@ def test_a_layer_whose_name_ends_anothers_keeps_its_own_rank(tmp_path):
             return self.block["proj"](torch.tanh(self.proj(x)))
 
     base, x = Nested(), torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
-    model = with_lora(base, r=1, target_modules=["proj"], rank_pattern={"block.proj": 4})
+    patterns = {"rank_pattern": {"block.proj": 4}, "alpha_pattern": {"block.proj": 12}}
+    model = with_lora(base, r=1, target_modules=["proj"], **patterns)
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     ScaLora(model, optimizer, ScaLoraConfig(warmup_steps=100, merge="factored"))
     model(x).square().mean().backward()
     optimizer.step()
     model.save_pretrained(tmp_path / "saved")
     scalora.export_adapter(copy.deepcopy(base), tmp_path / "saved", tmp_path / "adapter", rtol=1e-5, per_layer=True)
-    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
-    torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
+    for folder in ("adapter", "saved"):  # `save_pretrained` writes an ordinary adapter, too
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / folder)
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

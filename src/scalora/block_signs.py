@@ -7,10 +7,12 @@ take. What is saved is an ordinary adapter of the rank that the update has.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear, ParamWrapper
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.tp_layer import LoraParallelLinear
 from torch import nn
 
 from scalora.maths.block_signs import block_signs, blocks_of, compact_A, compact_B
@@ -18,8 +20,9 @@ from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pa
 from scalora.model.layers import configured_scaling, is_distributed, is_partitioned, pattern_key
 from scalora.model.mixed_class import mix_in
 from scalora.model.remainder_layer import RemainderLayer
-from scalora.model.roots import injected_model, peft_model_of
+from scalora.model.roots import injected_models, peft_model_of
 from scalora.model.signed_factors import SignedA, SignedB, SignedLinear
+from scalora.model.signed_model import SignedConfig, SignedModel
 from scalora.model.whole_adapter import with_ranks
 
 UPDATE_RANK = 256
@@ -135,20 +138,34 @@ def _replace(pair: LoraPair, of_A: SignedA, of_B: SignedB) -> None:
     layer, name, scaling, rank = pair.layer, pair.adapter, pair.scaling, of_A.out_features
     for module, parameter in ((of_A, pair.lora_A), (of_B, pair.lora_B)):
         if module.factor is not parameter:  # an optimizer may have PEFT's parameters already
-            parameter.data = module.factor.data
+            parameter.data, parameter.grad = module.factor.data, None
             module.factor = parameter
     layer.lora_A[name], layer.lora_B[name] = of_A, of_B
     layer.r[name], layer.lora_alpha[name], layer.use_rslora[name] = rank, scaling * rank, False
-    if type(layer) is Linear:
+    if not isinstance(layer, (SignedLinear, LoraParallelLinear)):  # Megatron's layers give tuples
         mix_in(layer, SignedLinear)
 
 
 def _report_ranks(model: nn.Module, adapter: str) -> None:
     """Put the ranks that the updates have into the adapter's configuration. The user's own object is not changed."""
-    peft_model = peft_model_of(model)
-    base: Any = injected_model(model) if peft_model is None else peft_model.base_model.model
-    if base is None:
-        return  # injected by hand, with a configuration that is the caller's
+    if (peft_model := peft_model_of(model)) is not None:
+        if not isinstance(peft_model, SignedModel):
+            mix_in(peft_model, SignedModel)
+        _report_ranks_in(peft_model.base_model.model, peft_model.peft_config, adapter)
+    elif injected := injected_models(model):
+        for module in injected:
+            _report_ranks_in(module, module.peft_config, adapter)
+    else:
+        warnings.warn(
+            "the model has LoRA layers and no configuration of PEFT's. If it is a part of one that has, call "
+            "add_block_signs on the whole: what is saved has the rank r·blocks, and its configuration would say r",
+            stacklevel=3,
+        )
+
+
+def _report_ranks_in(base: nn.Module, configurations: Any, adapter: str) -> None:
+    if adapter not in configurations:
+        return
     layers = {
         pattern_key(name, layer): layer
         for name, layer in base.named_modules()
@@ -156,5 +173,6 @@ def _report_ranks(model: nn.Module, adapter: str) -> None:
     }
     ranks = {key: layer.r[adapter] for key, layer in layers.items()}
     scalings = {key: configured_scaling(layer, adapter) for key, layer in layers.items()}
-    configurations = base.peft_config if peft_model is None else peft_model.peft_config
-    configurations[adapter] = with_ranks(configurations[adapter], ranks, scalings)
+    config = with_ranks(configurations[adapter], ranks, scalings)
+    config.__class__ = SignedConfig
+    configurations[adapter] = config

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scalora.block_signs import add_block_signs, check_blocks
+from scalora.integrations.transformers import calling
 from scalora.model.adapters import promote_adapters
+from scalora.model.signed_factors import SignedFactor
 
 
 class BlockSignsCallback(TrainerCallback):  # type: ignore[misc]
@@ -25,6 +27,7 @@ class BlockSignsCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         ValueError: `blocks` is not a power of two above 1.
+        RuntimeError: when training starts: the callback was added after the Trainer was made.
     """
 
     def __init__(self, blocks: int | None = None) -> None:
@@ -44,6 +47,33 @@ class BlockSignsCallback(TrainerCallback):  # type: ignore[misc]
             ValueError: as `scalora.add_block_signs`.
             UnsupportedLayerError: as `scalora.add_block_signs`.
         """
-        model: nn.Module = kwargs["model"]
+        self._add_to(kwargs["model"])
+        trainer = calling(Trainer)
+        if trainer is not None and trainer.model_init is not None:  # training makes a new model, and an optimizer of it
+            new_model = trainer.call_model_init
+            trainer.call_model_init = lambda *of_trial: self._add_to(new_model(*of_trial))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the model has the signs.
+
+        Args:
+            args: the Trainer's arguments; not used.
+            state: the Trainer's state; not used.
+            control: the Trainer's control flags; not used.
+            kwargs: other arguments of the event, with the model.
+
+        Raises:
+            RuntimeError: it has none: the callback was not there when the Trainer was made.
+        """
+        if not any(isinstance(module, SignedFactor) for module in kwargs["model"].modules()):
+            raise RuntimeError(
+                "the model has no block signs, as BlockSignsCallback was added after the Trainer was made: give it to "
+                "the Trainer's constructor, callbacks=[BlockSignsCallback()]"
+            )
+
+    def _add_to(self, model: nn.Module) -> nn.Module:
         promote_adapters(model)
         add_block_signs(model, self._blocks)
+        return model

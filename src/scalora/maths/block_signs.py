@@ -11,6 +11,7 @@ BoRA (Li et al., arXiv 2508.06953) multiplies each block by a diagonal matrix, `
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -130,10 +131,10 @@ def signed_linear(
     lora_B: Float[Tensor, "m r"],
     signs: Float[Tensor, "k_out k_in"],
 ) -> Float[Tensor, "... m"]:
-    """``x · (S ⊙ (lora_B · lora_A))ᵀ`` without the product itself.
+    """``x · (S ⊙ (lora_B · lora_A))ᵀ`` without the product itself, all in one dtype.
 
     In place of r numbers for each token there are r for each part of the inputs, which C turns into r for each part of
-    the outputs.
+    the outputs. A backward pass computes them again, so that no more is kept for it than x and the factors.
 
     Args:
         x: the input.
@@ -144,8 +145,50 @@ def signed_linear(
     k_out, k_in = signs.shape
     (r, n), m = lora_A.shape, len(lora_B)
     tokens = math.prod(x.shape[:-1])
-    parts = x.reshape(tokens, k_in, n // k_in).transpose(0, 1)
-    hidden = parts @ lora_A.view(r, k_in, n // k_in).permute(1, 2, 0)
-    mixed = signs.to(hidden.dtype) @ hidden.reshape(k_in, tokens * r)
-    output = mixed.view(k_out, tokens, r) @ lora_B.view(k_out, m // k_out, r).mT
+    factors = (
+        x.reshape(tokens, k_in, n // k_in).transpose(0, 1),
+        lora_A.view(r, k_in, n // k_in).transpose(0, 1),
+        lora_B.view(k_out, m // k_out, r),
+        signs,
+    )
+    # A compiler chooses by itself what to compute again, and the transforms of torch.func take no function of ours
+    # without rules for each of them; their test has no public name.
+    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    output: Tensor
+    output = _parts_of_output(*factors)[0] if plain else _SignedProduct.apply(*factors)  # type: ignore[no-untyped-call]
     return output.transpose(0, 1).reshape(*x.shape[:-1], m)
+
+
+_Parts = Float[Tensor, "_ _ _"]
+
+
+def _parts_of_output(x: _Parts, A: _Parts, B: _Parts, signs: Tensor) -> tuple[_Parts, _Parts]:
+    """The output of each part, and what the second factor is multiplied by."""
+    mixed = _mixed(signs, x @ A.mT)
+    return mixed @ B.mT, mixed
+
+
+def _mixed(signs: Tensor, parts: _Parts) -> _Parts:
+    return (signs @ parts.flatten(1)).view(len(signs), *parts.shape[1:])
+
+
+class _SignedProduct(torch.autograd.Function):
+    """Saves its inputs alone. Its backward pass is made of differentiable operations, for second derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: _Parts, A: _Parts, B: _Parts, signs: Tensor) -> Tensor:
+        ctx.save_for_backward(x, A, B, signs)
+        return _parts_of_output(x, A, B, signs)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, signs = ctx.saved_tensors
+        for_x, for_A, for_B, _ = ctx.needs_input_grad
+        grad_x = grad_A = grad_B = None
+        if for_x or for_A:
+            grad_hidden = _mixed(signs.mT, grad @ B)
+            grad_x = grad_hidden @ A if for_x else None
+            grad_A = grad_hidden.mT @ x if for_A else None
+        if for_B:
+            grad_B = grad.mT @ _mixed(signs, x @ A.mT)
+        return grad_x, grad_A, grad_B, None

@@ -469,7 +469,7 @@ def _check_dtype(name: str, key: str, parameter: nn.Parameter) -> None:
     if parameter.dtype in HALF:
         refuse(
             name,
-            f"{key} is {parameter.dtype}, and a rescale would multiply its rounding errors",
+            f"{key} is {parameter.dtype}, too coarse for small steps, and rescales would multiply its rounding errors",
             "keep the adapter in float32 (PEFT's autocast_adapter_dtype=True)",
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -119,6 +120,16 @@ def pattern_key(name: str, layer: LoraLayer) -> str:
     """
     # Layers of parameters are nested, one around the other, and PEFT knows them by their parameters' names.
     return f"{name.replace('.base_layer', '')}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+
+
+def pattern_of(key: str, keys: Iterable[str]) -> str:
+    """A pattern of PEFT's for one layer and no other: without ``^`` it matches all names that end in it.
+
+    Args:
+        key: the layer's `pattern_key`.
+        keys: those of all layers.
+    """
+    return f"^{key}" if any(other.endswith(f".{key}") for other in keys) else key
 
 
 def plain_name(name: str) -> str:

@@ -41,12 +41,21 @@ def peft_model_of(model: nn.Module) -> PeftModel | None:
 
 
 def injected_model(model: nn.Module) -> nn.Module | None:
-    """The module that PEFT has injected layers into without a PeftModel, and left its configurations at.
+    """The first of `injected_models`; None if there is none.
 
     Args:
         model: the module, or one that contains it.
     """
-    return next((module for module in model.modules() if "peft_config" in vars(module)), None)
+    return next(iter(injected_models(model)), None)
+
+
+def injected_models(model: nn.Module) -> list[nn.Module]:
+    """The modules that PEFT has injected layers into without a PeftModel, and left its configurations at.
+
+    Args:
+        model: a module that is one of them, or contains them.
+    """
+    return [module for module in model.modules() if "peft_config" in vars(module)]
 
 
 def root_of(model: nn.Module) -> nn.Module:

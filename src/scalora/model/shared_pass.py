@@ -70,11 +70,18 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether nobody would miss a call of the module: it is a product without bias, and no hook waits for its call."""
-    if type(module) is not nn.Linear or module.bias is not None:
-        return False
+    return type(module) is nn.Linear and module.bias is None and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something waits for calls of a module, and would miss one that is left out.
+
+    Args:
+        module: the module.
+    """
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     # Accelerate's hooks, which fetch offloaded weights, replace the method.
-    return not hooks and "forward" not in module.__dict__
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def add_in_one_pass(

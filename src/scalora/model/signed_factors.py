@@ -11,20 +11,19 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from scalora.maths.block_signs import block_signs, compact_A, compact_B, expanded_A, expanded_B, signed_linear
 from scalora.model.adapters import UnsupportedLayerError
 from scalora.model.layers import is_distributed, is_partitioned
-from scalora.model.made_factor import MadeFactor
+from scalora.model.made_factor import MadeFactor, refuse_to_write
 from scalora.model.mixed_class import MixedIn
-from scalora.model.shared_pass import autocasts
+from scalora.model.shared_pass import autocasts, dtype_of_products, has_hooks
 
 _SPLIT = (
-    "factors with block signs can't be split over processes (FSDP, ZeRO-3): train with DistributedDataParallel, or "
-    "leave add_block_signs out"
+    "factors with block signs can be neither split over processes (FSDP, ZeRO-3) nor copied to devices (DataParallel): "
+    "train with DistributedDataParallel, or leave add_block_signs out"
 )
 
 
@@ -58,6 +57,8 @@ class SignedFactor(nn.Module):
         self.parts = parts
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            refuse_to_write()
         # So do FSDP1 and FSDP2 when they split a module's parameters (checked with torch 2.13).
         if name == "factor" and (is_distributed(value) or not isinstance(value, nn.Parameter)):
             raise UnsupportedLayerError(_SPLIT)
@@ -111,18 +112,25 @@ class SignedFactor(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key = f"{prefix}weight"
-        if (weight := state_dict.get(key)) is None:
+        key, own_key = f"{prefix}weight", f"{prefix}factor"
+        if strict:
+            unexpected_keys += (k for k in state_dict if k.startswith(prefix) and k not in (key, own_key))
+        if (factor := state_dict.get(own_key)) is not None:  # of a dict of `named_parameters()`
+            if factor.shape != self.factor.shape:
+                error_msgs.append(f"{own_key!r} is {tuple(factor.shape)}, but here it is {tuple(self.factor.shape)}")
+                return
+        elif (weight := state_dict.get(key)) is not None:
+            fits = weight.shape == (self.out_features, self.in_features)
+            factor = self.compacted(weight) if fits else None
+            if factor is None or not torch.equal(self.expanded(factor), weight):
+                error_msgs.append(
+                    f"{key!r}, {tuple(weight.shape)}, is not a factor with the signs of {self.blocks} blocks at rank "
+                    f"{min(self.factor.shape)}: load it into a model without block signs, or with those of its training"
+                )
+                return
+        else:
             if strict:
                 missing_keys.append(key)
-            return
-        fits = weight.shape == (self.out_features, self.in_features)
-        factor = self.compacted(weight) if fits else None
-        if factor is None or not torch.equal(self.expanded(factor), weight):
-            error_msgs.append(
-                f"{key!r}, {tuple(weight.shape)}, is not a factor with the signs of {self.blocks} blocks at rank "
-                f"{min(self.factor.shape)}: load it into a model without block signs, or with those of its training"
-            )
             return
         with torch.no_grad():
             if self.factor.is_meta:
@@ -164,19 +172,23 @@ class SignedB(SignedFactor):
         self.out_features, r = factor.shape
         self.in_features = r * parts
         # No buffer: DistributedDataParallel would overwrite it between a forward and a backward pass.
-        self._signs = self._new_signs()
+        self._signs = self._signs_like(factor)
 
-    @property
-    def signs(self) -> Float[Tensor, "k_out k_in"]:
-        """The signs of the blocks, in the dtype and on the device of the factor."""
-        if self._signs.device != self.factor.device or self._signs.dtype != self.factor.dtype:
-            self._signs = self._new_signs()
+    def signs_like(self, like: Tensor) -> Float[Tensor, "k_out k_in"]:
+        """The signs of the blocks.
+
+        Args:
+            like: a tensor of the dtype and device that they shall have.
+        """
+        if self._signs.device != like.device or self._signs.dtype != like.dtype:
+            self._signs = self._signs_like(like)
         return self._signs
 
-    def _new_signs(self) -> Tensor:
-        # As many columns as parts are divided into so many, and the signs depend on nothing else.
-        factor = self.factor
-        signs = block_signs(self.out_features, self.parts, self.blocks, dtype=factor.dtype, device=factor.device)
+    def _signs_like(self, like: Tensor) -> Tensor:
+        # As many columns as parts are divided into so many, and the signs depend on nothing else. Of inference mode,
+        # they could be in no later backward pass.
+        with torch.inference_mode(mode=False):
+            signs = block_signs(self.out_features, self.parts, self.blocks, dtype=like.dtype, device=like.device)
         assert signs is not None
         return signs
 
@@ -186,7 +198,7 @@ class SignedB(SignedFactor):
         Args:
             factor: as the trained one.
         """
-        return expanded_B(factor, self.signs)
+        return expanded_B(factor, self.signs_like(factor))
 
     def compacted(self, weight: Float[Tensor, "m R"]) -> Float[Tensor, "m r"]:
         """The inverse of `expanded`, if `weight` is what that makes.
@@ -197,10 +209,10 @@ class SignedB(SignedFactor):
         return compact_B(weight, self.parts)
 
 
-class SignedLinear(MixedIn, Linear):  # type: ignore[misc]
-    """Mixed into the class of PEFT's layers over unquantised linear ones, so that a pass costs what LoRA's costs.
+class SignedLinear(MixedIn):
+    """Mixed into the class of PEFT's linear layers, so that a pass costs what LoRA's costs.
 
-    PEFT's own forward pass would be right as well, but make the ordinary factors.
+    PEFT's own forward pass would be right as well, but make the ordinary factors, and keep them for the backward pass.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -217,19 +229,23 @@ class SignedLinear(MixedIn, Linear):  # type: ignore[misc]
         Raises:
             UnsupportedLayerError: DeepSpeed's ZeRO-3 has split the factors over processes.
         """
-        names = self.active_adapters
-        of_A = self.lora_A[names[0]] if len(names) == 1 and names[0] in self.lora_A else None
-        if args or kwargs or self.disable_adapters or self.merged or not isinstance(of_A, SignedA):
-            of_peft: Tensor = super().forward(x, *args, **kwargs)
+        layer: Any = self
+        names = layer.active_adapters
+        of_A = layer.lora_A[names[0]] if len(names) == 1 and names[0] in layer.lora_A else None
+        other = args or kwargs or x.is_nested or layer.disable_adapters or layer.merged
+        if other or not isinstance(of_A, SignedA) or has_hooks(of_A) or has_hooks(layer.lora_B[names[0]]):
+            of_peft: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return of_peft
         if is_partitioned(of_A.factor):
             raise UnsupportedLayerError(_SPLIT)
         (name,) = names
-        of_B = self.lora_B[name]
-        result = self.base_layer(x)
+        of_B = layer.lora_B[name]
+        result = layer.get_base_layer()(x)
         if not autocasts(x):  # PEFT casts to the adapter's float32 what autocast casts back: two passes over the input
-            x = self._cast_input_dtype(x, of_A.factor.dtype)
-        x = self.lora_dropout[name](x)
-        update = signed_linear(x, of_A.factor, of_B.factor, of_B.signs)
-        output: Tensor = (result + update * self.scaling[name]).to(result.dtype)
+            x = layer._cast_input_dtype(x, of_A.factor.dtype)
+        x = layer.lora_dropout[name](x)
+        dtype = dtype_of_products(x)
+        A, B = of_A.factor.to(dtype), of_B.factor.to(dtype)
+        update = signed_linear(x.to(dtype), A, B, of_B.signs_like(B))
+        output: Tensor = (result + update * layer.scaling[name]).to(result.dtype)
         return output

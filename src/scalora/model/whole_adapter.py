@@ -13,7 +13,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from scalora.model.layers import configured_scaling, pattern_key
+from scalora.model.layers import configured_scaling, pattern_key, pattern_of
 from scalora.model.remainder_layer import RemainderLayer
 from scalora.rescale.remainder import FactoredRemainder
 
@@ -61,8 +61,8 @@ def with_ranks(config: LoraConfig, ranks: Mapping[str, int], scalings: Mapping[s
     whole = copy.copy(config)
     whole.__class__ = LoraConfig
     whole.r, whole.lora_alpha = rank, alpha
-    whole.rank_pattern = {name: own for name, own in ranks.items() if own != rank}
-    whole.alpha_pattern = {name: own for name, own in alphas.items() if own != alpha}
+    whole.rank_pattern = {pattern_of(key, ranks): own for key, own in ranks.items() if own != rank}
+    whole.alpha_pattern = {pattern_of(key, alphas): own for key, own in alphas.items() if own != alpha}
     whole.use_rslora, whole.init_lora_weights = False, True
     return whole
 

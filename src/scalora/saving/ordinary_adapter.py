@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scalora.maths.lowrank import DEFAULT_RTOL, Factors, rank_for_tolerance
 from scalora.model.adapters import LoraPair
-from scalora.model.layers import pattern_key
+from scalora.model.layers import pattern_key, pattern_of
 from scalora.model.matrices import stored_factors
 from scalora.model.tuner import tensors_as_given
 from scalora.model.update import factored_update
@@ -177,11 +177,7 @@ def _save_with_peft(
     own = model.peft_config[adapter]
     config = copy.deepcopy(own)
     config.r = config.lora_alpha = largest
-    # PEFT matches a pattern with the end of a name too.
-    config.rank_pattern = {
-        f"^{name}" if any(other.endswith(f".{name}") for other in layers) else name: rank
-        for name, rank in layers.items()
-    }
+    config.rank_pattern = {pattern_of(name, layers): rank for name, rank in layers.items()}
     config.alpha_pattern = dict(config.rank_pattern)
     config.use_rslora = False
     config.init_lora_weights = True
