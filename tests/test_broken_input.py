@@ -1003,7 +1003,7 @@ def test_nothing_to_resume_from(damage, stopped_run, trained, tmp_path):
     run = stopped_run
     damage(run)
     before = contents(tmp_path)
-    assert_one_line(resume(run, trained), "no whole checkpoint in")
+    assert_one_line(resume(run, trained), "there is no ")
     assert contents(tmp_path) == before
 
 

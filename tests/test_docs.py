@@ -29,7 +29,7 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M"
 
 # What a reader has before the first block of a page, if that says so or it is plain from the text.
 BEFORE = {
-    "README.md": "model, dataset = base(), examples()",
+    "README.md": "dataset = examples()",
     "index.md": "dataset = examples()",
     "loops.md": """
         import scalora, torch
@@ -131,7 +131,7 @@ def test_python_runs(page, workplace, causal_folder, without_shape_checks):
         assert (workplace / "sft/adapter/adapter_model.safetensors").is_file()
     if page in ("README.md", "index.md"):  # the model and optimizer that they end with train
         model, optimizer = names["model"], names["optimizer"]
-        tokens = torch.ones(2, 6, dtype=torch.long)
+        tokens = torch.full((2, 6), 5)  # no padding, of which nothing is learnt
         before = [parameter.clone() for parameter in model.parameters()]
         for _ in range(2):
             model(input_ids=tokens, labels=tokens).loss.backward()

@@ -132,7 +132,7 @@ def test_trainable_parameters_are_counted(causal_folder, words, tmp_path):
     [
         ({"method": "lorax"}, "method='lorax': the methods are scalora, lora, full, "),
         ({"method": "relora", "method_options": {"intervall": 3}}, "did you mean 'interval'?"),
-        ({"method": "lora", "method_options": {"interval": 3}}, "unknown key 'method_options.interval'"),
+        ({"method": "lora", "method_options": {"interval": 3}}, "method_options.interval is an option of relora, not"),
         ({"method": "hira", "lora": {"use_rslora": True}}, "use_rslora"),
         ({"method": "riemannian", "method_options": {"reg": -1.0}}, "reg"),
         ({"method_options": {"start": "pissa"}}, "start='pissa': the starts are zero, random, oracle"),

@@ -291,7 +291,7 @@ def test_a_dry_run_shows_what_is_learnt_of_texts_and_conversations(task, causal_
     more = {"training": {"max_steps": -1, "num_train_epochs": 1}}
     said = scalora("train", write_config(tmp_path, task, causal_folder, train, **more), "--dry-run")
     merge = "factored" if task in ("dpo", "kto") else "dense"
-    assert f"rescales 4 layers with a {merge} remainder" in said
+    assert f"rescales 4 layers (auto) with a {merge} remainder" in said
     assert [words for words in SHOWN[task] if words not in said] == []
     train = write_jsonl("chats.jsonl", conversations(task))
     said = scalora("train", write_config(tmp_path, task, causal_folder, train), "--dry-run")

@@ -50,7 +50,7 @@ def add_block_signs(model: nn.Module, blocks: int | None = None) -> None:
         model: a model with PEFT LoRA layers and one active adapter; modified. Its update is zero, as PEFT starts it, or
             has block signs, as one that was saved with them. The base may be quantised.
         blocks: number of parts of each side of an update, a power of two. None: those that the adapter has; of a new
-            one as many as give it the rank 256, that is 32 at r = 8, but at least 2.
+            one the largest with which its rank is at most 256, that is 32 at r = 8, but at least 2.
 
     Raises:
         ValueError: `blocks` is not a power of two above 1; the adapter has been trained without block signs, or with

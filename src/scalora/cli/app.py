@@ -158,12 +158,16 @@ def train(
             return
         from scalora.runs.stopping import TerminatedError
         from scalora.runs.train import train as run_training
+        from scalora.runs.unfinished import how_to_go_on, is_unfinished
 
         try:
             folder = run_training(settings, overwrite=overwrite, resume=resume)
-        except TerminatedError as stopped:
-            if is_first():
-                typer.echo(f"error: {stopped}: --resume goes on from the last checkpoint", err=True)
+        except (TerminatedError, KeyboardInterrupt) as stopped:
+            run_folder = Path(settings.output_dir)
+            if is_first() and is_unfinished(run_folder):
+                typer.echo(f"error: run {str(run_folder)!r} was stopped: {how_to_go_on(run_folder)}", err=True)
+            if isinstance(stopped, KeyboardInterrupt):
+                raise
             # As the signal would have ended it: no other exit status says that to who has sent it.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)

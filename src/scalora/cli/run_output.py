@@ -111,7 +111,7 @@ def show_plan(plan: Plan) -> None:
     settings = plan.run.settings
     method = f"{settings.method}; trains {plan.trained:,} parameters ({100 * plan.trained / plan.parameters:.2g}%)"
     if plan.layers:
-        method += f", rescales {plan.layers} layers with a {plan.merge} remainder"
+        method += f", rescales {plan.layers} layers ({plan.mode}) with a {plan.merge} remainder"
     examples = ", ".join(
         f"{'a stream' if plan.run.stream and split == 'train' else format(plan.run.count(split), ',')} for {split}"
         for split in plan.run.examples
@@ -122,6 +122,7 @@ def show_plan(plan: Plan) -> None:
         [
             ("model", f"{plan.model}, {plan.parameters:,} parameters, {settings.dtype}{quantised}"),
             ("method", method),
+            ("optimizer", f"{plan.optimizer}, learning rate {plan.run.arguments.learning_rate:.3g}"),
             ("examples", examples),
             ("tokens", _lengths(plan.lengths)),
             ("steps", _steps(plan.steps)),

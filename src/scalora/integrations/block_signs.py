@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scalora.block_signs import add_block_signs, check_blocks
-from scalora.integrations.transformers import calling
+from scalora.integrations.transformers import calling, have_pair_adamw
 from scalora.model.adapters import promote_adapters
 from scalora.model.signed_factors import SignedFactor
 
@@ -20,25 +20,29 @@ class BlockSignsCallback(TrainerCallback):  # type: ignore[misc]
     `scalora.add_block_signs` has been called on needs no callback.
 
     Examples:
-        >>> SFTTrainer(model, args, train_dataset=…, peft_config=LoraConfig(…), callbacks=[BlockSignsCallback()])
+        >>> callbacks = [BlockSignsCallback(pair_adamw=True)]
+        >>> SFTTrainer(model, args, train_dataset=…, peft_config=LoraConfig(…), callbacks=callbacks)
 
     Args:
         blocks: as in `scalora.add_block_signs`.
+        pair_adamw: whether the Trainer's optimizer is to be `scalora.PairAdamW`, with the Trainer's learning rate,
+            betas, epsilon and weight decay.
 
     Raises:
         ValueError: `blocks` is not a power of two above 1.
         RuntimeError: when training starts: the callback was added after the Trainer was made.
     """
 
-    def __init__(self, blocks: int | None = None) -> None:
+    def __init__(self, blocks: int | None = None, *, pair_adamw: bool = False) -> None:
         check_blocks(blocks)
         self._blocks = blocks
+        self._pair_adamw = pair_adamw
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the signs. Also converts the adapter to float32: TRL makes that of a quantised model bfloat16.
 
         Args:
-            args: the Trainer's arguments; not used.
+            args: the Trainer's arguments, with the settings of `scalora.PairAdamW`.
             state: the Trainer's state; not used.
             control: the Trainer's control flags; not used.
             kwargs: other arguments of the event, with the model.
@@ -48,6 +52,8 @@ class BlockSignsCallback(TrainerCallback):  # type: ignore[misc]
             UnsupportedLayerError: as `scalora.add_block_signs`.
         """
         self._add_to(kwargs["model"])
+        if self._pair_adamw:
+            have_pair_adamw(args)
         trainer = calling(Trainer)
         if trainer is not None and trainer.model_init is not None:  # training makes a new model, and an optimizer of it
             new_model = trainer.call_model_init

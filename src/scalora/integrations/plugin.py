@@ -12,22 +12,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from scalora.block_signs import check_blocks
 from scalora.config import ScaLoraConfig
 from scalora.integrations.block_signs import BlockSignsCallback
-from scalora.integrations.transformers import ScaLoraCallback, adamw_arguments, calling
-from scalora.pair_adamw import PairAdamW
+from scalora.integrations.transformers import ScaLoraCallback
 from scalora.parallel.job import is_first
 from scalora.saving.errors import StateError
 from scalora.saving.export import export_adapter
@@ -87,7 +77,9 @@ class PluginSettings:
 
     def callback(self) -> TrainerCallback:
         """The callback for the Trainer's constructor."""
-        return PluginCallback(self) if self.config is not None else _BlockSignsOfPlugin(self)
+        if self.config is None:
+            return BlockSignsCallback(self.blocks, pair_adamw=self.pair_adamw)
+        return ScaLoraCallback(self.config, pair_adamw=self.pair_adamw)
 
 
 def _blocks_of(given: dict[str, Any]) -> int | None:
@@ -99,48 +91,6 @@ def _blocks_of(given: dict[str, Any]) -> int | None:
         )
     check_blocks(blocks)
     return blocks
-
-
-class PluginCallback(ScaLoraCallback):
-    """`ScaLoraCallback`, and the optimizer of a plug-in's settings.
-
-    Args:
-        settings: the settings.
-    """
-
-    def __init__(self, settings: PluginSettings) -> None:
-        super().__init__(settings.config)
-        self._pair_adamw = settings.pair_adamw
-
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """What `ScaLoraCallback` does there, and have the Trainer create `scalora.PairAdamW` if that is set.
-
-        Args:
-            args: the Trainer's arguments, with AdamW's settings.
-            state: the Trainer's state; not used.
-            control: the Trainer's control flags; not used.
-            kwargs: other arguments of the event, with the model.
-        """
-        super().on_init_end(args, state, control, **kwargs)
-        if self._pair_adamw:
-            _bring_pair_adamw(kwargs["model"], args)
-
-
-class _BlockSignsOfPlugin(BlockSignsCallback):
-    def __init__(self, settings: PluginSettings) -> None:
-        super().__init__(settings.blocks)
-        self._pair_adamw = settings.pair_adamw
-
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        super().on_init_end(args, state, control, **kwargs)
-        if self._pair_adamw:
-            _bring_pair_adamw(kwargs["model"], args)
-
-
-def _bring_pair_adamw(model: nn.Module, args: TrainingArguments) -> None:
-    """Have the Trainer that is being made create `scalora.PairAdamW`."""
-    if (trainer := calling(Trainer)) is not None:
-        trainer.optimizer_cls_and_kwargs = (PairAdamW, {"model": model, **adamw_arguments(args)})
 
 
 def leave_an_ordinary_adapter(folder: Path) -> None:

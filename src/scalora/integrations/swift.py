@@ -13,7 +13,8 @@ from swift.callbacks import callbacks_map
 from swift.tuners import Swift
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scalora.integrations.plugin import PluginCallback, PluginSettings, leave_an_ordinary_adapter
+from scalora.integrations.plugin import PluginSettings, leave_an_ordinary_adapter
+from scalora.integrations.transformers import ScaLoraCallback
 from scalora.saving.export import load_model
 from scalora.saving.state_file import holds_state
 
@@ -45,13 +46,13 @@ def register(**settings: Any) -> None:
                 "tuner_backend unsloth brings layers of its own, which miss ScaLoRA's remainder and block signs: use "
                 "peft"
             )
-        return read.callback() if read.config is None else _SwiftCallback(read)
+        return read.callback() if read.config is None else _SwiftCallback(read.config, pair_adamw=read.pair_adamw)
 
     callbacks_map[_NAME] = callback
     Swift.from_pretrained = staticmethod(_with_states)
 
 
-class _SwiftCallback(PluginCallback):
+class _SwiftCallback(ScaLoraCallback):
     """Leaves an adapter in the checkpoints that ms-swift leaves as results: the last one and the best one."""
 
     def on_train_end(

@@ -23,6 +23,7 @@ from scalora.integrations.trainer_needs import config_for_trainer
 from scalora.model.adapters import promote_adapters
 from scalora.model.attachment import attachment_of
 from scalora.model.copies import complete_copies
+from scalora.pair_adamw import PairAdamW
 from scalora.parallel.data_parallel import keep_out_of_broadcasts
 from scalora.parallel.processes import failing_together, process_count
 from scalora.saving.attach import fingerprint_of
@@ -57,6 +58,8 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         config: the settings. None: the defaults.
+        pair_adamw: whether the Trainer's optimizer is to be `scalora.PairAdamW`, with the Trainer's learning rate,
+            betas, epsilon and weight decay. With ``mode="matrix"`` AdamW can't be it.
         make_engine: called with model, optimizer and config when training starts; returns the engine to attach. Other
             functions than `ScaLora` are for control experiments.
 
@@ -72,8 +75,15 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         engine: the `ScaLora` of the last training; None before training.
     """
 
-    def __init__(self, config: ScaLoraConfig | None = None, *, make_engine: Callable[..., ScaLora] = ScaLora) -> None:
+    def __init__(
+        self,
+        config: ScaLoraConfig | None = None,
+        *,
+        pair_adamw: bool = False,
+        make_engine: Callable[..., ScaLora] = ScaLora,
+    ) -> None:
         self.config = config or ScaLoraConfig()
+        self._pair_adamw = pair_adamw
         self._make_engine = make_engine
         self.engine: ScaLora | None = None
         self._checkpoint: Path | None = None
@@ -86,7 +96,7 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         multiply its rounding errors. And completes the copy of a trained adapter that TRL makes for reference.
 
         Args:
-            args: the Trainer's arguments; not used.
+            args: the Trainer's arguments, with the settings of `scalora.PairAdamW`.
             state: the Trainer's state; not used.
             control: the Trainer's control flags; not used.
             kwargs: other arguments of the event, with the model.
@@ -100,6 +110,8 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             complete_copies(model)  # now, because TRL may compute the reference's outputs before it trains
             load_adapter = partial(self._load_adapter, model, model.load_adapter)
             object.__setattr__(model, "load_adapter", load_adapter)
+        if self._pair_adamw:
+            have_pair_adamw(args)
 
     def _from_whole_checkpoints(self, trainer: Trainer) -> Callable[..., Any]:
         """The Trainer's `train`, which sets broken checkpoints aside first if it shall find the one to resume from."""
@@ -330,6 +342,17 @@ def _move_before_reporters(callback: TrainerCallback) -> None:
     if (handler := calling(CallbackHandler)) is not None:
         handler.callbacks.remove(callback)
         handler.callbacks.insert(0, callback)
+
+
+def have_pair_adamw(arguments: TrainingArguments) -> None:
+    """Have the Trainer whose constructor has called this create `scalora.PairAdamW`.
+
+    Args:
+        arguments: the Trainer's arguments.
+    """
+    if (trainer := calling(Trainer)) is not None:
+        # A factory, which the Trainer gives the model that it has when training starts: of a model_init, a new one.
+        trainer.optimizer_cls_and_kwargs = (lambda: PairAdamW, adamw_arguments(arguments))
 
 
 def adamw_arguments(arguments: TrainingArguments) -> dict[str, Any]:

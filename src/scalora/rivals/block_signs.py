@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from torch import nn
@@ -21,8 +21,11 @@ class BlockSigns(Method):
         ValueError: `blocks` is not a power of two above 1.
     """
 
+    trains_its_adapter: ClassVar[bool] = False
+
     blocks: int | None = None
-    """Number of parts of each side of an update. None: as many as give it the rank 256, 32 at r = 8."""
+    """Number of parts of each side of an update, a power of two. None: the largest with which its rank is at most 256,
+    32 at r = 8; at least 2."""
 
     def __post_init__(self) -> None:
         check_blocks(self.blocks)

@@ -37,6 +37,9 @@ class Method:
     ordinary_adapter: ClassVar[bool] = True
     """Whether the adapter that `save_pretrained` writes, on the original base, is the trained model."""
 
+    trains_its_adapter: ClassVar[bool] = True
+    """Whether what is trained are the factors of the adapter that `save_pretrained` writes, and a step is theirs."""
+
     cannot_resume: ClassVar[str | None] = None
     """The reason why a run can't resume from a checkpoint. None: it can."""
 

@@ -19,7 +19,7 @@ from scalora.runs.errors import InputError
 from scalora.runs.library_fields import UNKNOWN, LibraryField, named_values
 from scalora.runs.settings import Settings, require_method, section_fields
 from scalora.runs.tasks import RATE_SHARES, Task
-from scalora.runs.training_defaults import DEPENDENT_DEFAULTS, TRAINING_DEFAULTS, takes_matrices
+from scalora.runs.training_defaults import DEPENDENT_DEFAULTS, TRAINING_DEFAULTS, takes_pair_adamw
 from scalora.runs.type_words import type_words
 from scalora.runs.yaml_file import yaml_dump
 
@@ -53,6 +53,7 @@ COMMON_KEYS = {
 """Of the many keys of the sections that are other libraries' classes, those that are set most."""
 
 
+_MODE = ("matrix", "default: matrix if the optimizer can be PairAdamW; the library's: auto")
 _RATE_BY_WIDTH = (default_weight_rate(576), "0.23 by the model's hidden size: 0.0004 for 576, 5.6e-05 for 4,096")
 
 
@@ -113,9 +114,9 @@ def config_sections(
         elif name in COMMON_KEYS:
             keys = _library_keys(name, task, method, libraries)
         elif info.default_factory is dict:
-            matrices = name == "scalora" and takes_matrices(task, chosen["method"])
-            ours = {"mode": "matrix"} if matrices else {}
-            keys = [_field_key(field, ours) for field in section_fields(name, task, chosen["method"]).values()]
+            keys = [_field_key(field, {}) for field in section_fields(name, task, chosen["method"]).values()]
+            if name == "scalora" and chosen["method"] == "scalora" and takes_pair_adamw(task, "scalora"):
+                keys = [_dependent(key, *_MODE) if key.name == "mode" else key for key in keys]
         else:
             key = _own_key(name, info)
             top.keys.append(key._replace(value=chosen.get(name, key.value)))
@@ -137,7 +138,7 @@ def our_defaults(section: str, method: str | None = None, task: Task = "sft") ->
     if section == "lora":
         return LORA_DEFAULTS
     rate = DEFAULT_LEARNING_RATE if method is None else METHODS[method].learning_rate
-    if rate is None or takes_matrices(task, method or "scalora"):
+    if rate is None or takes_pair_adamw(task, method or "scalora"):
         return TRAINING_DEFAULTS
     return {"learning_rate": rate * RATE_SHARES.get(task, 1.0), **TRAINING_DEFAULTS}
 
@@ -180,17 +181,22 @@ def _library_keys(
     for name in names:
         key = _field_key(fields[name], ours)
         if name in by_method:
-            key = key._replace(value=by_method[name], default=f"set by the method {method}", fixed=False)
+            key = _dependent(key, by_method[name], f"set by the method {method}")
         elif name in DEPENDENT_DEFAULTS:
             value, words = DEPENDENT_DEFAULTS[name]
-            key = key._replace(value=value, default=f"default: {words}", fixed=False)
-        elif name == "learning_rate" and takes_matrices(task, method or "scalora"):
+            key = _dependent(key, value, f"default: {words}")
+        elif name == "learning_rate" and takes_pair_adamw(task, method or "scalora"):
             value, words = _RATE_BY_WIDTH
-            key = key._replace(value=value, default=f"default of scalora: {words}", fixed=False)
+            key = _dependent(key, value, f"default of scalora: {words}")
         elif name == "learning_rate":
             key = key._replace(default=key.default.replace("default", f"default of {method or 'scalora'}", 1))
         keys.append(key)
     return keys
+
+
+def _dependent(key: Key, value: Any, words: str) -> Key:
+    """A key whose default depends on other things, with an example of a value."""
+    return key._replace(value=value, default=words, fixed=False)
 
 
 def _field_key(field: LibraryField, ours: Mapping[str, Any]) -> Key:

@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from scalora.config import Merge
 from scalora.integrations.transformers import warn_if_plain_lora
+from scalora.maths.mode import Mode
 from scalora.model.adapters import LoraPair
 from scalora.model.memory import Memory, bytes_of_base, pairs_over_quantised, quantisable_layers, training_memory
 from scalora.model.placement import resolve_merge
@@ -96,7 +97,9 @@ class Plan:
         model: class of the model.
         parameters: number of the base model's parameters.
         trained: number of parameters that are trained.
+        optimizer: the optimizer's name.
         layers: number of layers that ScaLoRA rescales; 0 for other methods.
+        mode: the kind of their scaling; None for other methods.
         merge: where their remainders go; None for other methods.
         memory: memory of training, without activations.
         lengths: tokens of the first examples.
@@ -109,7 +112,9 @@ class Plan:
     model: str
     parameters: int
     trained: int
+    optimizer: str
     layers: int
+    mode: Mode | None
     merge: Merge | None
     memory: Memory
     lengths: Lengths
@@ -159,7 +164,9 @@ def dry_run(settings: Settings, *, overwrite: bool = False, resume: bool = False
         model=type(base).__name__,
         parameters=parameters,
         trained=sum(p.numel() for p in trained),
+        optimizer=_optimizer(run, trainer),
         layers=len(pairs),
+        mode=run.method.config.mode if isinstance(run.method, ScaLoraMethod) else None,
         merge=merge,
         memory=_memory(run, trainer.model, base_bytes, sum(p.nbytes for p in trained), pairs, merge),
         lengths=_lengths(run, trainer, uncut),
@@ -167,6 +174,13 @@ def dry_run(settings: Settings, *, overwrite: bool = False, resume: bool = False
         shown=shown_examples(run, trainer, _SHOWN),
         results=result_names(run, factored=merge == "factored"),
     )
+
+
+def _optimizer(run: PreparedRun, trainer: Trainer) -> str:
+    """The name of the optimizer that is made already, or of the one that the Trainer will make."""
+    if trainer.optimizer is not None:
+        return type(trainer.optimizer).__name__
+    return str(getattr(run.arguments.optim, "value", run.arguments.optim))
 
 
 class _NeedsGradients(Exception):

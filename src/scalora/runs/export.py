@@ -22,6 +22,7 @@ from scalora.runs.run_folder import write_json
 from scalora.runs.saved_folder import SavedFolder, opened
 from scalora.runs.special_tokens import adopt_special_tokens, save_text_settings
 from scalora.runs.tasks import LABELLED
+from scalora.runs.unfinished import how_to_go_on, is_unfinished
 from scalora.saving.base_name import write_base_name
 from scalora.saving.export import export_adapter, export_merged, load_model
 from scalora.saving.files import atomic_folder
@@ -88,10 +89,14 @@ def export(
         raise InputError(f"--max-rank {max_rank}: must be at least 1")
     run = opened(path, base=base, dtype=base_dtype, quantization=quantization)
     if isinstance(run, FinishedRun) and run.settings.method != "scalora":
+        there = [f"its adapter {str(run.adapter)!r} is an ordinary one"] if run.adapter else []
+        there += [f"its merged model is {str(run.model)!r}"] if run.model else []
         raise InputError(
-            f"run {str(path)!r} used the method {run.settings.method!r}: there is nothing to export, since its adapter "
-            "or model is an ordinary one"
+            f"run {str(path)!r} used the method {run.settings.method!r}, so there is nothing to export: "
+            f"{', '.join(there) or 'it has saved no model'}"
         )
+    if isinstance(run, FinishedRun) and not run.is_checkpoint and is_unfinished(run.folder):
+        raise InputError(f"run {str(path)!r} can't be exported: {how_to_go_on(run.folder)}")
     state = run.state or path / "delta"
     check_state(state)
     target = output or run.folder / f"export-{to}"

@@ -15,10 +15,10 @@ from scalora.rivals.method import Method
 from scalora.runs.data import Examples, examples_of, label_names
 from scalora.runs.errors import InputError
 from scalora.runs.models import Source, class_names, load_base, load_tokenizer, resolve_source
-from scalora.runs.run_folder import STOPPED_FILE
 from scalora.runs.settings import method_class, run_settings
 from scalora.runs.streams import Stream
 from scalora.runs.tasks import WITH_HEAD
+from scalora.runs.unfinished import how_to_go_on
 from scalora.saving.state_file import holds_state
 
 _PROGRESS_OF_CHECKPOINT = "trainer_state.json"
@@ -78,20 +78,9 @@ class FinishedRun:
         try:
             return int(json.loads((path / name).read_text(encoding="utf-8"))[key])
         except FileNotFoundError:
-            raise InputError(
-                f"run {str(path)!r} is not finished{self._how_it_stopped()}: continue it with `scalora train CONFIG "
-                f"--resume`, or use one of the checkpoints in {str(path / 'trainer')!r}"
-            ) from None
+            raise InputError(f"run {str(path)!r}: {how_to_go_on(path)}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{str(path / name)!r} can't be read: {error}") from None
-
-    def _how_it_stopped(self) -> str:
-        """What the run said of it, in brackets; nothing if it could say nothing."""
-        try:
-            stopped = json.loads((self.folder / STOPPED_FILE).read_text(encoding="utf-8"))
-            return f" (stopped at step {stopped['step']:,}: {stopped['reason']})"
-        except (OSError, ValueError, KeyError, TypeError):
-            return ""
 
     @cached_property
     def source(self) -> Source:

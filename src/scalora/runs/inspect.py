@@ -82,8 +82,8 @@ def inspect_run(
     The total update of a layer is computed from the exact state or the adapter if the run has one, otherwise as the
     difference between the weights of the trained model and of the base. Residuals
     (`scalora.maths.residuals.step_residuals`, at the trained weight) are defined for methods that train A and B alone:
-    ScaLoRA and its controls, LoRA and its optimizers. Needs memory for two models, and for the residuals also for the
-    layers' gradients in float32.
+    ScaLoRA and its controls, LoRA and its optimizers, but not block signs, whose factors are others. Needs memory for
+    two models, and for the residuals also for the layers' gradients in float32.
 
     Args:
         path: a run folder, or a checkpoint in one.
@@ -111,7 +111,8 @@ def inspect_run(
     _require_something(run)
     factors = _logged_factors(run, step)
     # The gradients of GRPO's loss would take new answers, and the user's code that rewards them.
-    judges = batches > 0 and run.settings.task != "grpo" and bool(run.state or run.adapter)
+    factors_step = run.settings.task != "grpo" and run.method.trains_its_adapter
+    judges = batches > 0 and factors_step and bool(run.state or run.adapter)
     examples = run.examples() if judges else None
     trained = _trained(run)
     wanted = [layer for layer in trained.layers if matches(layer.name)]
@@ -122,7 +123,7 @@ def inspect_run(
     if rank is not None and judged is None:
         raise InputError(
             f"--rank {rank} is the rank of the oracle for the next step, which can't be computed: the run has no A and "
-            "B, its task is grpo, or --batches is 0"
+            "B or does not train them, its task is grpo, or --batches is 0"
         )
     # Before the gradients: bitsandbytes changes the layout of 4-bit weights when a CPU computes with them.
     rows = [_described(layer, trained.base) for layer in track(wanted, "spectra")]

@@ -25,6 +25,7 @@ from scalora.runs.errors import InputError
 from scalora.runs.model_limits import require_known_padding, vocabulary
 from scalora.runs.settings import Settings
 from scalora.runs.tasks import WITH_HEAD
+from scalora.runs.unfinished import how_to_go_on, is_unfinished
 from scalora.saving.state_file import holds_any_state
 
 _NAMED = 3  # parameters that a warning names
@@ -74,6 +75,8 @@ def resolve_source(model: str) -> Source:
                 f"folder {model!r} holds the state of a model with ScaLoRA, not a model: make one with "
                 f"`scalora export {model} --to merged`, and give that"
             )
+        if is_unfinished(path):
+            raise InputError(f"run {model!r} is no model: {how_to_go_on(path)}")
         if not (path / "config.json").is_file():
             raise InputError(f"model folder {model!r} holds no config.json: it is not a saved model or finished run")
         return Source(str(path), None)

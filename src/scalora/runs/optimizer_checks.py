@@ -23,7 +23,7 @@ from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.errors import InputError
 from scalora.runs.settings import Settings
-from scalora.runs.training_defaults import takes_matrices
+from scalora.runs.training_defaults import takes_pair_adamw
 
 # Optimizers that Transformers builds only for a model.
 _NEED_A_MODEL = ("galore", "apollo", "lomo", "adalomo")
@@ -49,12 +49,13 @@ def default_mode(settings: Settings) -> Mode | None:
         ``"matrix"`` where it is the default for the task and the optimizer can be `scalora.PairAdamW`, or is to be it;
         else None, the library's default.
     """
-    if settings.optimizer == "pair_adamw":
-        return "matrix"
+    return "matrix" if settings.optimizer == "pair_adamw" or _pair_adamw_by_default(settings) else None
+
+
+def _pair_adamw_by_default(settings: Settings) -> bool:
     by_deepspeed = settings.training.get("deepspeed") or str_to_bool(os.environ.get(_DEEPSPEED_BY_LAUNCHER, "false"))
-    if "optim" in settings.training or by_deepspeed or not takes_matrices(settings.task, settings.method):
-        return None
-    return "matrix"
+    free = "optim" not in settings.training and not by_deepspeed
+    return free and takes_pair_adamw(settings.task, settings.method)
 
 
 def uses_pair_adamw(settings: Settings, method: Method) -> bool:
@@ -64,8 +65,11 @@ def uses_pair_adamw(settings: Settings, method: Method) -> bool:
         settings: the run's settings.
         method: the fine-tuning method.
     """
-    matrix = isinstance(method, ScaLoraMethod) and method.config.mode == "matrix"
-    return settings.optimizer == "pair_adamw" or (matrix and "optim" not in settings.training)
+    if isinstance(method, ScaLoraMethod):
+        by_default = method.config.mode == "matrix" and "optim" not in settings.training
+    else:
+        by_default = _pair_adamw_by_default(settings)
+    return settings.optimizer == "pair_adamw" or by_default
 
 
 def stepped_in_pairs(settings: Settings, method: Method, model: nn.Module) -> list[LoraPair]:

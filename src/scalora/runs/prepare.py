@@ -43,6 +43,7 @@ from scalora.runs.streams import Stream
 from scalora.runs.tasks import LABELLED, RATE_SHARES, WITH_HEAD, needs_reference
 from scalora.runs.training_defaults import TRAINING_DEFAULTS
 from scalora.runs.trl_trainers import trl_trainer
+from scalora.runs.unfinished import how_to_go_on, is_unfinished
 from scalora.saving.checkpoints import last_checkpoint
 
 
@@ -353,7 +354,13 @@ def _changes(settings: Settings, method: Method, arguments: TrainingArguments) -
 def _checkpoint(settings: Settings) -> Path:
     checkpoint = last_checkpoint(trainer_folder(settings))
     if checkpoint is None:
-        raise InputError(f"there is no whole checkpoint in {str(trainer_folder(settings))!r} to resume from")
+        run = Path(settings.output_dir)
+        why = (
+            how_to_go_on(run)
+            if is_unfinished(run)
+            else "it has come to its end, and there is no checkpoint to go on from"
+        )
+        raise InputError(f"run {str(run)!r} can't be resumed: {why}")
     return checkpoint
 
 

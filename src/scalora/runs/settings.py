@@ -67,7 +67,8 @@ class Settings(StrictModel):
         None,
         description="pair_adamw: scalora.PairAdamW for the adapter, and AdamW for everything else that is trained; "
         "with the method scalora, also scalora.mode: matrix. Its learning rates are those of full fine-tuning. null: "
-        "pair_adamw with scalora.mode: matrix and no training.optim, else training.optim.",
+        "pair_adamw with scalora.mode: matrix, and with the method block_signs for sft, classification and regression; "
+        "but training.optim where that is set.",
     )
     head_learning_rate: float | None = Field(
         None,
@@ -277,6 +278,8 @@ def check_nested(settings: Settings) -> Settings:
     for section in ("method_options", "lora", "scalora", "training"):
         given = getattr(settings, section)
         known = section_fields(section, settings.task, settings.method) if given else {}
+        if section == "method_options":
+            _check_options(settings.method, given, known)
         check_keys(f"{section}.", given, known)
         sections[section] = {key: _checked_value(section, known[key], value) for key, value in given.items()}
     try:
@@ -290,6 +293,17 @@ def check_nested(settings: Settings) -> Settings:
     _check_data(settings)
     _check_reward(settings.task, settings.reward)
     return settings.model_copy(update=sections)
+
+
+def _check_options(method: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse options of another method, as of a config that was written for that."""
+    for key in given:
+        owners = [name for name in METHODS if key not in known and key in section_fields("method_options", method=name)]
+        if owners:
+            raise InputError(
+                f"method_options.{key} is an option of {', '.join(owners)}, not of the method {method}: delete it; "
+                f"`scalora config --method {method}` prints the options"
+            )
 
 
 def _check_data(settings: Settings) -> None:
@@ -381,14 +395,28 @@ def _dotted(task: Any, key: str, options: Sequence[str]) -> str:
         return key
     training = section_fields("training", task if task in get_args(Task) else "sft")
     if key not in training:
-        near = [*_elsewhere(key), *difflib.get_close_matches(f"--{key}", options)]
+        near = [*_elsewhere(_OTHER_WORDS.get(key, key)), *difflib.get_close_matches(f"--{key}", options)]
         hint = f"did you mean {near[0]!r}?" if near else _hint(key, [*Settings.model_fields, *training])
         raise InputError(f"unknown key {key!r}: {hint}")
     return f"training.{key}"
 
 
+_OTHER_WORDS = {
+    "lr": "learning_rate",
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "steps": "max_steps",
+}
+"""What people call keys of PEFT and Transformers."""
+
+
 def _hint(key: str, known: Sequence[str]) -> str:
     """The known key that was probably meant; else where the known keys are listed."""
+    if (word := _OTHER_WORDS.get(key)) in known:
+        return f"did you mean {word!r}?"
     if near := difflib.get_close_matches(key, known, n=1):
         return f"did you mean {near[0]!r}?"
     if len(known) <= _MOST_LISTED:

@@ -26,19 +26,20 @@ NOT_TRAINING: dict[str, Any] = IN_ONE_PROCESS | {
 """Training arguments for a Trainer that only evaluates or makes batches, whatever a run's config says: it does not
 report, save, or evaluate by itself."""
 
-_MATRICES: tuple[Task, ...] = ("sft", "classification", "regression")
+_WITH_PAIR_ADAMW: tuple[Task, ...] = ("sft", "classification", "regression")
 
 
-def takes_matrices(task: Task, method: str) -> bool:
-    """Whether ``scalora.mode`` is matrix by default: for the tasks on which matrices were compared with columns.
+def takes_pair_adamw(task: Task, method: str) -> bool:
+    """Whether the optimizer is `scalora.PairAdamW` by default: for the tasks on which it was compared with AdamW.
 
-    They were level or ahead on all of them (docs/results.md, docs/experiments.md).
+    That is with matrices, which are the default then, and with block signs. They were level with columns and with
+    AdamW on all of these tasks, or ahead (docs/results.md, docs/experiments.md).
 
     Args:
         task: the run's task.
         method: the run's method.
     """
-    return method == "scalora" and task in _MATRICES
+    return method in ("scalora", "block_signs") and task in _WITH_PAIR_ADAMW
 
 
 DEPENDENT_DEFAULTS: dict[str, tuple[Any, str]] = {
