@@ -18,8 +18,9 @@ from transformers import GPTQConfig, LlamaForCausalLM, PreTrainedTokenizerFast, 
 from typer.testing import CliRunner
 
 import scalora
-from scalora import ScaLora, ScaLoraConfig, UnsupportedLayerError
+from scalora import PairAdamW, ScaLora, ScaLoraConfig, UnsupportedLayerError, add_block_signs
 from scalora.cli import app
+from scalora.model.signed_factors import SignedFactor
 
 R = 4
 KINDS = ("torchao-int8", "torchao-float8", "torchao-int4", "hqq-8", "hqq-4", "gptqmodel-4")
@@ -184,6 +185,27 @@ def test_the_command_loads_the_base_as_in_training(run, tmp_path):
         words = ["export", str(run.folder), "--to", to, "--output", str(tmp_path / to)]
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, result.output[-500:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_block_signs_over_it_train_and_end_in_an_ordinary_adapter(kind, load, tmp_path):
+    require(kind)
+    model = adapted(load(kind))
+    add_block_signs(model, 4)
+    untouched, optimizer = logits(model), PairAdamW(model, lr=1e-2)
+    tokens = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(1))
+    for _ in range(4):
+        model.train()(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = logits(model)
+    assert (trained - untouched).norm() > 0.05 * trained.norm()
+    model.save_pretrained(tmp_path)
+    agree(logits(PeftModel.from_pretrained(load(kind), tmp_path)), trained, 1e-4)
+    for module in model.modules():
+        if isinstance(module, SignedFactor):  # PEFT's own pass calls them
+            module.register_forward_hook(lambda module, args, output: None)
+    agree(logits(model), trained, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ class SignedLinear(MixedIn):
             raise UnsupportedLayerError(_SPLIT)
         (name,) = names
         of_B = layer.lora_B[name]
-        result = layer.get_base_layer()(x)
+        result = layer.base_layer(x)
         if not autocasts(x):  # PEFT casts to the adapter's float32 what autocast casts back: two passes over the input
             x = layer._cast_input_dtype(x, of_A.factor.dtype)
         x = layer.lora_dropout[name](x)
