@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scalora.block_signs import add_block_signs, check_blocks
-from scalora.integrations.transformers import calling, have_pair_adamw
+from scalora.integrations.transformers import calling, for_new_models, have_pair_adamw
 from scalora.model.adapters import promote_adapters
 from scalora.model.signed_factors import SignedFactor
 
@@ -52,12 +53,12 @@ class BlockSignsCallback(TrainerCallback):  # type: ignore[misc]
             UnsupportedLayerError: as `scalora.add_block_signs`.
         """
         self._add_to(kwargs["model"])
+        if (trainer := calling(Trainer)) is None:
+            return
+        for_new_models(trainer, lambda: self._add_to(trainer.model))
         if self._pair_adamw:
-            have_pair_adamw(args)
-        trainer = calling(Trainer)
-        if trainer is not None and trainer.model_init is not None:  # training makes a new model, and an optimizer of it
-            new_model = trainer.call_model_init
-            trainer.call_model_init = lambda *of_trial: self._add_to(new_model(*of_trial))
+            have_pair_adamw(trainer)
+            for_new_models(trainer, partial(have_pair_adamw, trainer))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -78,8 +79,9 @@ class BlockSignsCallback(TrainerCallback):  # type: ignore[misc]
                 "the model has no block signs, as BlockSignsCallback was added after the Trainer was made: give it to "
                 "the Trainer's constructor, callbacks=[BlockSignsCallback()]"
             )
+        if self._pair_adamw and (trainer := calling(Trainer)) is not None:
+            have_pair_adamw(trainer)  # for another training after this one
 
-    def _add_to(self, model: nn.Module) -> nn.Module:
+    def _add_to(self, model: nn.Module) -> None:
         promote_adapters(model)
         add_block_signs(model, self._blocks)
-        return model

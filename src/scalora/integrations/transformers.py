@@ -110,8 +110,9 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             complete_copies(model)  # now, because TRL may compute the reference's outputs before it trains
             load_adapter = partial(self._load_adapter, model, model.load_adapter)
             object.__setattr__(model, "load_adapter", load_adapter)
-        if self._pair_adamw:
-            have_pair_adamw(args)
+        if self._pair_adamw and trainer is not None:
+            have_pair_adamw(trainer)
+            for_new_models(trainer, partial(have_pair_adamw, trainer))
 
     def _from_whole_checkpoints(self, trainer: Trainer) -> Callable[..., Any]:
         """The Trainer's `train`, which sets broken checkpoints aside first if it shall find the one to resume from."""
@@ -175,7 +176,10 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         _move_before_reporters(self)
         model: nn.Module = kwargs["model"]
         optimizer: Optimizer = kwargs["optimizer"]
-        config = config_for_trainer(self.config, calling(Trainer), model)
+        trainer = calling(Trainer)
+        if self._pair_adamw and trainer is not None:
+            have_pair_adamw(trainer)  # for another training after this one
+        config = config_for_trainer(self.config, trainer, model)
         self.engine = self._make_engine(model, optimizer, config)
         if self.engine.is_sharded:
             self._prepare_shards(args, model)
@@ -344,15 +348,33 @@ def _move_before_reporters(callback: TrainerCallback) -> None:
         handler.callbacks.insert(0, callback)
 
 
-def have_pair_adamw(arguments: TrainingArguments) -> None:
-    """Have the Trainer whose constructor has called this create `scalora.PairAdamW`.
+def have_pair_adamw(trainer: Trainer) -> None:
+    """Have a Trainer create `scalora.PairAdamW` for its next training, with its arguments.
 
     Args:
-        arguments: the Trainer's arguments.
+        trainer: the Trainer, which takes the entry "model" out when it creates the optimizer.
     """
-    if (trainer := calling(Trainer)) is not None:
-        # A factory, which the Trainer gives the model that it has when training starts: of a model_init, a new one.
-        trainer.optimizer_cls_and_kwargs = (lambda: PairAdamW, adamw_arguments(arguments))
+    settings = {"model": trainer.model, **adamw_arguments(trainer.args)}
+    trainer.optimizer_cls_and_kwargs = (PairAdamW, settings)
+
+
+def for_new_models(trainer: Trainer, act: Callable[[], None]) -> None:
+    """Call a function whenever the Trainer has made a new model (``model_init``), before it makes an optimizer of it.
+
+    Args:
+        trainer: the Trainer.
+        act: the function, which finds the model at the Trainer.
+    """
+    if trainer.model_init is None:
+        return
+    new_model = trainer.call_model_init
+
+    def with_act(*of_trial: Any) -> Any:
+        trainer.model = new_model(*of_trial)
+        act()
+        return trainer.model
+
+    trainer.call_model_init = with_act
 
 
 def adamw_arguments(arguments: TrainingArguments) -> dict[str, Any]:
