@@ -78,6 +78,7 @@ def test_an_interrupted_run_says_how_to_go_on(saving, config, tmp_path, monkeypa
     else:
         assert f"`scalora train CONFIG --resume` goes on from '{run / 'trainer' / 'checkpoint-2'}'" in output
     assert stopped in said("evaluate", run, config, "--data.eval", tmp_path / "words.jsonl", status=2)
+    assert stopped in said("export", run, "--to", "adapter", status=2)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,8 @@ def export(
     if max_rank is not None and max_rank < 1:
         raise InputError(f"--max-rank {max_rank}: must be at least 1")
     run = opened(path, base=base, dtype=base_dtype, quantization=quantization)
+    if isinstance(run, FinishedRun) and not run.is_checkpoint and is_unfinished(run.folder):
+        raise InputError(f"run {str(path)!r} can't be exported: {how_to_go_on(run.folder)}")
     if isinstance(run, FinishedRun) and run.settings.method != "scalora":
         there = [f"its adapter {str(run.adapter)!r} is an ordinary one"] if run.adapter else []
         there += [f"its merged model is {str(run.model)!r}"] if run.model else []
@@ -95,8 +97,6 @@ def export(
             f"run {str(path)!r} used the method {run.settings.method!r}, so there is nothing to export: "
             f"{', '.join(there) or 'it has saved no model'}"
         )
-    if isinstance(run, FinishedRun) and not run.is_checkpoint and is_unfinished(run.folder):
-        raise InputError(f"run {str(path)!r} can't be exported: {how_to_go_on(run.folder)}")
     state = run.state or path / "delta"
     check_state(state)
     target = output or run.folder / f"export-{to}"
