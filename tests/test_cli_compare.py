@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -96,6 +97,14 @@ def cell(method, rate, seed, share=None):
 
 def finished():
     return {path.parent for path in Path("study", "cells").glob("*/*/summary.json")}
+
+
+def test_a_row_that_never_rescales_is_named_before_it_runs(write_study):
+    with pytest.warns(UserWarning, match=r"methods.scalora: its runs of 4 steps never rescale.* at step 12"):
+        load_study_file(write_study())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_study_file(write_study(methods={"lora": {}, "scalora": {"scalora": {"warmup_steps": 1}}}))
 
 
 def test_a_cell_is_the_run_with_the_methods_overrides_and_the_seed_for_weights_and_data(write_study):

@@ -213,6 +213,11 @@ class ScaLoraConfig:
         return since_warmup >= 1 and since_warmup % self.interval == 0
 
     @property
+    def first_rescale(self) -> int:
+        """The step at which the first rescale is."""
+        return self.warmup_steps + self.interval
+
+    @property
     def norm_from_turn(self) -> bool:
         """Whether the target norms are those for `turn`."""
         return self.mode == "matrix" and self.smoothness is None and self.target_norm is None

@@ -303,7 +303,7 @@ def warn_if_plain_lora(config: ScaLoraConfig, steps: int) -> None:
         config: the settings.
         steps: number of optimizer steps of the run.
     """
-    first = config.warmup_steps + config.interval
+    first = config.first_rescale
     if steps < first:
         warnings.warn(
             f"this run of {steps} steps never rescales, so it is plain LoRA: with warmup_steps={config.warmup_steps} "

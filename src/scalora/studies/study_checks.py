@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from scalora.config import ScaLoraConfig
 from scalora.runs.errors import InputError
 from scalora.runs.settings import Settings, checked_settings
 from scalora.studies.folder_names import slug
@@ -94,8 +96,19 @@ def check_cells(study: Study) -> None:
                 raise InputError(f"methods.{method}: data.{split} is missing; a study needs data.train and data.eval")
         for test, content in cell.tests.items():
             run_settings_of(content, f"tests.{test}: ")
+        _warn_of_plain_lora(method, cell.settings)
     _check_tests(study)
     _check_step_shares(study)
+
+
+def _warn_of_plain_lora(method: str, settings: Settings) -> None:
+    steps, config = settings.training.get("max_steps", -1), ScaLoraConfig.from_dict(settings.scalora)
+    if settings.method == "scalora" and 0 < steps < config.first_rescale:
+        warnings.warn(
+            f"methods.{method}: its runs of {steps} steps never rescale, so they are plain LoRA: the first rescale is "
+            f"at step {config.first_rescale}; lower scalora.warmup_steps or interval, or train for longer",
+            stacklevel=2,
+        )
 
 
 def check_data(study: Study) -> None:
