@@ -216,7 +216,7 @@ def test_the_settings_of_lora_are_checked(tmp_path, write_jsonl, causal_folder):
         ("--lora.target_modules", "[qproj]"): "lora.target_modules: the model has no module 'qproj'",
         ("--lora.r", "0"): "lora.r",
         ("--method_options.matrices", "most"): "matrices='most': the choices are all, adapted",
-        ("--method", "mora"): "unknown key 'method_options.matrices'",
+        ("--method", "mora"): "method_options.matrices is an option of full, galore, apollo, not",
     }.items():
         result = command("train", tmp_path / "run.yaml", *override)
         assert result.exit_code == 2

@@ -76,7 +76,12 @@ RUN_MISTAKES = {
         [],
         "unknown key 'method_options.intervall': did you mean 'interval'?",
     ),
-    "no-such-options": (f"{GOOD}method: lora\nmethod_options: {{interval: 3}}", [], "there are no keys here"),
+    "no-such-options": (f"{GOOD}method: lora\nmethod_options: {{intervals: 3}}", [], "there are no keys here"),
+    "another-methods-options": (
+        f"{GOOD}method: lora\nmethod_options: {{interval: 3}}",
+        [],
+        "method_options.interval is an option of relora, not of the method lora: delete it",
+    ),
     "task": (f"{GOOD}task: poetry", [], "task='poetry'"),
     "number": (f"{GOOD}training: {{weight_decay: heavy}}", [], "training.weight_decay='heavy': write a number"),
     "truth": (f"{GOOD}training: {{bf16: no}}", [], "training.bf16='no': write true or false"),
