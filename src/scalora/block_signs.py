@@ -53,8 +53,8 @@ def add_block_signs(model: nn.Module, blocks: int | None = None) -> None:
             one the largest with which its rank is at most 256, that is 32 at r = 8, but at least 2.
 
     Raises:
-        ValueError: `blocks` is not a power of two above 1; the adapter has been trained without block signs, or with
-            those of another number of blocks; or no layer can be divided.
+        ValueError: `blocks` is not a power of two above 1; the adapter has been trained without block signs; or no
+            layer can be divided.
         UnsupportedLayerError: a layer is one that ScaLoRA can't train, trains a bias of ``lora_B``, or has rescales
             (`scalora.ScaLora`) or signs of another number of blocks. The model has not been changed then.
     """
@@ -110,18 +110,16 @@ def _signed_factors(pair: LoraPair, blocks: int | None) -> tuple[SignedA, Signed
         raise UnsupportedLayerError(f"module {pair.name!r} trains a bias with LoRA: set lora_bias=False")
     A, B = pair.lora_A, pair.lora_B
     whole = not (A.is_meta or is_distributed(A) or is_partitioned(A))
-    if whole and (found := blocks_of(A, B)):
-        count = _chosen(pair, found, blocks)
-        parts = math.gcd(pair.n, count)
-        A, B = (nn.Parameter(factor.detach().clone()) for factor in (compact_A(A, parts), compact_B(B, parts)))
-        return SignedA(A, count, parts), SignedB(B, count, parts)
-    if not B.is_meta and B.any():
+    found = blocks_of(A, B) if whole else []
+    if not found and not B.is_meta and B.any():
         raise ValueError(
             f"the update of module {pair.name!r} is not zero and has no block signs, which would change it: add "
             "them to a new adapter, with init_lora_weights=True, before it is trained"
         )
-    count = blocks or _default_blocks(pair.r)
+    count = _chosen(pair, found, blocks) if found else blocks or _default_blocks(pair.r)
     parts = math.gcd(pair.n, count)
+    if found:
+        A, B = (nn.Parameter(factor.detach().clone()) for factor in (compact_A(A, parts), compact_B(B, parts)))
     return SignedA(A, count, parts), SignedB(B, count, parts)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scalora.block_signs import add_block_signs, check_blocks
-from scalora.integrations.transformers import calling, for_new_models, have_pair_adamw
+from scalora.integrations.transformers import calling, have_pair_adamw
 from scalora.model.adapters import promote_adapters
 from scalora.model.signed_factors import SignedFactor
 
@@ -55,10 +56,10 @@ class BlockSignsCallback(TrainerCallback):  # type: ignore[misc]
         self._add_to(kwargs["model"])
         if (trainer := calling(Trainer)) is None:
             return
-        for_new_models(trainer, lambda: self._add_to(trainer.model))
+        if trainer.model_init is not None:  # each training makes a new model
+            trainer.call_model_init = self._signing(trainer.call_model_init)
         if self._pair_adamw:
             have_pair_adamw(trainer)
-            for_new_models(trainer, partial(have_pair_adamw, trainer))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,8 +80,17 @@ class BlockSignsCallback(TrainerCallback):  # type: ignore[misc]
                 "the model has no block signs, as BlockSignsCallback was added after the Trainer was made: give it to "
                 "the Trainer's constructor, callbacks=[BlockSignsCallback()]"
             )
-        if self._pair_adamw and (trainer := calling(Trainer)) is not None:
-            have_pair_adamw(trainer)  # for another training after this one
+
+    def _signing(self, call_model_init: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        """The Trainer's `call_model_init`, which adds the signs."""
+
+        @wraps(call_model_init)
+        def signed(*args: Any, **kwargs: Any) -> nn.Module:
+            model = call_model_init(*args, **kwargs)
+            self._add_to(model)
+            return model
+
+        return signed
 
     def _add_to(self, model: nn.Module) -> None:
         promote_adapters(model)

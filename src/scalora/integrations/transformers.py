@@ -112,7 +112,6 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             object.__setattr__(model, "load_adapter", load_adapter)
         if self._pair_adamw and trainer is not None:
             have_pair_adamw(trainer)
-            for_new_models(trainer, partial(have_pair_adamw, trainer))
 
     def _from_whole_checkpoints(self, trainer: Trainer) -> Callable[..., Any]:
         """The Trainer's `train`, which sets broken checkpoints aside first if it shall find the one to resume from."""
@@ -176,10 +175,7 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
         _move_before_reporters(self)
         model: nn.Module = kwargs["model"]
         optimizer: Optimizer = kwargs["optimizer"]
-        trainer = calling(Trainer)
-        if self._pair_adamw and trainer is not None:
-            have_pair_adamw(trainer)  # for another training after this one
-        config = config_for_trainer(self.config, trainer, model)
+        config = config_for_trainer(self.config, calling(Trainer), model)
         self.engine = self._make_engine(model, optimizer, config)
         if self.engine.is_sharded:
             self._prepare_shards(args, model)
@@ -349,32 +345,21 @@ def _move_before_reporters(callback: TrainerCallback) -> None:
 
 
 def have_pair_adamw(trainer: Trainer) -> None:
-    """Have a Trainer create `scalora.PairAdamW` for its next training, with its arguments.
-
-    Args:
-        trainer: the Trainer, which takes the entry "model" out when it creates the optimizer.
-    """
-    settings = {"model": trainer.model, **adamw_arguments(trainer.args)}
-    trainer.optimizer_cls_and_kwargs = (PairAdamW, settings)
-
-
-def for_new_models(trainer: Trainer, act: Callable[[], None]) -> None:
-    """Call a function whenever the Trainer has made a new model (``model_init``), before it makes an optimizer of it.
+    """Have a Trainer create `scalora.PairAdamW`, with its arguments, for the model that it has when it trains.
 
     Args:
         trainer: the Trainer.
-        act: the function, which finds the model at the Trainer.
     """
-    if trainer.model_init is None:
-        return
-    new_model = trainer.call_model_init
+    create_optimizer = trainer.create_optimizer
 
-    def with_act(*of_trial: Any) -> Any:
-        trainer.model = new_model(*of_trial)
-        act()
-        return trainer.model
+    @wraps(create_optimizer)
+    def create_pair_adamw(*args: Any, **kwargs: Any) -> Optimizer:
+        settings = {"model": trainer.model, **adamw_arguments(trainer.args)}  # of which the Trainer takes the model out
+        trainer.optimizer_cls_and_kwargs = (PairAdamW, settings)
+        optimizer: Optimizer = create_optimizer(*args, **kwargs)
+        return optimizer
 
-    trainer.call_model_init = with_act
+    trainer.create_optimizer = create_pair_adamw
 
 
 def adamw_arguments(arguments: TrainingArguments) -> dict[str, Any]:
