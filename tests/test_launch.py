@@ -210,6 +210,25 @@ def test_a_run_brings_its_own_optimizer_to_shards(config, place):
     assert worst(weights(place / "matrix"), weights(place / "matrix alone")) <= 1e-3
 
 
+@pytest.mark.parametrize(
+    ("method", "how"), [("block_signs", "fsdp"), pytest.param("lora", "zero3", marks=needs_deepspeed)]
+)
+def test_other_methods_write_their_adapter_and_the_merged_model_from_shards(method, how, config, place):
+    name, words = f"{method} {how}", ("--method", method)
+    scalora("train", config(f"{name} alone", 4), *words)
+    error, _, messages = launch(
+        place / "logs" / name, "train", config(name, 2, **RUNS[how]), *words, shards=how == "fsdp",
+        environment=VARIABLES.get(how),
+    )  # fmt: skip
+    assert error is None, messages
+    wanted = place / f"{name} alone"
+    for file in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        assert worst(load_file(place / name / file), load_file(wanted / file)) <= 1e-3
+    found, wanted = (read(run / "adapter" / "adapter_config.json") for run in (place / name, wanted))
+    assert set(found.pop("target_modules")) == set(wanted.pop("target_modules"))  # in no order
+    assert found == wanted
+
+
 def test_a_run_of_shards_is_exported_as_that_of_one_process(alone, printed, place):
     exported = []
     for run in (alone, place / "fsdp"):

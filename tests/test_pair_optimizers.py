@@ -8,6 +8,7 @@ import torch
 from models import Mixed, TwoLayers, backward, with_lora
 from torch.optim import AdamW
 
+from scalora import PairAdamW, UnsupportedOptimizerError
 from scalora.model.adapters import find_lora_pairs
 from scalora.rivals.lora_pro import create_lora_pro_optimizer
 from scalora.rivals.lora_rite import create_lora_rite_optimizer
@@ -36,6 +37,19 @@ def test_training_resumes_exactly_from_a_state_dict(create, rate, alpha):
     train(resumed, resumed_optimizer)
     for parameter, other in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(parameter, other)
+
+
+@pytest.mark.parametrize("create", [create_lora_pro_optimizer, create_lora_rite_optimizer, PairAdamW])
+def test_flat_copies_in_the_places_of_the_factors_are_refused_at_the_first_step(create):
+    model = with_lora(TwoLayers(), target_modules=["first", "second"], r=3)
+    optimizer = create(model, lr=1e-2)
+    backward(model)
+    for group in optimizer.param_groups:  # as DeepSpeed does
+        flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))
+        flat.grad = torch.cat([p.grad.flatten() for p in group["params"]])
+        group["params"] = [flat]
+    with pytest.raises(UnsupportedOptimizerError, match=r"factors of module .*first.* any more, .* torch.optim.AdamW"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("create", [create_lora_pro_optimizer, create_lora_rite_optimizer])

@@ -8,6 +8,7 @@ import torch
 from models import tiny_llama
 from transformers.integrations import deepspeed
 
+from scalora.rivals import METHODS
 from scalora.runs.errors import InputError
 from scalora.runs.prepare import method_of, training_arguments
 from scalora.runs.settings import checked_settings
@@ -50,20 +51,43 @@ def test_the_launchers_fsdp_1_is_refused_by_its_variable(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_of_deepspeeds_stages_the_third_splits_weights(stage, tmp_path):
-    settings, method, arguments = sharded(tmp_path, method="lora")
+    settings, method, arguments = sharded(tmp_path, method="dora")
     arguments.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
     assert splits_weights(arguments) == (stage == 3)
     if stage == 3:
-        with pytest.raises(InputError, match=r"method='lora' with DeepSpeed ZeRO-3 of .*: of the methods only scalora"):
+        with pytest.raises(InputError, match=r"method='dora' with DeepSpeed ZeRO-3 of .*: of the methods only scalora"):
             check_sharding(settings, method, arguments)
     else:
+        check_sharding(settings, method, arguments)
+
+
+OF_MATRICES = ("riemannian", "reflora", "reflora_s", "lora_rite", "lora_pro", "relora", "galore", "apollo")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_about_matrices_is_refused_with_the_flat_copies_of_deepspeed(name, tmp_path):
+    settings, method, arguments = sharded(tmp_path, method=name, training={"optim": "adamw_torch"})
+    arguments.deepspeed_plugin = SimpleNamespace(zero_stage=2)
+    if name not in OF_MATRICES:
+        check_sharding(settings, method, arguments)
+        return
+    with pytest.raises(InputError, match=f"method='{name}' with DeepSpeed ZeRO-2 .* flat copies"):
+        check_sharding(settings, method, arguments)
+
+
+@pytest.mark.parametrize("name", ["lora", "block_signs", "scalora"])
+def test_pair_adamw_is_refused_with_deepspeed(name, tmp_path):
+    content = {"scalora": {"mode": "matrix"}} if name == "scalora" else {"optimizer": "pair_adamw"}
+    settings, method, arguments = sharded(tmp_path, method=name, **content)
+    arguments.deepspeed_plugin = SimpleNamespace(zero_stage=2)
+    with pytest.raises(InputError, match=r"the optimizer PairAdamW with DeepSpeed ZeRO-2 .* training.optim"):
         check_sharding(settings, method, arguments)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("given", ["by the launcher", "in the config"])
 def test_with_deepspeed_the_best_model_is_refused_before_it_trains(stage, given, tmp_path):
-    settings, method, arguments = sharded(tmp_path)
+    settings, method, arguments = sharded(tmp_path, scalora={"mode": "auto"})
     arguments.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
     how = f"DeepSpeed ZeRO-{stage} of `accelerate launch`"
     if given == "in the config":

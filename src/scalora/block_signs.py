@@ -16,7 +16,7 @@ from peft.tuners.lora.tp_layer import LoraParallelLinear
 from torch import nn
 
 from scalora.maths.block_signs import block_signs, blocks_of, compact_A, compact_B
-from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
+from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs, refuse
 from scalora.model.layers import configured_scaling, is_distributed, is_partitioned, pattern_key
 from scalora.model.mixed_class import mix_in
 from scalora.model.remainder_layer import RemainderLayer
@@ -59,7 +59,9 @@ def add_block_signs(model: nn.Module, blocks: int | None = None) -> None:
             (`scalora.ScaLora`) or signs of another number of blocks. The model has not been changed then.
     """
     check_blocks(blocks)
-    pairs = find_lora_pairs(model, all_shapes=True, signed=True)
+    # ZeRO-3 may have split the base when it was loaded; factors, when it was given them.
+    pairs = find_lora_pairs(model, sharded=True, all_shapes=True, signed=True)
+    _check_factors_are_whole(pairs)
     divisible = [
         pair for pair in pairs if _is_linear(pair) and block_signs(pair.m, pair.n, 2, device="meta") is not None
     ]
@@ -87,6 +89,16 @@ def check_blocks(blocks: int | None) -> None:
         raise ValueError(f"blocks must be a power of two above 1, got {blocks!r}")
 
 
+def _check_factors_are_whole(pairs: list[LoraPair]) -> None:
+    for pair in pairs:
+        if any(is_distributed(factor) or is_partitioned(factor) for factor in (pair.lora_A, pair.lora_B)):
+            refuse(
+                pair.name,
+                "its factors are split over processes already, and others would take their places",
+                "call add_block_signs before fully_shard(), deepspeed.initialize() or accelerator.prepare()",
+            )
+
+
 def _default_blocks(r: int) -> int:
     return max(2, 1 << max(1, UPDATE_RANK // r).bit_length() - 1)
 
@@ -109,8 +121,7 @@ def _signed_factors(pair: LoraPair, blocks: int | None) -> tuple[SignedA, Signed
     if of_B.bias is not None:
         raise UnsupportedLayerError(f"module {pair.name!r} trains a bias with LoRA: set lora_bias=False")
     A, B = pair.lora_A, pair.lora_B
-    whole = not (A.is_meta or is_distributed(A) or is_partitioned(A))
-    found = blocks_of(A, B) if whole else []
+    found = [] if A.is_meta else blocks_of(A, B)
     if not found and not B.is_meta and B.any():
         raise ValueError(
             f"the update of module {pair.name!r} is not zero and has no block signs, which would change it: add "

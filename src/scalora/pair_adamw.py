@@ -23,7 +23,7 @@ from scalora.maths.scaling import solver_dtype
 from scalora.maths.weight_steps import step_sizes
 from scalora.model.adapters import LoraPair, find_lora_pairs, in_chunks
 from scalora.model.matrices import stack_of_A, stack_of_B
-from scalora.parallel.sharded_pairs import check_shards, with_their_shards
+from scalora.parallel.sharded_pairs import check_held, check_shards, held_by, with_their_shards
 from scalora.parallel.shards import axis_of, gathering, local
 from scalora.rescale.moments import is_being_captured
 from scalora.rescale.optimizers import loss_of
@@ -227,9 +227,10 @@ class PairAdamW(Optimizer):
         self._replay = Replay[None]("a step of PairAdamW", self.graph_memory)
         given = [p for p in model.parameters() if p.requires_grad] if params is None else params
         super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        held = {id(p) for group in self.param_groups for p in group["params"]}
+        held = held_by(self)
+        self._held = {pair.name for pair in self._pairs if id(pair.lora_A) in held}
         for pair in self._pairs:
-            if (id(pair.lora_A) in held) != (id(pair.lora_B) in held):
+            if (pair.name in self._held) != (id(pair.lora_B) in held):
                 raise ValueError(
                     f"module {pair.name!r}: params holds one of lora_A and lora_B, but they are stepped together: give "
                     "both, or none of them"
@@ -247,6 +248,8 @@ class PairAdamW(Optimizer):
 
         Raises:
             RuntimeError: the step is being captured in a CUDA graph.
+            UnsupportedOptimizerError: at the first step: DeepSpeed or FSDP1 has put flat tensors in the places of the
+                factors, of which there are no pairs.
         """
         if is_being_captured(self._pairs[0].lora_A.device):
             raise RuntimeError(
@@ -256,6 +259,7 @@ class PairAdamW(Optimizer):
         loss: float | None = loss_of(closure)
         if not self._had_steps:  # Accelerate shards a model that has its optimizer already
             self._pairs = with_their_shards(self._pairs)
+            check_held(self, [pair for pair in self._pairs if pair.name in self._held])
             self._is_sharded = any(pair.is_sharded for pair in self._pairs)
             self._had_steps = True
         if taking_part := self._taking_part():

@@ -125,6 +125,32 @@ def _power_of_two(count: int) -> int:
     return count & -count
 
 
+def product_with_A(x: Float[Tensor, "... n"], lora_A: Float[Tensor, "r n"], parts: int) -> Float[Tensor, "... R"]:
+    """The product with the first ordinary factor, ``x · expanded_A(lora_A)ᵀ``, without that factor.
+
+    Args:
+        x: the input.
+        lora_A: PEFT's ``lora_A.weight``.
+        parts: k_in.
+    """
+    return _together(_in_parts(x, parts) @ _in_parts(lora_A, parts).mT, x)
+
+
+def product_with_B(
+    hidden: Float[Tensor, "... R"], lora_B: Float[Tensor, "m r"], signs: Float[Tensor, "k_out k_in"]
+) -> Float[Tensor, "... m"]:
+    """The product with the second ordinary factor, ``hidden · expanded_B(lora_B, signs)ᵀ``, without that factor.
+
+    Args:
+        hidden: what the first factor makes of the input.
+        lora_B: PEFT's ``lora_B.weight``.
+        signs: from `block_signs`.
+    """
+    k_out, k_in = signs.shape
+    mixed = _mixed(signs.to(hidden), _in_parts(hidden, k_in))
+    return _together(mixed @ lora_B.view(k_out, -1, lora_B.shape[1]).mT, hidden)
+
+
 def signed_linear(
     x: Float[Tensor, "... n"],
     lora_A: Float[Tensor, "r n"],
@@ -143,23 +169,28 @@ def signed_linear(
         signs: from `block_signs`.
     """
     k_out, k_in = signs.shape
-    (r, n), m = lora_A.shape, len(lora_B)
-    tokens = math.prod(x.shape[:-1])
-    factors = (
-        x.reshape(tokens, k_in, n // k_in).transpose(0, 1),
-        lora_A.view(r, k_in, n // k_in).transpose(0, 1),
-        lora_B.view(k_out, m // k_out, r),
-        signs,
-    )
+    factors = (_in_parts(x, k_in), _in_parts(lora_A, k_in), lora_B.view(k_out, -1, lora_B.shape[1]), signs)
     # A compiler chooses by itself what to compute again, and the transforms of torch.func take no function of ours
     # without rules for each of them; their test has no public name.
     plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     output: Tensor
     output = _parts_of_output(*factors)[0] if plain else _SignedProduct.apply(*factors)  # type: ignore[no-untyped-call]
-    return output.transpose(0, 1).reshape(*x.shape[:-1], m)
+    return _together(output, x)
 
 
 _Parts = Float[Tensor, "_ _ _"]
+
+
+def _in_parts(x: Tensor, parts: int) -> _Parts:
+    """The parts of the last dimension, each with all tokens."""
+    tokens = math.prod(x.shape[:-1])
+    return x.reshape(tokens, parts, x.shape[-1] // parts).transpose(0, 1)
+
+
+def _together(output: _Parts, x: Tensor) -> Tensor:
+    """The inverse of `_in_parts`, for an output that belongs to an input."""
+    parts, _, width = output.shape
+    return output.transpose(0, 1).reshape(*x.shape[:-1], parts * width)
 
 
 def _parts_of_output(x: _Parts, A: _Parts, B: _Parts, signs: Tensor) -> tuple[_Parts, _Parts]:

@@ -98,6 +98,34 @@ def check_not_sharded_since(pairs: list[LoraPair], *, divided: bool) -> None:
             )
 
 
+def held_by(optimizer: Optimizer) -> set[int]:
+    """The ids of an optimizer's parameters.
+
+    Args:
+        optimizer: the optimizer.
+    """
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def check_held(optimizer: Optimizer, pairs: list[LoraPair]) -> None:
+    """Check that an optimizer that steps factors in pairs still has them.
+
+    Args:
+        optimizer: the optimizer.
+        pairs: the LoRA pairs that it was made for, as they are now.
+
+    Raises:
+        UnsupportedOptimizerError: it has others.
+    """
+    held = held_by(optimizer)
+    if (lost := next((pair for pair in pairs if id(pair.lora_A) not in held), None)) is not None:
+        raise UnsupportedOptimizerError(
+            f"{type(optimizer).__name__} does not have the factors of module {lost.name!r} any more, which it steps in "
+            "pairs: DeepSpeed and FSDP1 put flat copies in their places. Use torch.optim.AdamW there, or train with "
+            "FSDP2 or DistributedDataParallel"
+        )
+
+
 def with_their_shards(pairs: list[LoraPair]) -> list[LoraPair]:
     """The pairs with the shards that have taken the places of their parameters.
 

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +127,8 @@ class Apollo(TrainsBase):
     Raises:
         ValueError: an option is not a positive number, or there is no such choice of matrices.
     """
+
+    steps_entries: ClassVar[bool] = False
 
     rank: int = 8
     """Rank of the space that the moments are kept in. The default is that of LoRA, so that both keep moments of similar

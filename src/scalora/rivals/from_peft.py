@@ -286,6 +286,8 @@ class Riemannian(Method):
         ValueError: `reg` is not a positive number.
     """
 
+    steps_entries: ClassVar[bool] = False
+
     reg: float = 1e-2
     """Regularisation of the inverses. The default is PEFT's, which limits the inverse while B is still near its start
     at zero; the authors use 1e-6."""

@@ -150,6 +150,7 @@ class GaLore(TrainsBase):
         ValueError: an option is not a positive number, or there is no such choice of matrices.
     """
 
+    steps_entries: ClassVar[bool] = False
     cannot_resume: ClassVar[str | None] = (
         "the projections in its optimizer's state are objects, which a Trainer does not load from a checkpoint"
     )

@@ -195,6 +195,7 @@ def create_lora_pro_optimizer(
 class LoraPro(Method):
     """LoRA-Pro: LoRA trained by `LoraProOptimizer`."""
 
+    steps_entries: ClassVar[bool] = False
     learning_rate: ClassVar[float | None] = _LEARNING_RATE
     """On the scale of full fine-tuning, because steps are those of full fine-tuning. The authors' scripts train
     Llama-2-7B at 2e-5."""

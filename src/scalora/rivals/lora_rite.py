@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -156,6 +156,8 @@ def _inverse_root(second: Float[Tensor, "r r"], escaped_mass: Float[Tensor, ""],
 @dataclass(frozen=True)
 class LoraRite(Method):
     """LoRA-RITE: LoRA trained by `LoraRiteOptimizer`."""
+
+    steps_entries: ClassVar[bool] = False
 
     max_unmagnified_norm: float = 1.0
     """Maximum norm of the unmagnified gradients of all pairs together, in place of the Trainer's ``max_grad_norm``;

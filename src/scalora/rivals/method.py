@@ -40,6 +40,10 @@ class Method:
     trains_its_adapter: ClassVar[bool] = True
     """Whether what is trained are the factors of the adapter that `save_pretrained` writes, and a step is theirs."""
 
+    steps_entries: ClassVar[bool] = True
+    """Whether training is steps of single entries and nothing else, so that it is the same with flat copies of what is
+    trained, which DeepSpeed steps."""
+
     cannot_resume: ClassVar[str | None] = None
     """The reason why a run can't resume from a checkpoint. None: it can."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scalora.model.adapters import LoraPair
+from scalora.parallel.sharded_pairs import check_held
 from scalora.rescale.optimizers import loss_of
 
 
@@ -39,6 +40,7 @@ class PairOptimizer(Optimizer):
         weight_decay: float,
     ) -> None:
         self._pairs = list(pairs)
+        self._had_steps = False
         groups = [[factor for pair in self._pairs for factor in (pair.lora_A, pair.lora_B)], list(others)]
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([{"params": group} for group in groups if group], defaults)
@@ -52,8 +54,14 @@ class PairOptimizer(Optimizer):
 
         Returns:
             The value of the closure; None without one.
+
+        Raises:
+            UnsupportedOptimizerError: at the first step: the factors have been replaced by shards or flat tensors.
         """
         loss: float | None = loss_of(closure)
+        if not self._had_steps:
+            check_held(self, self._pairs)
+            self._had_steps = True
         pairs_group, *other_groups = self.param_groups
         self._step_pairs([pair for pair in self._pairs if pair.has_gradients], pairs_group)
         for group in other_groups:

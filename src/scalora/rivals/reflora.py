@@ -263,6 +263,7 @@ class RefLora(Method):
         ValueError: `warmup_steps` is negative.
     """
 
+    steps_entries: ClassVar[bool] = False
     refactorer: ClassVar[type[GradientRefactorer] | type[ScalarRefactorer]] = GradientRefactorer
     """The class that attaches the method to a model and its optimizer."""
 

@@ -41,6 +41,7 @@ class ReLora(Method):
         ValueError: an option is out of range.
     """
 
+    steps_entries: ClassVar[bool] = False
     cannot_resume: ClassVar[str | None] = "a checkpoint does not contain the base weights that it has merged into"
     ordinary_adapter: ClassVar[bool] = False
     before_training: ClassVar[BeforeTraining] = "lost"

@@ -6,11 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from scalora.engine import ScaLora
 from scalora.model.adapters import LoraPair, find_lora_pairs
+from scalora.model.layers import plain_name
 from scalora.parallel.job import is_first
+from scalora.parallel.shards import wholes_for
+from scalora.parallel.zero import run_of_weight
 from scalora.rescale.remainder import FactoredRemainder
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.base_names import named_base
@@ -91,6 +96,39 @@ def write_results_of_shards(
     adopt_special_tokens(base, run.tokenizer)
     whole = load_model(base, target)
     _write(run, whole, find_lora_pairs(whole, all_shapes=True), folder, [name for name in names if name != "delta"])
+
+
+def write_adapter_of_shards(
+    run: PreparedRun, model: nn.Module, folder: Path, load_base: Callable[[], PreTrainedModel]
+) -> None:
+    """The same for a model of which each process has shards, and that some method has adapted which leaves the base.
+
+    All processes take part in what is trained, the first writes. That needs the whole model in its memory.
+
+    Args:
+        run: the run.
+        model: the trained model, of which this process has shards.
+        folder: the run folder.
+        load_base: loads the base as training did.
+    """
+    if not (names := result_names(run, factored=False)):
+        return
+    parts = {plain_name(name): run_of_weight(p) or p for name, p in model.named_parameters() if p.requires_grad}
+    trained = wholes_for(parts, keep=is_first())
+    if not is_first():
+        return
+    base = load_base()
+    adopt_special_tokens(base, run.tokenizer)
+    whole = run.method.adapt(base, run.peft_config, _no_gradients, run.arguments.learning_rate)
+    parameters = dict(whole.named_parameters())
+    with torch.no_grad():
+        for name, value in trained.items():
+            parameters[name].copy_(value)
+    _write(run, whole, [], folder, names)
+
+
+def _no_gradients(model: nn.Module) -> None:
+    raise AssertionError("what is written from shards starts without gradients")
 
 
 def _is_factored(pairs: Sequence[LoraPair]) -> bool:

@@ -18,9 +18,13 @@ from transformers.integrations import deepspeed
 from scalora.rivals.method import Method
 from scalora.rivals.scalora import ScaLoraMethod
 from scalora.runs.errors import InputError
+from scalora.runs.optimizer_checks import uses_pair_adamw
 from scalora.runs.settings import Settings
 
 _BY_LAUNCHER = "ACCELERATE_USE_FSDP"
+
+# Methods of which all that training changes are the trained parameters of a model that is made again without gradients.
+_WRITTEN_FROM_SHARDS = ("lora", "rslora", "block_signs")
 
 
 def splits_weights(arguments: TrainingArguments) -> bool:
@@ -45,11 +49,22 @@ def check_sharding(settings: Settings, method: Method, arguments: TrainingArgume
         InputError: it can't; names the key.
     """
     given, plugin = settings.training.get("deepspeed"), arguments.deepspeed_plugin
-    if (how := _fsdp(arguments)) is None and plugin is None:
-        return
-    how = how or (
-        f"training.deepspeed={given!r}" if given else f"DeepSpeed ZeRO-{plugin.zero_stage} of `accelerate launch`"
-    )
+    if plugin is None:
+        if (how := _fsdp(arguments)) is None:
+            return
+    else:
+        how = f"training.deepspeed={given!r}" if given else f"DeepSpeed ZeRO-{plugin.zero_stage} of `accelerate launch`"
+        if not method.steps_entries:
+            raise InputError(
+                f"method={settings.method!r} with {how}: DeepSpeed steps flat copies of what is trained, and the "
+                "method is about matrices; leave it out, and train with DistributedDataParallel"
+            )
+        if uses_pair_adamw(settings, method):
+            raise InputError(
+                f"the optimizer PairAdamW with {how}: DeepSpeed steps flat copies of what is trained, and PairAdamW is "
+                "about pairs of factors; set training.optim to adamw_torch, or train with FSDP2 or "
+                "DistributedDataParallel"
+            )
     if isinstance(method, ScaLoraMethod) and arguments.load_best_model_at_end:
         raise InputError(
             f"training.load_best_model_at_end=True with {how}: the Trainer would load the best adapter onto the base "
@@ -57,10 +72,11 @@ def check_sharding(settings: Settings, method: Method, arguments: TrainingArgume
         )
     if not splits_weights(arguments):
         return
-    if not isinstance(method, ScaLoraMethod):
+    if not isinstance(method, ScaLoraMethod) and settings.method not in _WRITTEN_FROM_SHARDS:
         raise InputError(
-            f"method={settings.method!r} with {how}: of the methods only scalora and its controls write what they have "
-            "trained from shards; leave it out, and train with DistributedDataParallel"
+            f"method={settings.method!r} with {how}: of the methods only scalora, its controls, "
+            f"{', '.join(_WRITTEN_FROM_SHARDS)} write what they have trained from shards; leave it out, and train with "
+            "DistributedDataParallel"
         )
     if settings.track_updates not in (0, "auto"):
         raise InputError(

@@ -40,7 +40,7 @@ from scalora.runs.models import load_base
 from scalora.runs.optimizer_checks import own_optimizer
 from scalora.runs.prepare import PreparedRun, prepare
 from scalora.runs.progress import TrainingProgress
-from scalora.runs.results import write_results, write_results_of_shards
+from scalora.runs.results import write_adapter_of_shards, write_results, write_results_of_shards
 from scalora.runs.resume import is_longer, resumed_environment, set_results_aside, warn_about_the_schedule
 from scalora.runs.run_folder import (
     DIVERGED_FILE,
@@ -115,6 +115,9 @@ def train(settings: Settings, *, overwrite: bool = False, resume: bool = False) 
         if (engine := _engine_of_shards(trainer)) is not None:
             with models_are_loaded_whole(run.arguments):
                 write_results_of_shards(run, trainer.model, engine, folder, partial(_base, run))
+        elif splits_weights(run.arguments):
+            with models_are_loaded_whole(run.arguments):
+                write_adapter_of_shards(run, trainer.model, folder, partial(_base, run))
         elif is_first():
             write_results(run, trainer.model, folder)
         if is_first():
