@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny_gpt2, tiny_llama, trainable
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -23,6 +23,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from scalora import PairAdamW, add_block_signs
 from scalora.bench.estimate import Estimate, estimate
 from scalora.bench.settings import EstimateSettings
 from scalora.cli import app
@@ -95,6 +96,29 @@ def test_lora_takes_what_a_real_model_and_a_real_optimizer_take(tiny, tmp_path, 
     assert found["memory"]["gradients"] == sum(p.grad.nbytes for p in trainable(model))
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert found["memory"]["optimizer"] == sum(moment.nbytes for moment in moments)
+
+
+def test_pair_adamw_takes_what_a_real_one_takes_and_gpus_share_its_first_moments(tiny, tmp_path):
+    model = adapted(tiny_llama())
+    optimizer = PairAdamW(model)
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    sizes = {
+        name: sum(state[name].nbytes for state in optimizer.state.values())
+        for name in ("exp_avg", "second_moment", "row_weights")
+    }
+    words = ("--r", 4, "--optimizer", "pair_adamw")
+    assert estimated(tmp_path, tiny, *words)["memory"]["optimizer"] == sum(sizes.values())
+    of_two = estimated(tmp_path, tiny, *words, "--gpus", 2)["memory"]["optimizer"]
+    assert of_two == sum(sizes.values()) - sizes["exp_avg"] / 2
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj", "embed_tokens,down_proj"])
+def test_the_adapter_of_block_signs_takes_what_a_real_one_takes(tiny, tmp_path, targets):
+    model = adapted(tiny_llama(), target_modules=targets if targets == "all-linear" else targets.split(","))
+    add_block_signs(model)
+    taken = sum(tensor.nbytes for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values())
+    assert estimated(tmp_path, tiny, "--r", 4, "--target-modules", targets)["signed_adapter"] == taken
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -464,6 +488,11 @@ def test_what_gpus_receive_is_printed(large, tmp_path):
         (["--dtype", "float8"], "--dtype 'float8': the dtypes are float32, bfloat16, float16"),
         (["--quantization", "gguf"], "--quantization 'gguf': must be one of none, nf4, int8"),
         (["--merge", "sparse"], "merge must be one of auto, dense, dense_8bit, stochastic, factored, got 'sparse'"),
+        (["--optimizer", "sgd"], "--optimizer 'sgd': must be one of adamw, pair_adamw"),
+        (
+            ["--optimizer", "pair_adamw", "--gpus", "2", "--parallel", "zero2"],
+            "--optimizer pair_adamw with --parallel zero2: DeepSpeed cuts the factors up",
+        ),
         (["--merge", "dense", "--quantization", "nf4"], "--merge dense: can't merge into nf4 weights"),
         (["--merge", "dense_8bit", "--quantization", "nf4"], "--merge dense_8bit: can't merge into nf4 weights"),
         (["--merge", "stochastic", "--quantization", "nf4"], "--merge stochastic: can't merge into nf4 weights"),

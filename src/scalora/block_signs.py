@@ -89,6 +89,18 @@ def check_blocks(blocks: int | None) -> None:
         raise ValueError(f"blocks must be a power of two above 1, got {blocks!r}")
 
 
+def ordinary_entries(pair: LoraPair, blocks: int | None = None) -> int:
+    """The number of entries of a layer's ordinary factors with block signs; of LoRA's where it would have none.
+
+    Args:
+        pair: the layer, with factors of PEFT's.
+        blocks: as in `add_block_signs`.
+    """
+    count = blocks or _default_blocks(pair.r)
+    signed = _is_linear(pair) and block_signs(pair.m, pair.n, count, device="meta") is not None
+    return (math.gcd(pair.n, count) if signed else 1) * (pair.lora_A.numel() + pair.lora_B.numel())
+
+
 def _check_factors_are_whole(pairs: list[LoraPair]) -> None:
     for pair in pairs:
         if any(is_distributed(factor) or is_partitioned(factor) for factor in (pair.lora_A, pair.lora_B)):

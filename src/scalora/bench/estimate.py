@@ -31,10 +31,18 @@ from scalora.bench.several_gpus import (
     traffic,
     work_of_one,
 )
+from scalora.block_signs import ordinary_entries
 from scalora.config import DEFAULT_TARGET_MODULES, MERGES_INTO_THE_BASE, Merge
 from scalora.model.adapters import LoraPair
 from scalora.model.layers import ADAPTABLE
-from scalora.model.memory import Memory, bytes_of_base, pairs_over_quantised, quantisable_layers, training_memory
+from scalora.model.memory import (
+    Memory,
+    bytes_of_base,
+    bytes_of_second_moments,
+    pairs_over_quantised,
+    quantisable_layers,
+    training_memory,
+)
 from scalora.model.placement import check_places, resolve_merge
 from scalora.runs.errors import InputError
 from scalora.studies.grid import grid
@@ -45,6 +53,8 @@ _SINGLE = 4
 # Mean number of columns of a factored remainder, as a multiple of `remainder_rank`: between two compressions they grow
 # from `remainder_rank` to twice that.
 _MEAN_COLUMNS = 1.5
+
+_NAMES = {"adamw": "AdamW", "pair_adamw": "PairAdamW"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,7 @@ class Estimate:
             that are neither linear layers, nor embeddings, nor experts, such as convolutions and routers.
         experts: bytes of adapted experts that are one parameter. PEFT adds the update to a copy of theirs in each pass.
         merge: where the remainder goes, any but ``"auto"``.
+        signed_adapter: bytes of the ordinary adapter of LoRA with block signs, in float32.
         memory: memory by part; with several GPUs, that of each.
         seconds: times of a step and a rescale.
         traffic: what each of several GPUs receives; None for a single one.
@@ -105,6 +116,7 @@ class Estimate:
     uncounted: int
     experts: int
     merge: Merge
+    signed_adapter: int
     memory: Memory
     seconds: Seconds
     traffic: Traffic | None = None
@@ -141,10 +153,22 @@ def estimate(settings: EstimateSettings) -> Estimate:
     check_places(pairs, settings.merge, settings.remainder_rank)
     merge = resolve_merge(pairs, settings.merge, settings.remainder_rank)
     adapter = _SINGLE * trainable
-    memory, sent = training_memory(base_bytes, adapter, adapter, pairs, merge, settings.remainder_rank), None
+    in_pairs = pairs if settings.optimizer == "pair_adamw" else []
+    memory, sent = (
+        training_memory(base_bytes, adapter, adapter, pairs, merge, settings.remainder_rank, in_pairs=in_pairs),
+        None,
+    )
     if settings.gpus > 1:
         collectives = rescale_collectives(pairs, merge, settings.parallel, settings.gpus)
-        memory = memory_of_one(memory, units, collectives, merge, settings.parallel, settings.gpus)
+        memory = memory_of_one(
+            memory,
+            units,
+            collectives,
+            merge,
+            settings.parallel,
+            settings.gpus,
+            undivided=sum(map(bytes_of_second_moments, in_pairs)),
+        )
         sent = traffic(pairs, merge, settings.parallel, settings.gpus, base=base_bytes, adapter=adapter)
     return Estimate(
         model=type(base).__name__,
@@ -155,6 +179,7 @@ def estimate(settings: EstimateSettings) -> Estimate:
         uncounted=uncounted,
         experts=sum(pair.weight.nbytes for pair in pairs if pair.experts > 1),
         merge=merge,
+        signed_adapter=_SINGLE * sum(map(ordinary_entries, pairs)),
         memory=memory,
         seconds=_seconds(pairs, matrices, chosen, base_bytes, merge, settings, sent),
         traffic=sent,
@@ -300,15 +325,17 @@ def markdown(settings: EstimateSettings, found: Estimate) -> str:
         grid(
             ["memory, GiB" if found.traffic is None else "GiB per GPU", "LoRA", "ScaLoRA"], _memory_rows(found.memory)
         ),
-        "Without activations, which are the same for both and grow with the batch. Optimizer: Adam. The scratch memory "
-        "is in use during the optimizer's step, when the activations have been freed; where rescales are replayed "
-        "(dense on one GPU) it stays reserved.",
+        "Without activations, which are the same for both and grow with the batch. Optimizer: "
+        f"{_NAMES[settings.optimizer]}. The scratch memory is in use during the optimizer's step, when the activations "
+        "have been freed; where rescales are replayed (dense on one GPU) it stays reserved.",
         grid(["time", "ms per step", "over LoRA"], _time_rows(found.seconds, settings.interval)),
         f"{settings.tokens:,} tokens per step, {settings.bandwidth:g} GB/s, {settings.rate / 1e12:g} TFLOP/s reached, "
         f"{settings.rescale_rate / 1e12:g} by a rescale (float32). "
         "Step: the matrix products of the linear layers, without attention's own products and without recomputation, "
         "or reading the weights twice if that takes longer. "
         f"Rescale: a lower bound, {1000 * sum(found.seconds.rescale.values()):.3g} ms; a real one takes longer.",
+        f"Block signs take LoRA's memory. Their adapter takes {_gib(found.signed_adapter)} GiB on the disk in float32, "
+        f"LoRA's {_gib(_SINGLE * found.trainable)}.",
     ]
     if found.experts:
         unpacked = "" if settings.quantization == "none" else " They are not quantised, because only linear layers are."

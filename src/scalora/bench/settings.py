@@ -13,6 +13,9 @@ from scalora.runs.errors import InputError
 
 Quantization = Literal["none", "nf4", "int8"]
 
+StateOf = Literal["adamw", "pair_adamw"]
+"""Optimizers whose state is estimated."""
+
 Parallel = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 """Ways to train on several GPUs: PyTorch's DistributedDataParallel and FSDP2, and DeepSpeed's ZeRO."""
 
@@ -138,6 +141,7 @@ class EstimateSettings:
         dtype: dtype of the base weights. bfloat16 by default, because models large enough to need an estimate are
             published in it.
         quantization: how bitsandbytes quantises the base's linear layers, as in `scalora train`.
+        optimizer: whose state is counted. AdamW's by default, because it is the larger one.
         merge: where ScaLoRA's remainder goes.
         remainder_rank: columns that a factored remainder keeps.
         tokens: tokens per step. The default is one sequence of Llama 2's length; with more, a rescale is a smaller
@@ -164,6 +168,7 @@ class EstimateSettings:
     target_modules: str = DEFAULT_TARGET_MODULES
     dtype: Dtype = "bfloat16"
     quantization: Quantization = "none"
+    optimizer: StateOf = "adamw"
     merge: Merge = ScaLoraConfig.merge
     remainder_rank: int = ScaLoraConfig.remainder_rank
     tokens: int = 4096
@@ -188,12 +193,19 @@ class EstimateSettings:
             raise InputError(f"--dtype {self.dtype!r}: the dtypes are {', '.join(get_args(Dtype))}")
         if self.quantization not in (known := get_args(Quantization)):
             raise InputError(f"--quantization {self.quantization!r}: must be one of {', '.join(known)}")
+        if self.optimizer not in (known := get_args(StateOf)):
+            raise InputError(f"--optimizer {self.optimizer!r}: must be one of {', '.join(known)}")
         if self.parallel not in (known := get_args(Parallel)):
             raise InputError(f"--parallel {self.parallel!r}: must be one of {', '.join(known)}")
         if self.gpus > 1 and self.quantization != "none" and self.parallel in ("fsdp2", "zero3"):
             raise InputError(
                 f"--parallel {self.parallel}: {self.quantization} weights are not split over GPUs, and their memory is "
                 "not known; use ddp, zero1 or zero2"
+            )
+        if self.gpus > 1 and self.optimizer == "pair_adamw" and self.parallel.startswith("zero"):
+            raise InputError(
+                f"--optimizer pair_adamw with --parallel {self.parallel}: DeepSpeed cuts the factors up, and PairAdamW "
+                "steps whole ones; use adamw, or fsdp2 or ddp"
             )
         ScaLoraConfig(merge=self.merge, remainder_rank=self.remainder_rank)
 

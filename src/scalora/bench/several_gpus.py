@@ -142,7 +142,14 @@ def traffic(
 
 
 def memory_of_one(
-    whole: Memory, units: tuple[int, int], gathered: Sequence[Collective], merge: Merge, parallel: Parallel, gpus: int
+    whole: Memory,
+    units: tuple[int, int],
+    gathered: Sequence[Collective],
+    merge: Merge,
+    parallel: Parallel,
+    gpus: int,
+    *,
+    undivided: int = 0,
 ) -> GpuMemory:
     """Memory of one GPU of several.
 
@@ -153,6 +160,7 @@ def memory_of_one(
         merge: where remainders go.
         parallel: how the model is trained.
         gpus: how many GPUs there are.
+        undivided: bytes of the optimizer's state that each GPU has, however many there are.
     """
     shards = parallel in _SHARDS_WEIGHTS
     split = {
@@ -163,7 +171,9 @@ def memory_of_one(
         "remainder": shards and merge != "factored",
         "scratch": parallel == "fsdp2",
     }
-    parts = {name: math.ceil(count / gpus) if split[name] else count for name, count in asdict(whole).items()}
+    counts = asdict(whole) | {"optimizer": whole.optimizer - undivided}
+    parts = {name: math.ceil(count / gpus) if split[name] else count for name, count in counts.items()}
+    parts["optimizer"] += undivided
     if parallel.startswith("zero"):
         parts["optimizer"] += math.ceil(whole.adapter / gpus)  # DeepSpeed's own copy of what it trains
     block, outside = units

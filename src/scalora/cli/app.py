@@ -16,7 +16,15 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from scalora._version import __version__
-from scalora.bench.settings import ACHIEVED, H100_TFLOPS, BenchSettings, EstimateSettings, Parallel, Quantization
+from scalora.bench.settings import (
+    ACHIEVED,
+    H100_TFLOPS,
+    BenchSettings,
+    EstimateSettings,
+    Parallel,
+    Quantization,
+    StateOf,
+)
 from scalora.config import Dtype, Merge
 from scalora.parallel.job import is_first, leave, let_the_first_speak, let_the_lost_be_named
 from scalora.runs.errors import DivergedError, InputError
@@ -579,6 +587,9 @@ def estimate(
     quantization: Annotated[
         str, typer.Option(help=f"Quantisation of the base's linear layers: {_or(get_args(Quantization))}.")
     ] = EstimateSettings.quantization,
+    optimizer: Annotated[
+        str, typer.Option(help=f"Whose state is counted: {_or(get_args(StateOf))}.")
+    ] = EstimateSettings.optimizer,
     merge: Annotated[
         str, typer.Option(help=f"Where the remainder goes: {_or(get_args(Merge))}.")
     ] = EstimateSettings.merge,
@@ -627,7 +638,7 @@ def estimate(
 ) -> None:
     """Estimate memory and time of training from a model's config.
 
-    Compares LoRA and ScaLoRA; no weights are read.
+    Compares LoRA, ScaLoRA and block signs; no weights are read.
     """
 
     def run() -> None:
@@ -643,6 +654,7 @@ def estimate(
             target_modules=target_modules,
             dtype=dtype,  # type: ignore[arg-type]
             quantization=quantization,  # type: ignore[arg-type]
+            optimizer=optimizer,  # type: ignore[arg-type]
             merge=merge,  # type: ignore[arg-type]
             remainder_rank=remainder_rank,
             tokens=tokens,

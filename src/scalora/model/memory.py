@@ -136,10 +136,18 @@ def _bytes_of_remainder(pair: LoraPair, merge: Merge, remainder_rank: int) -> in
 
 
 def _bytes_of_pair_state(pair: LoraPair) -> int:
-    """First moments and row weights, as the factors, and two r × r second moments in float64."""
-    first_moments = pair.lora_A.nbytes + pair.lora_B.nbytes
+    """First moments, as the factors, and what FSDP2 does not split."""
+    return pair.lora_A.nbytes + pair.lora_B.nbytes + bytes_of_second_moments(pair)
+
+
+def bytes_of_second_moments(pair: LoraPair) -> int:
+    """Bytes of what `scalora.PairAdamW` has of a layer in every process: row weights, and r × r matrices in float64.
+
+    Args:
+        pair: the layer.
+    """
     row_weights = (pair.m + pair.n) * pair.lora_A.element_size()
-    return first_moments + pair.experts * (row_weights + 2 * _DOUBLE * pair.r**2)
+    return pair.experts * (row_weights + 2 * _DOUBLE * pair.r**2)
 
 
 def _bytes_of_scratch(stack: list[LoraPair]) -> int:
