@@ -26,6 +26,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from scalora import ScaLoraConfig
 from scalora.cli import app
 from scalora.runs.data import label_names, load_examples, tokenized_for_classification
 from scalora.runs.errors import InputError
@@ -227,6 +228,21 @@ def test_tools_and_template_arguments_are_used_as_they_are_written(tool_folder, 
         )
         assert text == expected
     assert "null" not in texts[1]  # nothing of the other row's tools
+
+
+def test_settings_of_rescales_are_named_that_a_method_does_not_have(write_config, causal_folder):
+    def messages(**content):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", UserWarning)
+            prepare(load_settings(write_config(pairs(4), model=str(causal_folder), **content)))
+        return [str(warning.message) for warning in found if "scalora" in str(warning.message)]
+
+    scalora = {"mode": "matrix", "interval": 5, "warmup_steps": ScaLoraConfig.warmup_steps}
+    assert messages(method="block_signs", scalora=scalora) == [
+        "scalora.interval=5, scalora.mode='matrix': ignored, because the method 'block_signs' has no rescales (the "
+        "method scalora has)"
+    ]
+    assert messages(method="scalora", scalora=scalora) == messages(method="lora", scalora={}) == []
 
 
 def test_columns_that_are_not_used_are_named(write_config, causal_folder, encoder_folder):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from scalora.runs.losses import CausalTrainer, SequenceTrainer
 from scalora.runs.mixing import mixed
 from scalora.runs.model_limits import TextLimit, require_trl_tokens, text_limit
 from scalora.runs.models import Source, empty_base, hidden_size, load_tokenizer, resolve_source
+from scalora.runs.names import listed
 from scalora.runs.optimizer_checks import check_optimizer, default_mode, uses_pair_adamw
 from scalora.runs.resume import (
     Change,
@@ -135,6 +137,8 @@ def prepare(settings: Settings, *, overwrite: bool = False, resume: bool = False
         check_same_data(Path(settings.output_dir), environment)
     if isinstance(method, ScaLoraMethod):
         _require_mergeable_base(settings, method)
+    else:
+        _warn_about_rescales(settings)
     check_optimizer(settings, method, arguments)
     tokenizer = load_tokenizer(source, settings)
     labels = None
@@ -378,4 +382,14 @@ def _require_mergeable_base(settings: Settings, method: ScaLoraMethod) -> None:
         raise InputError(
             f"scalora.merge={method.config.merge!r}: can't merge into {settings.quantization} weights; set it to "
             "factored or auto"
+        )
+
+
+def _warn_about_rescales(settings: Settings) -> None:
+    """Name settings of rescales in the config of a run without them; not those that a template has."""
+    defaults = {field.name: field.default for field in fields(ScaLoraConfig)}
+    if set_ := [f"scalora.{key}={value!r}" for key, value in settings.scalora.items() if value != defaults.get(key)]:
+        warnings.warn(
+            f"{listed(set_)}: ignored, because the method {settings.method!r} has no rescales (the method scalora has)",
+            stacklevel=2,
         )
