@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import scalora
 from scalora.cli import app
+from scalora.cli.console import short_names
 from scalora.maths.weight_steps import norm_for_turn
 from scalora.runs.inspect import inspect_run
 
@@ -381,7 +382,17 @@ def test_a_pattern_an_output_file_and_what_is_printed(train, tmp_path):
     assert content == inspect_run(run, layers=r"1\..*_proj$", batches=1)
     assert len(content["layers"]) == 7
     printed = "".join(result.stdout.split())
-    assert all(text in printed for text in ("oracle", "all(7)", "mlp.up_proj(1)", "first:step3", "out.json"))
+    assert all(text in printed for text in ("oracle", "all(7)", "first:step3", "out.json"))
+    rows = [line.split() for line in result.stdout.splitlines()]
+    for name in ("q_proj", "o_proj", "gate_proj", "down_proj"):  # in one line of 80 characters
+        assert any(row[:1] == [f"1.{name}"] and len(row) == 7 for row in rows)
+        assert any(row[:2] == [name, "(1)"] and len(row) == 7 for row in rows)
+
+
+def test_layers_that_share_their_last_name_keep_more_of_it():
+    names = ["encoder.layers.0.attn.proj", "encoder.layers.0.mlp.proj", "head"]
+    assert short_names(names) == ["0.attn.proj", "0.mlp.proj", "head"]
+    assert short_names([names[0], "encoder.layers.0.mlp.fc", "head"]) == ["0.proj", "0.fc", "head"]
 
 
 def damaged(run, target, change):

@@ -34,7 +34,7 @@ _CAPTION = (
     "range for each kind of layer."
 )
 
-_LOOK: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False}
+_LOOK: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
 
 
 def show_scores(scores: dict[str, Any]) -> None:
@@ -197,14 +197,24 @@ def _fill(table: Table, rows: list[dict[str, Any]], columns: dict[str, tuple[str
     for column in ("layer", *columns):
         table.add_column(column, overflow="fold")
     kinds: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        short = re.sub(r"^\D*(?=\d+\.)", "", row["name"])
+    for short, row in zip(short_names([row["name"] for row in rows]), rows, strict=True):
         table.add_row(short, *(_figure(row[key], form) for key, form in columns.values()))
-        kinds.setdefault(re.split(r"\.\d+\.", row["name"])[-1], []).append(row)
+        kinds.setdefault(re.sub(r"^(\d+\.)+", "", short), []).append(row)
     table.add_section()
     for kind, members in {**kinds, "all": rows}.items():
         spreads = (_spread([row[key] for row in members], form) for key, form in columns.values())
         table.add_row(f"{kind} ({len(members)})", *spreads, style="bold")
+
+
+def short_names(names: list[str]) -> list[str]:
+    """The number of a layer's block and what the layer is called in it; more of the name where others have the same.
+
+    Args:
+        names: the names of all layers that are shown.
+    """
+    from_number = [re.sub(r"^\D*(?=\d+\.)", "", name) for name in names]
+    shortest = [re.sub(r"(?<=\d\.)\D*\.(?=[^.]+$)", "", name) for name in from_number]
+    return shortest if len(set(shortest)) == len(names) else from_number
 
 
 def _spread(values: list[Any], form: str) -> str:
