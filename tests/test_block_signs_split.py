@@ -222,6 +222,9 @@ def process(rank, processes, folder, port):
     with pytest.raises(UnsupportedLayerError) as error:
         add_block_signs(fully_shard(get_peft_model(base(), LoraConfig(target_modules="all-linear"))))
     results["too late"] = str(error.value)
+    with pytest.raises(RuntimeError) as error:
+        sharded("decoder layers").save_pretrained(folder / f"parts of {rank}")
+    results["parts"] = str(error.value)
     results["trainers"] = trainers(folder)
     torch.save(results, folder / f"{processes}-{rank}.pt")
     dist.barrier()
@@ -263,6 +266,26 @@ def test_ordinary_factors_that_torch_would_drop_are_not_dropped_in_silence(of_tw
 def test_signs_that_come_after_the_shards_are_refused(of_two):
     for result in of_two:
         assert "call add_block_signs before fully_shard()" in result["too late"]
+
+
+def test_parts_of_factors_are_not_saved(of_two):
+    for result in of_two:
+        assert "this process has a part of them: gather them in all processes" in result["parts"]
+
+
+def split_by_zero3(model):
+    """What DeepSpeed leaves of the parameters of a model between passes, in place of which it has others."""
+    for parameter in trainable(model):
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    return model
+
+
+def test_empty_factors_are_not_saved(tmp_path):
+    model = split_by_zero3(signed())
+    for given in ({}, {"state_dict": model.state_dict()}):
+        with pytest.raises(RuntimeError, match="this process has a part of them"):
+            model.save_pretrained(tmp_path / "adapter", **given)
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.fixture(scope="module")

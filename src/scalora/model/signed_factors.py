@@ -66,8 +66,12 @@ def split_as(tensor: Tensor, like: Tensor) -> Tensor:
     return split
 
 
-def _is_split(factor: Tensor) -> bool:
-    """Whether a trained factor is not here as a whole: with ZeRO-3 it is, where it is gathered."""
+def is_split(factor: Tensor) -> bool:
+    """Whether a trained factor is not here as a whole: with ZeRO-3 it is, where it is gathered.
+
+    Args:
+        factor: the factor.
+    """
     return is_distributed(factor) or (is_partitioned(factor) and not factor.numel())
 
 
@@ -139,7 +143,7 @@ class SignedFactor(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # Accelerate fills the shards of a model on the meta device from a state dict that was made before they were.
-        if _is_split(self.factor) and not self.factor.is_meta:
+        if is_split(self.factor) and not self.factor.is_meta:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
         with torch.no_grad():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from scalora.model.mixed_class import MixedIn
-from scalora.model.signed_factors import SignedA, SignedB, SignedFactor
+from scalora.model.signed_factors import SignedA, SignedB, SignedFactor, is_split
 
 
 class SignedConfig(LoraConfig):  # type: ignore[misc]
@@ -43,9 +43,15 @@ class SignedModel(MixedIn, PeftModel):  # type: ignore[misc]
             save_directory: as PEFT's.
             args: as PEFT's.
             kwargs: as PEFT's.
+
+        Raises:
+            RuntimeError: this process has a part of the factors: FSDP2 or ZeRO-3 has split them.
         """
-        if kwargs.get("state_dict") is not None:
-            kwargs["state_dict"] = self._with_ordinary_factors(kwargs["state_dict"])
+        given = kwargs.get("state_dict")
+        if given is not None:
+            kwargs["state_dict"] = self._with_ordinary_factors(given)
+        elif any(isinstance(module, SignedFactor) and is_split(module.factor) for module in self.modules()):
+            _refuse_parts()
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _with_ordinary_factors(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -54,10 +60,19 @@ class SignedModel(MixedIn, PeftModel):  # type: ignore[misc]
             name, _, parameter = key.rpartition(".")
             module = self.get_submodule(name) if parameter == "factor" else None
             if isinstance(module, SignedFactor):
+                if is_split(value) or not value.numel():
+                    _refuse_parts()
                 ordinary[f"{name}.weight"] = module.expanded(value)
             else:
                 ordinary[key] = value
         return ordinary
+
+
+def _refuse_parts() -> NoReturn:
+    raise RuntimeError(
+        "factors with block signs are split over processes, and this process has a part of them: gather them in all "
+        "processes, as Accelerator.get_state_dict(model) does, and pass them to save_pretrained() as state_dict"
+    )
 
 
 def _sign_as_others(layer: LoraLayer, name: str) -> None:
