@@ -28,6 +28,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from scalora import BlockSignsCallback, PairAdamW, ScaLora, ScaLoraConfig, UnsupportedLayerError, add_block_signs
 from scalora.maths.block_signs import (
+    add_signed_linear,
     block_signs,
     blocks_of,
     compact_A,
@@ -36,7 +37,6 @@ from scalora.maths.block_signs import (
     expanded_B,
     product_with_A,
     product_with_B,
-    signed_linear,
 )
 from scalora.model.adapters import find_lora_pairs
 from scalora.model.made_factor import MadeFactorError
@@ -69,8 +69,10 @@ def test_all_forms_are_the_definition(m, n, r, blocks, batch):
     update = signs_by_definition(m, n, blocks) * (B @ A)
     parts = signs.shape[1]
     in_two_products = product_with_B(product_with_A(x, A, parts), B, signs)
-    for found in (signed_linear(x, A, B, signs), in_two_products):
-        torch.testing.assert_close(found, x @ update.mT, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(in_two_products, x @ update.mT, rtol=1e-11, atol=1e-11)
+    for result in (normal(*batch, m, seed=4), normal(m, *batch, seed=4).movedim(0, -1)):
+        expected = result + 1.5 * x @ update.mT
+        torch.testing.assert_close(add_signed_linear(result, x, A, B, signs, 1.5), expected, rtol=1e-11, atol=1e-11)
     big_A, big_B = expanded_A(A, parts), expanded_B(B, signs)
     torch.testing.assert_close(big_B @ big_A, update, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(product_with_A(x, A, parts), x @ big_A.mT, rtol=1e-11, atol=1e-11)
@@ -491,9 +493,28 @@ def test_no_more_is_kept_for_a_backward_pass_than_by_lora():
 
 def test_gradients_and_second_derivatives_are_those_of_the_definition():
     signs = block_signs(24, 16, 8, dtype=torch.float64)
-    inputs = [normal(*shape, seed=seed).requires_grad_() for seed, shape in enumerate([(3, 16), (2, 16), (24, 2)])]
-    assert torch.autograd.gradcheck(lambda *xAB: signed_linear(*xAB, signs), inputs)
-    assert torch.autograd.gradgradcheck(lambda *xAB: signed_linear(*xAB, signs), inputs)
+    shapes = [(3, 24), (3, 16), (2, 16), (24, 2)]
+    inputs = [normal(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(lambda *given: add_signed_linear(*given, signs, 1.5), inputs)
+    assert torch.autograd.gradgradcheck(lambda *given: add_signed_linear(*given, signs, 1.5), inputs)
+
+
+@pytest.mark.parametrize("wide", ["result", "factors"])
+def test_the_sum_and_each_gradient_have_the_dtypes_that_they_would_have_without_a_function_of_ours(wide):
+    shapes = [(3, 24), (3, 16), (2, 16), (24, 2)]
+    dtypes = (torch.float64, torch.float32) if wide == "result" else (torch.float32, torch.float64)
+    result, *others = (normal(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    given = [result.to(dtypes[0]).requires_grad_(), *(tensor.to(dtypes[1]).requires_grad_() for tensor in others)]
+    x, A, B = given[1:]
+    signs = block_signs(24, 16, 8, dtype=dtypes[1])
+    output = add_signed_linear(*given, signs, 1.5)
+    wanted = given[0] + product_with_B(product_with_A(x, A, 8), B, signs) * 1.5
+    assert output.dtype == torch.float64
+    torch.testing.assert_close(output, wanted, rtol=1e-6, atol=1e-6)
+    weights = normal(3, 24, seed=7)
+    found, expected = (torch.autograd.grad((sum_ * weights).sum(), given) for sum_ in (output, wanted))
+    assert [gradient.dtype for gradient in found] == [tensor.dtype for tensor in given]
+    torch.testing.assert_close(list(found), list(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_a_dict_of_the_trained_parameters_is_saved_as_the_ordinary_adapter(tmp_path):

@@ -151,31 +151,33 @@ def product_with_B(
     return _together(mixed @ lora_B.view(k_out, -1, lora_B.shape[1]).mT, hidden)
 
 
-def signed_linear(
+def add_signed_linear(
+    result: Float[Tensor, "... m"],
     x: Float[Tensor, "... n"],
     lora_A: Float[Tensor, "r n"],
     lora_B: Float[Tensor, "m r"],
     signs: Float[Tensor, "k_out k_in"],
+    scaling: float = 1.0,
 ) -> Float[Tensor, "... m"]:
-    """``x · (S ⊙ (lora_B · lora_A))ᵀ`` without the product itself, all in one dtype.
+    """``result + scaling · x · (S ⊙ (lora_B · lora_A))ᵀ`` without the product of the factors.
 
     In place of r numbers for each token there are r for each part of the inputs, which C turns into r for each part of
     the outputs. A backward pass computes them again, so that no more is kept for it than x and the factors.
 
     Args:
+        result: what to add to; its dtype may be another. The sum is in the wider of the two.
         x: the input.
-        lora_A: PEFT's ``lora_A.weight``.
+        lora_A: PEFT's ``lora_A.weight``, in the input's dtype, as the other two.
         lora_B: PEFT's ``lora_B.weight``.
         signs: from `block_signs`.
+        scaling: what the update is multiplied by.
     """
-    k_out, k_in = signs.shape
-    factors = (_in_parts(x, k_in), _in_parts(lora_A, k_in), lora_B.view(k_out, -1, lora_B.shape[1]), signs)
     # A compiler chooses by itself what to compute again, and the transforms of torch.func take no function of ours
     # without rules for each of them; their test has no public name.
-    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    output: Tensor
-    output = _parts_of_output(*factors)[0] if plain else _SignedProduct.apply(*factors)  # type: ignore[no-untyped-call]
-    return _together(output, x)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return result + product_with_B(product_with_A(x, lora_A, signs.shape[1]), lora_B, signs) * scaling
+    output: Tensor = _AddedProduct.apply(result, x, lora_A, lora_B, signs, scaling)  # type: ignore[no-untyped-call]
+    return output
 
 
 _Parts = Float[Tensor, "_ _ _"]
@@ -193,33 +195,51 @@ def _together(output: _Parts, x: Tensor) -> Tensor:
     return output.transpose(0, 1).reshape(*x.shape[:-1], parts * width)
 
 
-def _parts_of_output(x: _Parts, A: _Parts, B: _Parts, signs: Tensor) -> tuple[_Parts, _Parts]:
-    """The output of each part, and what the second factor is multiplied by."""
-    mixed = _mixed(signs, x @ A.mT)
-    return mixed @ B.mT, mixed
-
-
 def _mixed(signs: Tensor, parts: _Parts) -> _Parts:
     return (signs @ parts.flatten(1)).view(len(signs), *parts.shape[1:])
 
 
-class _SignedProduct(torch.autograd.Function):
-    """Saves its inputs alone. Its backward pass is made of differentiable operations, for second derivatives."""
+class _AddedProduct(torch.autograd.Function):
+    """Saves the input, the factors and the signs alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: _Parts, A: _Parts, B: _Parts, signs: Tensor) -> Tensor:
-        ctx.save_for_backward(x, A, B, signs)
-        return _parts_of_output(x, A, B, signs)[0]
+    def forward(
+        ctx: Any, result: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, signs: Tensor, scaling: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, lora_A, lora_B, signs)
+        ctx.scaling, ctx.dtype_of_result = scaling, result.dtype
+        k_out, k_in = signs.shape
+        mixed = _mixed(signs, _in_parts(x, k_in) @ _in_parts(lora_A, k_in).mT)
+        B = lora_B.view(k_out, -1, lora_B.shape[1]).mT
+        if torch.promote_types(result.dtype, x.dtype) != x.dtype:
+            return result + _together(mixed @ B, x) * scaling
+        # In place of a product in parts, which is copied to be put together, multiplied and added.
+        output = result.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+        _in_parts(output, k_out).baddbmm_(mixed, B, alpha=scaling)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, signs = ctx.saved_tensors
-        for_x, for_A, for_B, _ = ctx.needs_input_grad
+        x, lora_A, lora_B, signs = ctx.saved_tensors
+        for_result, for_x, for_A, for_B, *_ = ctx.needs_input_grad
+        k_out, k_in = signs.shape
+        A, B = _in_parts(lora_A, k_in), lora_B.view(k_out, -1, lora_B.shape[1])
+        in_parts, of_update = _in_parts(x, k_in), _in_parts(grad.to(x.dtype), k_out)
         grad_x = grad_A = grad_B = None
         if for_B:  # first, so that what it takes is free again
-            grad_B = (_mixed(signs, x @ A.mT).mT @ grad).mT  # the other way round takes twice as long
+            # The product the other way round takes twice as long.
+            grad_B = (_mixed(signs, in_parts @ A.mT).mT @ of_update).mT.reshape(lora_B.shape) * ctx.scaling
         if for_x or for_A:
-            grad_hidden = _mixed(signs.mT, grad @ B)
-            grad_x = grad_hidden @ A if for_x else None
-            grad_A = grad_hidden.mT @ x if for_A else None
-        return grad_x, grad_A, grad_B, None
+            grad_hidden = _mixed(signs.mT, of_update @ (B * ctx.scaling))
+            grad_x = _product_together(grad_hidden, A, x) if for_x else None
+            grad_A = _together(grad_hidden.mT @ in_parts, lora_A) if for_A else None
+        return grad.to(ctx.dtype_of_result) if for_result else None, grad_x, grad_A, grad_B, None, None
+
+
+def _product_together(parts: _Parts, factors: _Parts, x: Tensor) -> Tensor:
+    """Products of parts, put together as an input is."""
+    if torch.is_grad_enabled():  # for second derivatives
+        return _together(parts @ factors, x)
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.bmm(parts, factors, out=_in_parts(output, len(parts)))
+    return output

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scalora.maths.block_signs import (
+    add_signed_linear,
     block_signs,
     compact_A,
     compact_B,
@@ -21,7 +22,6 @@ from scalora.maths.block_signs import (
     expanded_B,
     product_with_A,
     product_with_B,
-    signed_linear,
 )
 from scalora.model.adapters import UnsupportedLayerError
 from scalora.model.layers import is_distributed, is_partitioned
@@ -292,11 +292,13 @@ class SignedLinear(MixedIn):
         if not autocasts(x):  # PEFT casts to the adapter's float32 what autocast casts back: two passes over the input
             x = layer._cast_input_dtype(x, of_A.factor.dtype)
         x = layer.lora_dropout[name](x)
+        output: Tensor
         if has_hooks(of_A) or has_hooks(of_B):
-            update = of_B(of_A(x))
+            output = result + of_B(of_A(x)) * layer.scaling[name]
         else:
-            dtype = dtype_of_products(x)
+            dtype, scaling = dtype_of_products(x), layer.scaling[name]
             A, B = of_A.factor.to(dtype), of_B.factor.to(dtype)
-            update = signed_linear(x.to(dtype), A, B, of_B.signs_like(B))
-        output: Tensor = (result + update * layer.scaling[name]).to(result.dtype)
-        return output
+            if isinstance(scaling, Tensor):  # of peft.utils.hotswap.prepare_model_for_compiled_hotswap
+                B, scaling = B * scaling.to(dtype), 1.0
+            output = add_signed_linear(result, x.to(dtype), A, B, of_B.signs_like(B), scaling)
+        return output.to(result.dtype)
