@@ -62,9 +62,7 @@ def add_block_signs(model: nn.Module, blocks: int | None = None) -> None:
     # ZeRO-3 may have split the base when it was loaded; factors, when it was given them.
     pairs = find_lora_pairs(model, sharded=True, all_shapes=True, signed=True)
     _check_factors_are_whole(pairs)
-    divisible = [
-        pair for pair in pairs if _is_linear(pair) and block_signs(pair.m, pair.n, 2, device="meta") is not None
-    ]
+    divisible = [pair for pair in pairs if _can_have_signs(pair)]
     if not divisible:
         raise ValueError(
             "no linear layer with LoRA has two sides that can be divided into equal parts: leave block signs out"
@@ -89,16 +87,14 @@ def check_blocks(blocks: int | None) -> None:
         raise ValueError(f"blocks must be a power of two above 1, got {blocks!r}")
 
 
-def ordinary_entries(pair: LoraPair, blocks: int | None = None) -> int:
-    """The number of entries of a layer's ordinary factors with block signs; of LoRA's where it would have none.
+def ordinary_entries(pair: LoraPair) -> int:
+    """The number of entries of a layer's ordinary factors with as many signs as by default; of LoRA's if it gets none.
 
     Args:
         pair: the layer, with factors of PEFT's.
-        blocks: as in `add_block_signs`.
     """
-    count = blocks or _default_blocks(pair.r)
-    signed = _is_linear(pair) and block_signs(pair.m, pair.n, count, device="meta") is not None
-    return (math.gcd(pair.n, count) if signed else 1) * (pair.lora_A.numel() + pair.lora_B.numel())
+    parts = math.gcd(pair.n, _default_blocks(pair.r)) if _can_have_signs(pair) else 1
+    return parts * (pair.lora_A.numel() + pair.lora_B.numel())
 
 
 def _check_factors_are_whole(pairs: list[LoraPair]) -> None:
@@ -115,8 +111,9 @@ def _default_blocks(r: int) -> int:
     return max(2, 1 << max(1, UPDATE_RANK // r).bit_length() - 1)
 
 
-def _is_linear(pair: LoraPair) -> bool:
-    return pair.is_matrix and pair.adapter in pair.layer.lora_A and not isinstance(pair.layer, ParamWrapper)
+def _can_have_signs(pair: LoraPair) -> bool:
+    linear = pair.is_matrix and pair.adapter in pair.layer.lora_A and not isinstance(pair.layer, ParamWrapper)
+    return linear and block_signs(pair.m, pair.n, 2, device="meta") is not None
 
 
 def _signed_factors(pair: LoraPair, blocks: int | None) -> tuple[SignedA, SignedB]:

@@ -154,10 +154,8 @@ def estimate(settings: EstimateSettings) -> Estimate:
     merge = resolve_merge(pairs, settings.merge, settings.remainder_rank)
     adapter = _SINGLE * trainable
     in_pairs = pairs if settings.optimizer == "pair_adamw" else []
-    memory, sent = (
-        training_memory(base_bytes, adapter, adapter, pairs, merge, settings.remainder_rank, in_pairs=in_pairs),
-        None,
-    )
+    memory = training_memory(base_bytes, adapter, adapter, pairs, merge, settings.remainder_rank, in_pairs=in_pairs)
+    sent = None
     if settings.gpus > 1:
         collectives = rescale_collectives(pairs, merge, settings.parallel, settings.gpus)
         memory = memory_of_one(
