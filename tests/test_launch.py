@@ -386,7 +386,7 @@ def test_a_folder_that_is_taken_ends_all_processes_with_one_line(alone, config, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--method", "lora"], "method='lora' with training.fsdp=True: of the methods only scalora"),
+        (["--method", "dora"], "method='dora' with training.fsdp=True: of the methods only scalora"),
         (["--track_updates", "3"], "track_updates=3 with training.fsdp=True: no process has whole weights"),
         ([], "training.fsdp=True splits the weights over several processes, and this is one: start them with"),
     ],
