@@ -148,7 +148,7 @@ def product_with_B(
     """
     k_out, k_in = signs.shape
     mixed = _mixed(signs.to(hidden), _in_parts(hidden, k_in))
-    return _together(mixed @ lora_B.view(k_out, -1, lora_B.shape[1]).mT, hidden)
+    return _together(mixed @ _rows_in_parts(lora_B, k_out).mT, hidden)
 
 
 def add_signed_linear(
@@ -189,6 +189,11 @@ def _in_parts(x: Tensor, parts: int) -> _Parts:
     return x.reshape(tokens, parts, x.shape[-1] // parts).transpose(0, 1)
 
 
+def _rows_in_parts(lora_B: Tensor, parts: int) -> _Parts:
+    """The parts of the first dimension."""
+    return lora_B.view(parts, -1, lora_B.shape[1])
+
+
 def _together(output: _Parts, x: Tensor) -> Tensor:
     """The inverse of `_in_parts`, for an output that belongs to an input."""
     parts, _, width = output.shape
@@ -210,7 +215,7 @@ class _AddedProduct(torch.autograd.Function):
         ctx.scaling, ctx.dtype_of_result = scaling, result.dtype
         k_out, k_in = signs.shape
         mixed = _mixed(signs, _in_parts(x, k_in) @ _in_parts(lora_A, k_in).mT)
-        B = lora_B.view(k_out, -1, lora_B.shape[1]).mT
+        B = _rows_in_parts(lora_B, k_out).mT
         if torch.promote_types(result.dtype, x.dtype) != x.dtype:
             return result + _together(mixed @ B, x) * scaling
         # In place of a product in parts, which is copied to be put together, multiplied and added.
@@ -223,7 +228,7 @@ class _AddedProduct(torch.autograd.Function):
         x, lora_A, lora_B, signs = ctx.saved_tensors
         for_result, for_x, for_A, for_B, *_ = ctx.needs_input_grad
         k_out, k_in = signs.shape
-        A, B = _in_parts(lora_A, k_in), lora_B.view(k_out, -1, lora_B.shape[1])
+        A, B = _in_parts(lora_A, k_in), _rows_in_parts(lora_B, k_out)
         in_parts, of_update = _in_parts(x, k_in), _in_parts(grad.to(x.dtype), k_out)
         grad_x = grad_A = grad_B = None
         if for_B:  # first, so that what it takes is free again
