@@ -171,7 +171,9 @@ def test_it_starts_as_the_base_with_loras_parameters_and_its_optimizers_state():
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         model.state_numbers = sum(t.numel() for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t))
+        model.default_rate = optimizer.defaults["lr"]
     assert signed.state_numbers == plain.state_numbers
+    assert signed.default_rate == 2 * plain.default_rate
 
 
 @pytest.mark.parametrize("optimizer", ["PairAdamW", "AdamW"])

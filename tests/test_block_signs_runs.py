@@ -37,7 +37,7 @@ def said(*words, status=0):
 
 
 def test_the_optimizer_is_pair_adamw_unless_another_is_named(config):
-    assert "optimizer PairAdamW, learning rate 0.0072" in said("train", config, "--dry-run")  # 0.23 by a width of 32
+    assert "optimizer PairAdamW, learning rate 0.014" in said("train", config, "--dry-run")  # 0.46 by a width of 32
     assert "optimizer adamw_torch, learning rate 0.001" in said(
         "train", config, "--training.optim", "adamw_torch", "--dry-run"
     )

@@ -26,8 +26,8 @@ from scalora.model.signed_model import SignedConfig, SignedModel
 from scalora.model.whole_adapter import with_ranks
 
 UPDATE_RANK = 256
-"""The rank that updates get by default. At a width of 384 it was as good as more (docs/results.md), and serving engines
-take it."""
+"""The rank that updates get by default. At a width of 384 more gained little (docs/results.md), and serving engines take
+it."""
 
 
 def add_block_signs(model: nn.Module, blocks: int | None = None) -> None:

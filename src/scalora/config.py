@@ -46,21 +46,23 @@ LORA_DEFAULTS: dict[str, Any] = {
 """The fields of `peft.LoraConfig` for which scalora's commands have their own defaults."""
 
 
-def default_weight_rate(width: float) -> float:
+def default_weight_rate(width: float, *, block_signs: bool = False) -> float:
     """The learning rate of `scalora.PairAdamW` to begin with.
 
     The best rate of Adam for a matrix falls with its width: as the inverse, if all else is equal (Yang et al., arXiv
     2203.03466), and with about the 0.8th power of it in fine-tuning of Llama models (`LoRA Without Regret
     <https://thinkingmachines.ai/blog/lora/>`_). The constant is from SmolLM2-135M, whose width is 576: there 4e-4 is of
-    the size of full fine-tuning's best rates (docs/defaults.md).
+    the size of full fine-tuning's best rates (docs/defaults.md). With block signs a step of the same size has a smaller
+    largest singular value, and the best rates were 2 to 7 times as high (docs/tuning.md).
 
     Args:
         width: the model's hidden size: the number of inputs of most of its layers.
+        block_signs: whether the updates have block signs.
 
     Returns:
-        ``0.23/width``: 4e-4 for a width of 576, 5.6e-5 for one of 4,096.
+        ``0.23/width``: 4e-4 for a width of 576, 5.6e-5 for one of 4,096. Twice that with block signs.
     """
-    return _WEIGHT_RATE_TIMES_WIDTH / width
+    return _WEIGHT_RATE_TIMES_WIDTH / width * (2 if block_signs else 1)
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,12 @@ class ScaLoraConfig:
             learning rate and s the adapter's scaling. Can't be combined with `target_norm`.
         target_norm: norm of the adapter's columns that the scaling aims at, ``1/√(L·η)``. If this and `smoothness` are
             None, 1.
-        warmup_steps: optimizer steps before the first rescale. ``lora_B`` starts at zero, where there is no optimum.
+        warmup_steps: optimizer steps without rescales; the first is at step ``warmup_steps + interval``. ``lora_B`` starts
+            at zero, where there is no optimum.
         mode: ``"auto"`` is the paper's rule: column scaling if its optimum is positive, else scalar scaling if that one
             is, else none. ``"column"`` and ``"scalar"`` try only the one. ``"matrix"`` is beyond the paper: an r × r
             matrix for each factor (`scalora.maths.matrix`). It needs an optimizer whose state such a change can carry:
-            `scalora.PairAdamW`, SGD with momentum, or Muon.
+            `scalora.PairAdamW`; or SGD with momentum, Muon or Lion, with `target_norm` or `smoothness` set.
         optimum: which matrices, with ``mode="matrix"``: ``"polar"`` makes both factors orthonormal, ``"exact"``
             minimises the loss bound over all matrices.
         turn: with ``mode="matrix"`` and `scalora.PairAdamW`, the angle in radians by which a step at the base learning
@@ -120,7 +123,7 @@ class ScaLoraConfig:
     warmup_steps: int = field(
         default=10,
         metadata={
-            "help": "Optimizer steps before the first rescale. PEFT starts lora_B at zero, where there is no optimum; "
+            "help": "Optimizer steps without rescales; the first is at step warmup_steps + interval. PEFT starts lora_B at zero, where there is no optimum; "
             "a few steps later there is one. At a high learning rate, a rescale in the first steps can set a language "
             "model back (docs/defaults.md)."
         },
@@ -130,8 +133,8 @@ class ScaLoraConfig:
         metadata={
             "help": "'auto' is the paper's rule: a factor for each column of a layer if their optimum is positive, "
             "else one for lora_A and one for lora_B if theirs is, else none. 'column' and 'scalar' try only the one. "
-            "'matrix' is beyond the paper: an r × r matrix for each factor, which needs the optimizer PairAdamW, SGD "
-            "with momentum, or Muon."
+            "'matrix' is beyond the paper: an r × r matrix for each factor, which needs the optimizer PairAdamW; or "
+            "SGD with momentum, Muon or Lion, with target_norm or smoothness set."
         },
     )
     optimum: Optimum = field(

@@ -22,6 +22,7 @@ from scalora.maths.pair_moments import Corrections, directions, update_moments
 from scalora.maths.scaling import solver_dtype
 from scalora.maths.weight_steps import step_sizes
 from scalora.model.adapters import LoraPair, find_lora_pairs, in_chunks
+from scalora.model.layers import has_signs
 from scalora.model.matrices import stack_of_A, stack_of_B
 from scalora.parallel.sharded_pairs import check_held, check_shards, held_by, with_their_shards
 from scalora.parallel.shards import axis_of, gathering, local
@@ -171,7 +172,7 @@ class PairAdamW(Optimizer):
 
     The learning rate is the same kind of number for all of them: by how much a step moves an entry of a weight. For a
     LoRA pair that is an entry of the weight under it, ``W + s·A·Bᵀ``, in root mean square. So the rates to try are
-    those of full fine-tuning, about a tenth of LoRA's. A good one stays good when rank or ``lora_alpha`` change; with
+    those of full fine-tuning, a half to a tenth of LoRA's. A good one stays good when rank or ``lora_alpha`` change; with
     the width of a model it falls, as that of full fine-tuning does.
 
     Weight decay is decoupled, as AdamW's, and decays the product: a step multiplies ``s·A·Bᵀ`` by
@@ -183,14 +184,16 @@ class PairAdamW(Optimizer):
         >>> optimizer = PairAdamW(model)
         >>> ScaLora(model, optimizer, ScaLoraConfig(mode="matrix"))  # and train as before
 
-    With a `transformers.Trainer`, pass ``optimizer_cls_and_kwargs=(PairAdamW, {"model": model})``.
+    In a `transformers.Trainer`, `scalora.ScaLoraCallback` and `scalora.BlockSignsCallback` make it with the Trainer's
+    settings (``pair_adamw=True``). ``optimizer_cls_and_kwargs=(PairAdamW, {"model": model, "lr": …})`` makes it, too, but
+    the Trainer's learning rate, betas and weight decay have no effect then.
 
     Args:
         model: a model with PEFT LoRA layers and exactly one active adapter.
         params: parameters or parameter groups, as for other optimizers. None: all trainable parameters of the model.
         lr: learning rate: the root mean square by which a step moves the entries of a weight. None: 0.23 by the median
             number of the adapted layers' inputs, the hidden size of most models, because the best rate falls with it:
-            4e-4 for a width of 576, 5.6e-5 for one of 4,096.
+            4e-4 for a width of 576, 5.6e-5 for one of 4,096. Twice that if the updates have block signs.
         betas: decay rates of the first and second moments.
         eps: term added to the denominators for numerical stability.
         weight_decay: decoupled weight decay. 0 by default, as for LoRA in the libraries.
@@ -221,7 +224,8 @@ class PairAdamW(Optimizer):
         self._pairs = find_lora_pairs(model, sharded=True, all_shapes=True, signed=True)
         check_shards(self._pairs)
         if lr is None:
-            lr = default_weight_rate(median(pair.n for pair in self._pairs))
+            width = median(pair.n for pair in self._pairs)
+            lr = default_weight_rate(width, block_signs=any(has_signs(pair.layer, pair.adapter) for pair in self._pairs))
         self._had_steps = self._is_sharded = False
         self.graph_memory = GraphMemory()
         self._replay = Replay[None]("a step of PairAdamW", self.graph_memory)

@@ -54,7 +54,14 @@ COMMON_KEYS = {
 
 
 _MODE = ("matrix", "default: matrix if the optimizer can be PairAdamW; the library's: auto")
-_RATE_BY_WIDTH = (default_weight_rate(576), "0.23 by the model's hidden size: 0.0004 for 576, 5.6e-05 for 4,096")
+
+
+def _rate_by_width(method: str | None) -> tuple[float, str]:
+    """An example of the default learning rate of `scalora.PairAdamW`, and its words."""
+    signs = method == "block_signs"
+    narrow, wide = (default_weight_rate(width, block_signs=signs) for width in (576, 4096))
+    words = f"{576 * narrow:.2g} by the model's hidden size: {narrow:.2g} for 576, {wide:.2g} for 4,096"
+    return narrow, words
 
 
 class Key(NamedTuple):
@@ -186,8 +193,8 @@ def _library_keys(
             value, words = DEPENDENT_DEFAULTS[name]
             key = _dependent(key, value, f"default: {words}")
         elif name == "learning_rate" and takes_pair_adamw(task, method or "scalora"):
-            value, words = _RATE_BY_WIDTH
-            key = _dependent(key, value, f"default of scalora: {words}")
+            value, words = _rate_by_width(method)
+            key = _dependent(key, value, f"default of {method or 'scalora'}: {words}")
         elif name == "learning_rate":
             key = key._replace(default=key.default.replace("default", f"default of {method or 'scalora'}", 1))
         keys.append(key)

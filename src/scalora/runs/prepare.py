@@ -187,7 +187,8 @@ def with_rate(settings: Settings, method: Method) -> Settings:
             f"model {settings.model!r} has no hidden_size in its config, from which the learning rate would follow: "
             "set training.learning_rate"
         )
-    rate = default_weight_rate(width) * RATE_SHARES.get(settings.task, 1.0)
+    rate = default_weight_rate(width, block_signs=settings.method == "block_signs")
+    rate *= RATE_SHARES.get(settings.task, 1.0)
     training = settings.training | {"learning_rate": float(f"{rate:.2g}")}
     return settings.model_copy(update={"training": training})
 
