@@ -67,6 +67,31 @@ def test_two_hundred_rescales_keep_the_function(optimum, merge):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("r", [3, 16])
+def test_factors_that_lack_directions_at_every_rescale_train_as_without_rescales(r, dtype):
+    """As those of a rank above a layer's sides, or of layers of whose outputs few count, such as an expert's."""
+    losses, largest = {}, {}
+    for rescaled in (True, False):
+        model = with_lora(TwoLayers(), dtype=dtype, r=r, lora_alpha=r, target_modules=["first", "second"])
+        optimizer = PairAdamW(model, lr=0.005)
+        if rescaled:
+            ScaLora(model, optimizer, matrix())
+        for x, y in batches(1, dtype) * 200:
+            output = model(x)
+            assert output.isfinite().all()
+            loss = nn.functional.mse_loss(output[:, :2], y[:, :2])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses[rescaled] = float(loss.detach())
+        moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "second_moment")]
+        largest[rescaled] = max(float(moment.abs().max()) for moment in moments)
+    assert losses[True] < 2 * losses[False] + 1e-3
+    assert largest[True] < 1e3 * largest[False]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("optimum", ["polar", "exact"])
 def test_fifty_steps_are_those_of_the_dense_reference(optimum):
     model = with_lora(nn.Sequential(nn.Linear(12, 6, bias=False)), dtype=torch.float64, r=3, target_modules=["0"])

@@ -252,19 +252,30 @@ def test_a_zero_gradient_needs_nothing_but_orthonormal_factors(optimum):
     assert chosen.choice == MATRIX
 
 
+@pytest.mark.parametrize("root", ["eigenvalues", "newton"])
 @pytest.mark.parametrize("optimum", ["polar", "exact"])
-def test_directions_that_a_factor_lacks_stay_finite_and_the_others_become_orthonormal(optimum):
+@pytest.mark.parametrize("lacking", ["columns that depend on each other", "fewer rows than columns", "rows of zeros"])
+def test_directions_that_a_factor_lacks_are_scaled_as_the_others_which_become_orthonormal(
+    lacking, optimum, root, monkeypatch
+):
+    if root == "newton":  # as on a GPU
+        monkeypatch.setattr("scalora.maths.roots._by_eigenvalues", by_newton)
     generator = torch.Generator().manual_seed(3)
-    A = torch.randn(20, 2, generator=generator) @ torch.randn(2, 4, generator=generator)
-    B, G = torch.randn(9, 4, generator=generator), torch.randn(20, 9, generator=generator)
+    m = 2 if lacking == "fewer rows than columns" else 20
+    A = torch.randn(m, 2, generator=generator) @ torch.randn(2, 4, generator=generator)
+    if lacking == "rows of zeros":
+        A = torch.cat([torch.randn(2, 4, generator=generator), torch.zeros(18, 4)])
+    B, G = torch.randn(9, 4, generator=generator), torch.randn(m, 9, generator=generator)
     chosen = scaled(A, B, G, target_norm=1.0, optimum=optimum)
     assert chosen.choice == MATRIX
-    typical = 1 / A.norm(dim=0).square().mean().sqrt()
-    assert torch.linalg.matrix_norm(chosen.P, 2) < 1.001e6 * typical
+    _, extents, directions = torch.linalg.svd(A.double())
+    lacked = directions[2:].mT
+    image = chosen.P @ lacked
+    typical = (extents[:2].square().mean()).rsqrt()
     if optimum == "polar":
-        values = torch.linalg.svdvals(A.double() @ chosen.P)
-        torch.testing.assert_close(values[:2], torch.ones(2, dtype=torch.float64))
-        assert (values[2:] < 0.7).all()
+        torch.testing.assert_close(torch.linalg.svdvals(A.double() @ chosen.P)[:2], torch.ones(2).double())
+        torch.testing.assert_close(image, typical * lacked, rtol=1e-5, atol=1e-5 * float(typical))
+    assert torch.linalg.matrix_norm(image, 2) < 1.001 * typical
 
 
 def test_a_skipped_step_leaves_all_layers_alone():

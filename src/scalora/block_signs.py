@@ -26,7 +26,7 @@ from scalora.model.signed_model import SignedConfig, SignedModel
 from scalora.model.whole_adapter import with_ranks
 
 UPDATE_RANK = 256
-"""The rank that updates get by default. At a width of 384 more gained little (docs/results.md), and serving engines take
+"""The rank that updates get by default. At a width of 384 more gained little (docs/results.md); serving engines take
 it."""
 
 

@@ -76,8 +76,8 @@ class ScaLoraConfig:
             learning rate and s the adapter's scaling. Can't be combined with `target_norm`.
         target_norm: norm of the adapter's columns that the scaling aims at, ``1/√(L·η)``. If this and `smoothness` are
             None, 1.
-        warmup_steps: optimizer steps without rescales; the first is at step ``warmup_steps + interval``. ``lora_B`` starts
-            at zero, where there is no optimum.
+        warmup_steps: optimizer steps without rescales; the first is at step ``warmup_steps + interval``. PEFT starts
+            ``lora_B`` at zero, where there is no optimum.
         mode: ``"auto"`` is the paper's rule: column scaling if its optimum is positive, else scalar scaling if that one
             is, else none. ``"column"`` and ``"scalar"`` try only the one. ``"matrix"`` is beyond the paper: an r × r
             matrix for each factor (`scalora.maths.matrix`). It needs an optimizer whose state such a change can carry:
@@ -123,9 +123,9 @@ class ScaLoraConfig:
     warmup_steps: int = field(
         default=10,
         metadata={
-            "help": "Optimizer steps without rescales; the first is at step warmup_steps + interval. PEFT starts lora_B at zero, where there is no optimum; "
-            "a few steps later there is one. At a high learning rate, a rescale in the first steps can set a language "
-            "model back (docs/defaults.md)."
+            "help": "Optimizer steps without rescales; the first is at step warmup_steps + interval. PEFT starts "
+            "lora_B at zero, where there is no optimum; a few steps later there is one. At a high learning rate, a "
+            "rescale in the first steps can set a language model back (docs/defaults.md)."
         },
     )
     mode: Mode = field(

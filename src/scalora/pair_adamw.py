@@ -172,8 +172,8 @@ class PairAdamW(Optimizer):
 
     The learning rate is the same kind of number for all of them: by how much a step moves an entry of a weight. For a
     LoRA pair that is an entry of the weight under it, ``W + s·A·Bᵀ``, in root mean square. So the rates to try are
-    those of full fine-tuning, a half to a tenth of LoRA's. A good one stays good when rank or ``lora_alpha`` change; with
-    the width of a model it falls, as that of full fine-tuning does.
+    those of full fine-tuning, a half to a tenth of LoRA's. A good one stays good when rank or ``lora_alpha`` change;
+    with the width of a model it falls, as that of full fine-tuning does.
 
     Weight decay is decoupled, as AdamW's, and decays the product: a step multiplies ``s·A·Bᵀ`` by
     ``1 − lr·weight_decay`` and so pulls the weight towards the base's. With `scalora.ScaLora`, the remainder decays
@@ -185,8 +185,8 @@ class PairAdamW(Optimizer):
         >>> ScaLora(model, optimizer, ScaLoraConfig(mode="matrix"))  # and train as before
 
     In a `transformers.Trainer`, `scalora.ScaLoraCallback` and `scalora.BlockSignsCallback` make it with the Trainer's
-    settings (``pair_adamw=True``). ``optimizer_cls_and_kwargs=(PairAdamW, {"model": model, "lr": …})`` makes it, too, but
-    the Trainer's learning rate, betas and weight decay have no effect then.
+    settings (``pair_adamw=True``). ``optimizer_cls_and_kwargs=(PairAdamW, {"model": model, "lr": …})`` makes it, too,
+    but the Trainer's learning rate, betas and weight decay have no effect then.
 
     Args:
         model: a model with PEFT LoRA layers and exactly one active adapter.
@@ -225,7 +225,8 @@ class PairAdamW(Optimizer):
         check_shards(self._pairs)
         if lr is None:
             width = median(pair.n for pair in self._pairs)
-            lr = default_weight_rate(width, block_signs=any(has_signs(pair.layer, pair.adapter) for pair in self._pairs))
+            signs = any(has_signs(pair.layer, pair.adapter) for pair in self._pairs)
+            lr = default_weight_rate(width, block_signs=signs)
         self._had_steps = self._is_sharded = False
         self.graph_memory = GraphMemory()
         self._replay = Replay[None]("a step of PairAdamW", self.graph_memory)

@@ -27,11 +27,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from scalora.maths.mode import LEFT_ALONE, MATRIX, Optimum
-from scalora.maths.roots import inverse_root
+from scalora.maths.roots import inverse_root_on_range
 from scalora.maths.scaling import FACTOR_RANGE, Grams, grams, solver_dtype
 
-# Directions of a factor whose singular value is below 1e-6 of the root mean square are scaled up as if they had that
-# one. In float32 they are little more than rounding errors, and any invertible change keeps the function.
+# Directions of a factor whose singular value is below about 1e-6 of the root mean square are scaled as the typical one
+# is. In float32 they are little more than rounding errors, and lengthening them would do so anew at every rescale where
+# a factor can have no extent, as with more columns than rows: the other factor's moments would grow without limit. Any
+# invertible change keeps the function.
 _DAMPING = 1e-12
 
 # The smallest eigenvalue of X and Y: the system's solution may be slightly negative, and a direction that is scaled to
@@ -100,10 +102,10 @@ def polar_scaling(
 
     Returns:
         ``Lη·PPᵀ`` and ``Lη·QQᵀ``, (…, r, r), in float64 (float32 on devices without it). Directions in which a factor
-        has no extent are damped; a zero or non-finite factor gets zeros.
+        has no extent are scaled as the typical one; a zero or non-finite factor gets zeros.
     """
     dtype = solver_dtype(A.device)
-    to_A, to_B = (inverse_root(f.to(dtype).mT @ f.to(dtype), relative_damping=0.0).root for f in (A, B))
+    to_A, to_B = (inverse_root_on_range(f.to(dtype).mT @ f.to(dtype), relative_damping=0.0).root for f in (A, B))
     return to_A @ to_A, to_B @ to_B
 
 
@@ -185,7 +187,7 @@ class _PolarRoots(NamedTuple):
 
 def _polar_roots(grams: Grams, damping: float) -> _PolarRoots:
     finite = (grams.left.isfinite() & grams.right.isfinite()).all(-1).all(-1)
-    roots, usable = inverse_root(torch.stack(grams.of_factors), relative_damping=damping)
+    roots, usable = inverse_root_on_range(torch.stack(grams.of_factors), relative_damping=damping)
     return _PolarRoots(roots[0], roots[1], finite & usable.all(0), finite)
 
 
