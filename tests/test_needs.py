@@ -225,7 +225,7 @@ def test_a_table_says_what_it_needs(table, words, there, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = scalora("reproduce", table, *words, "--dry-run")
     assert plan.exit_code == 0, plan.stderr
-    assert "nothing is downloaded, trained or written" in plan.stdout
+    assert "nothing but a model's config is downloaded, nothing trained or written" in plan.stdout
     for label in ("model", "GPU memory", "downloads", "results", "time"):
         assert f"\n{label} " in plan.stdout
     assert ("\ngated" in plan.stdout) == (table != "glue")

@@ -232,11 +232,11 @@ class ScaLora:
     def metrics(self) -> dict[str, float]:
         """Metrics of the last rescale, and counts since attaching. Waits for the device.
 
-        - ``scalora/column_share``, ``scalora/scalar_share``, ``scalora/left_alone_share``: shares of the layers by kind
-          of scaling; ``scalora/degenerate_share``: share of the layers that were left alone because their inputs have
-          no optimum;
+        - ``scalora/column_share`` and ``scalora/scalar_share``, or ``scalora/matrix_share`` with ``mode="matrix"``, and
+          ``scalora/left_alone_share``: shares of the layers by kind of scaling; ``scalora/degenerate_share``: share of
+          the layers that were left alone because their inputs have no optimum;
         - ``scalora/alpha_p10``, ``_p50``, ``_p90``, ``scalora/beta_p10``, ``_p50``, ``_p90``: quantiles of the factors
-          over all columns;
+          over all columns, of matrices of their singular values;
         - ``scalora/merge_norm``: Frobenius norm of everything that this rescale moved into the remainder;
         - ``scalora/rescales``: number of rescales so far;
         - ``scalora/nonfinite``, ``scalora/exploding``: how often so far a layer was left alone because of NaN or

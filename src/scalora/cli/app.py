@@ -32,7 +32,7 @@ class _WithKeys(TyperCommand):
 
 app = typer.Typer(
     cls=OneLineErrors,
-    help="Fine-tune with ScaLoRA: the cost of LoRA without the limit of its rank.",
+    help="Fine-tune with ScaLoRA: LoRA's cost without LoRA's rank limit.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # plain help is wider on 80 columns, and does not wait for rich to be imported
@@ -166,9 +166,9 @@ def config(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Print a config with all keys, their defaults and meaning.
+    """Print a config: keys, defaults and meaning.
 
-    The file that `scalora config > run.yaml` makes is complete once model and data.train are set.
+    The file that `scalora config > run.yaml` makes is complete once model and data.train are set. --all lists all keys.
     """
 
     def run() -> None:
@@ -263,7 +263,7 @@ def compare(
         typer.Option(min=1, help="Threads per run; cores/threads runs execute in parallel without GPUs (default: 1)."),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs in parallel, which divide the cores; instead of --threads.")
+        int | None, typer.Option(min=1, help="Parallel runs, which share the cores; instead of --threads.")
     ] = None,
     gpus: Gpus = None,
     table_only: Annotated[
@@ -312,12 +312,17 @@ def reproduce(
     ] = False,
     only: Annotated[
         str | None,
-        typer.Option(help="Tasks and methods to run, separated by commas (default: all); of each kind, all if none."),
+        typer.Option(
+            help="Tasks and methods to run, separated by commas (default: all). Naming only tasks keeps all methods, "
+            "and the other way round."
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Say what it needs, and whether it is there. Downloads, trains and writes nothing."
+            "--dry-run",
+            help="Say what it needs, and whether it is there. Downloads at most a model's config; trains and writes "
+            "nothing.",
         ),
     ] = False,
     table_only: Annotated[
@@ -329,7 +334,7 @@ def reproduce(
     gpus: Gpus = None,
     debug: Debug = False,
 ) -> None:
-    """Reproduce a table of the paper, and write it with the paper's figures beside. Finished runs are kept."""
+    """Reproduce a table of the paper, and write it next to the paper's figures. Finished runs are kept."""
 
     def run() -> None:
         from scalora.studies.reproduction import load_recipe, write_recipe
@@ -350,7 +355,7 @@ def reproduce(
         from scalora.studies.reproduce import reproduce as run_table
 
         if dry_run:
-            typer.echo("dry run: nothing is downloaded, trained or written\n")
+            typer.echo("dry run: nothing but a model's config is downloaded, nothing trained or written\n")
         require_needs(jobs_of(wanted), wanted.folder, show=dry_run, title=wanted.recipe.title)
         if dry_run:
             return
@@ -492,7 +497,7 @@ def inspect(
         int,
         typer.Option(
             min=0,
-            help="Training batches for the gradient by which the next step is judged; 0 leaves that out. The gradients "
+            help="Training batches for the gradient that the next step is judged by; 0 leaves that out. The gradients "
             "of all selected layers are in memory at once, as in full fine-tuning; --layers selects fewer. Left out "
             "for grpo.",
         ),

@@ -39,7 +39,7 @@ def estimate(
         str, typer.Option(help=f"Quantisation of the base's linear layers: {_or(get_args(Quantization))}.")
     ] = EstimateSettings.quantization,
     optimizer: Annotated[
-        str, typer.Option(help=f"Whose state is counted: {_or(get_args(StateOf))}.")
+        str, typer.Option(help=f"Optimizer whose state is counted: {_or(get_args(StateOf))}.")
     ] = EstimateSettings.optimizer,
     merge: Annotated[
         str, typer.Option(help=f"Where the remainder goes: {_or(get_args(Merge))}.")

@@ -31,8 +31,8 @@ class DataSettings(StrictModel):
     first: int | None = Field(
         None,
         gt=0,
-        description="Use only so many examples of the training and the evaluation data, from the first: to "
-        "try a config. null: all.",
+        description="Use only the first so many examples of the training and of the evaluation data, to try a config. "
+        "null: all.",
     )
     prompt: str | None = Field(
         None,
@@ -79,7 +79,7 @@ class DataSettings(StrictModel):
     )
     similar_labels: Literal["refuse", "merge", "separate"] = Field(
         "refuse",
-        description="What labels are that differ in nothing but case or white space (classification). refuse: an "
+        description="How to treat labels that differ only in case or white space (classification). refuse: an "
         "error, because they are usually meant to be one class. merge: one class. separate: a class each.",
     )
 
@@ -155,7 +155,9 @@ class EvaluateSettings(StrictModel):
         description="Maximum length of a generated answer, in tokens. A prompt that does not fit the model's positions "
         "with it is shortened at its beginning, as in lm-evaluation-harness.",
     )
-    batch_size: int = Field(16, gt=0, description="Examples per batch. The scores do not depend on it.")
+    batch_size: int = Field(
+        16, gt=0, description="Examples per batch. The scores do not depend on it, but for orpo's loss."
+    )
     limit: int | None = Field(None, gt=0, description="Number of examples to score, from the first. null: all.")
     answer_pattern: str | None = Field(
         None,
