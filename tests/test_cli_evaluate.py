@@ -155,6 +155,29 @@ def test_a_run_folder_is_scored_as_the_model_in_it(causal_folder, write_jsonl, t
     assert run["loss"] == pytest.approx(summary["eval_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_checkpoints_that_hold_a_part_of_the_update_are_refused(causal_folder, write_jsonl, tmp_path):
+    """Those of LoRA hold all of it; ReLoRA's leave out what has been merged, LoRA-GA's what its start took away."""
+    data = write_jsonl("data.jsonl", [{"prompt": p, "completion": " " + p} for p in prompts(8)])
+    for method, wrong in {"lora": False, "relora": True, "lora_ga": True}.items():
+        run, config = tmp_path / method, tmp_path / f"{method}.yaml"
+        training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, "use_cpu": True}
+        content = {
+            "model": str(causal_folder), "method": method, "data": {"train": str(data), "eval": str(data)},
+            "output_dir": str(run), "training": training,
+        }  # fmt: skip
+        config.write_text(yaml.safe_dump(content))
+        result = CliRunner().invoke(app, ["train", str(config)])
+        assert result.exit_code == 0, result.output
+        checkpoint = run / "trainer" / "checkpoint-2"
+        if wrong:
+            result = CliRunner().invoke(app, ["evaluate", str(checkpoint), str(config)])
+            assert result.exit_code == 2
+            assert f"is a checkpoint of '{method}' without the total update: score the finished run" in result.stderr
+        else:
+            assert evaluate(checkpoint, data, tmp_path)["loss"] == pytest.approx(evaluate(run, data, tmp_path)["loss"])
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

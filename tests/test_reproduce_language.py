@@ -306,6 +306,14 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("rows", [[{"q": "a", "a": "b"}, {"q": "c"}], [{"q": "a", "a": "b"}, {"q": "c", "a": None}]])
+def test_a_template_writes_no_value_that_is_not_there(rows, tmp_path):
+    with pytest.raises(ValueError, match=r"row 2: data\.completion can't be filled: a value is null"):
+        _made(tmp_path, rows, prompt="{{ q }}", completion=" {{ a }}")
+    made = _made(tmp_path, rows, prompt="{{ q }}{% if a %}?{% endif %}", completion=" {{ a | default('-', true) }}")
+    assert made[:] == {"prompt": ["a?", "c"], "completion": [" b", " -"]}
+
+
 @pytest.mark.parametrize(("message", "data"), BAD.items(), ids=BAD)
 def test_a_template_that_does_not_work_is_named(message, data, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):

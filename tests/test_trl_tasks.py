@@ -170,6 +170,19 @@ def test_a_run_is_that_of_trls_trainer_with_the_callback_also_when_it_is_resumed
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task", ["dpo", "kto", "grpo"])
+def test_a_start_that_changes_the_base_changes_it_once(task, causal_folder, write_jsonl, tmp_path):
+    """TRL makes its copy of the adapter for reference with the same configuration, PiSSA's."""
+    more = {"learning_rate": 1e-12, "max_steps": 1} | ({"beta": 0.1} if task == "grpo" else {})
+    train = write_jsonl("train.jsonl", ROWS[task](8))
+    scalora("train", write_config(tmp_path, task, causal_folder, train, method="pissa", scalora={}, training=more))
+    before = load_file(causal_folder / "model.safetensors")
+    for name, weight in weights(tmp_path / "run").items():
+        if name in before:
+            torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_grpo_resumes_with_the_answers_and_the_order_of_the_epoch_that_it_stopped_in(
     causal_folder, write_jsonl, tmp_path
 ):

@@ -19,9 +19,8 @@ from scalora.runs.settings import method_class, run_settings
 from scalora.runs.streams import Stream
 from scalora.runs.tasks import WITH_HEAD
 from scalora.runs.unfinished import how_to_go_on
+from scalora.saving.checkpoints import WRITTEN_LAST
 from scalora.saving.state_file import holds_state
-
-_PROGRESS_OF_CHECKPOINT = "trainer_state.json"
 
 
 class FinishedRun:
@@ -49,7 +48,7 @@ class FinishedRun:
         if not path.is_dir():
             raise InputError(f"run {str(path)!r} does not exist")
         self.path = path
-        self.is_checkpoint = not (path / "config.yaml").is_file() and (path / _PROGRESS_OF_CHECKPOINT).is_file()
+        self.is_checkpoint = not (path / "config.yaml").is_file() and (path / WRITTEN_LAST).is_file()
         is_state = holds_state(path)
         # A checkpoint lies in RUN/trainer, the state in RUN/delta. Other folders do not belong to a run above them.
         above = path.resolve().parents[:2] if self.is_checkpoint or is_state else ()
@@ -74,7 +73,7 @@ class FinishedRun:
         """
         path, name, key = self.folder, "summary.json", "steps"
         if self.is_checkpoint:
-            path, name, key = self.path, _PROGRESS_OF_CHECKPOINT, "global_step"
+            path, name, key = self.path, WRITTEN_LAST, "global_step"
         try:
             return int(json.loads((path / name).read_text(encoding="utf-8"))[key])
         except FileNotFoundError:

@@ -21,13 +21,13 @@ from scalora.runs.finished_run import FinishedRun
 from scalora.runs.models import Source, load_base, load_tokenizer, resolve_source
 from scalora.runs.settings import Settings, run_settings
 from scalora.saving.base_name import loadable_name
+from scalora.saving.checkpoints import WRITTEN_LAST
 from scalora.saving.errors import StateError
 from scalora.saving.loading import convert_as
 from scalora.saving.state import check_content
 from scalora.saving.state_file import STATE_FILE, check_state, holds_any_state, holds_state, read_state, states_below
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_WRITTEN_LAST = "trainer_state.json"
 
 # What an export is compared on are logits for token ids, which models of these kinds have.
 _KINDS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
@@ -228,14 +228,14 @@ def _state_folder(path: Path) -> Path:
 def _flaw(folder: Path) -> str | None:
     """Why a checkpoint is not whole, as far as an export is concerned; None if it is."""
     try:
-        json.loads((folder / _WRITTEN_LAST).read_text(encoding="utf-8"))
+        json.loads((folder / WRITTEN_LAST).read_text(encoding="utf-8"))
         check_state(folder)
     except OSError:
-        return f"it has no {_WRITTEN_LAST}: it was cut off while it was written"
+        return f"it has no {WRITTEN_LAST}: it was cut off while it was written"
     except StateError as error:
         return str(error)
     except ValueError:
-        return f"its {_WRITTEN_LAST} is cut short"
+        return f"its {WRITTEN_LAST} is cut short"
     return None
 
 

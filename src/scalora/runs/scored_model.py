@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from scalora._version import __version__
 from scalora.runs.errors import InputError
+from scalora.runs.finished_run import FinishedRun
 from scalora.runs.models import (
     Source,
     fingerprint,
@@ -29,6 +30,7 @@ from scalora.runs.saved_folder import dtype_on_disk, opened
 from scalora.runs.settings import Settings, load_settings, overridden
 from scalora.runs.special_tokens import adopt_special_tokens
 from scalora.saving.base_name import loadable_name
+from scalora.saving.checkpoints import WRITTEN_LAST
 from scalora.saving.export import load_model
 from scalora.saving.state_file import SHARDED_STATE, holds_any_state
 
@@ -120,6 +122,7 @@ def load_scored(model: str, settings: Settings) -> Scored:
     """
     path = Path(model).expanduser()
     if _is_adapter(path):
+        _refuse_part_of_update(path)
         return _adapter_by_name(path, settings)
     whole = any((folder / "config.json").is_file() for folder in (path, path / "model"))
     if not whole and (holds_any_state(path) or (path / "config.yaml").is_file()):
@@ -135,6 +138,17 @@ def load_scored(model: str, settings: Settings) -> Scored:
 def _is_adapter(path: Path) -> bool:
     """Whether a folder holds an ordinary adapter, and neither a whole model nor a state."""
     return (path / _ADAPTER).is_file() and not (path / "config.json").is_file() and not holds_any_state(path)
+
+
+def _refuse_part_of_update(path: Path) -> None:
+    """Raise `InputError` if the adapter in a run's checkpoint is not all that the run has changed."""
+    if not (path / WRITTEN_LAST).is_file():
+        return
+    run = opened(path)
+    if isinstance(run, FinishedRun) and run.adapter is None:
+        raise InputError(
+            f"{str(path)!r} is a checkpoint of {run.settings.method!r} without the total update: score the finished run"
+        )
 
 
 def _base_of_adapter(path: Path) -> Source:

@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from datasets import Dataset
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import StrictUndefined, Template, TemplateError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from scalora.runs.errors import InputError
@@ -75,7 +75,9 @@ def _sources(data: DataSettings) -> _Sources:
 
 @lru_cache(maxsize=32)
 def _compiled(sources: _Sources) -> Mapping[str, Template]:
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_missing
+    )
     templates = {}
     for key, source in sources:
         try:
@@ -83,6 +85,13 @@ def _compiled(sources: _Sources) -> Mapping[str, Template]:
         except TemplateError as error:
             raise InputError(f"data.{key} is not a template: {error}") from None
     return templates
+
+
+def _not_missing(value: Any) -> Any:
+    """A value that a template writes. Rows that lack a column have None there, as have those with null."""
+    if value is None:
+        raise UndefinedError("a value is null, or the row has none (default('', true) puts another in its place)")
+    return value
 
 
 def _filled(row: dict[str, Any], place: int, name: str, sources: _Sources) -> dict[str, Any]:

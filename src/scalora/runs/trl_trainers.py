@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 
+from scalora.config import STARTS_THAT_CHANGE_THE_BASE
 from scalora.rivals.method import Method
 from scalora.runs.errors import InputError
 from scalora.runs.grpo import ResumableGrpo
@@ -137,6 +138,7 @@ def trl_trainer(settings: Settings, method: type[Method], rewards: list[Callable
     cls = _orpo() if settings.task == "orpo" else classes[settings.task]
 
     def make(model: nn.Module, **options: Any) -> Trainer:
+        _end_starts(model)
         try:
             # It would say that it has set what it needs.
             with without_message("trl.experimental.orpo.orpo_trainer", "you should set `remove_unused_columns=False`"):
@@ -148,6 +150,17 @@ def trl_trainer(settings: Settings, method: type[Method], rewards: list[Callable
         return trainer
 
     return make
+
+
+def _end_starts(model: nn.Module) -> None:
+    """Have adapters that are made of a model's configurations start at zero.
+
+    TRL makes its copy for reference so, and copies the factors afterwards. A start that changes the base, as PiSSA's,
+    would take the next singular vectors out of it.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        if str(getattr(config, "init_lora_weights", True)).lower().startswith(STARTS_THAT_CHANGE_THE_BASE):
+            config.init_lora_weights = True
 
 
 def forget_copy(model: nn.Module) -> None:

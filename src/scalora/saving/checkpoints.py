@@ -25,7 +25,8 @@ _TO_RESUME = ("optimizer.pt", "scheduler.pt")
 _OF_SHARDS = {"pytorch_model_fsdp*": ("optimizer.pt",), "global_step*": _TO_RESUME}
 
 # The Trainer writes this file last, so if it is complete, the others have been written too.
-_WRITTEN_LAST = "trainer_state.json"
+WRITTEN_LAST = "trainer_state.json"
+"""Where a Trainer's checkpoint says how many steps it has had."""
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -86,7 +87,7 @@ def set_broken_checkpoints_aside(output_dir: Path) -> None:
     for folder in folders:
         flaw = _flaw(folder)
         cut_off = any_state and any(any(folder.glob(pattern)) for pattern in _OF_SHARDS)
-        if flaw is None or ((folder / _WRITTEN_LAST).is_file() and not holds_state(folder) and not cut_off):
+        if flaw is None or ((folder / WRITTEN_LAST).is_file() and not holds_state(folder) and not cut_off):
             continue
         aside = folder.with_name(f"incomplete-{folder.name}")
         number = 1
@@ -127,13 +128,13 @@ def _is_finite(folder: Path) -> bool:
 def _flaw(folder: Path) -> str | None:
     """Why a folder is not a whole checkpoint; None if it is."""
     try:
-        progress = json.loads((folder / _WRITTEN_LAST).read_text(encoding="utf-8"))
+        progress = json.loads((folder / WRITTEN_LAST).read_text(encoding="utf-8"))
     except OSError:
-        return f"it has no {_WRITTEN_LAST}: it was cut off while it was written"
+        return f"it has no {WRITTEN_LAST}: it was cut off while it was written"
     except ValueError:
-        return f"its {_WRITTEN_LAST} is cut short"
+        return f"its {WRITTEN_LAST} is cut short"
     if not isinstance(progress, dict) or not isinstance(progress.get("global_step"), int):
-        return f"its {_WRITTEN_LAST} has no global_step"
+        return f"its {WRITTEN_LAST} has no global_step"
     if holds_state(folder):
         try:
             check_state(folder)
