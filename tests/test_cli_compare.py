@@ -612,6 +612,34 @@ def test_the_table_is_made_anew_without_running_anything(write_study, trainer):
     assert "4 of 4 runs finished" in wanted
 
 
+def test_the_table_made_anew_is_that_of_the_file_and_options_that_are_given(write_study, trainer):
+    study = write_study(learning_rates=[1e-3], seeds=[1, 2])
+    assert scalora("compare", study).exit_code == 0
+    result = scalora("compare", study, "--table-only", "--baseline", "scalora", "--seeds", "[1]")
+    assert result.exit_code == 0, result.output
+    assert "## Against scalora" in result.stdout
+    assert "2 of 2 runs finished" in result.stdout
+    result = scalora("compare", study, "--table-only", "--run.training.max_steps", 3)
+    assert result.exit_code == 2
+    assert "was run with training.max_steps=4, but the study now has 3" in errors(result)[0]
+
+
+def test_runs_on_examples_that_have_changed_are_not_compared(write_study, trainer):
+    study = write_study(learning_rates=[1e-3], seeds=[1])
+    assert scalora("compare", study).exit_code == 0
+    record = {"versions": {}, "data": {"train": {"examples": 12, "sha256": "a"}}}
+    for method in ("lora", "scalora"):
+        (cell(method, 1e-3, 1) / "environment.json").write_text(json.dumps(record))
+    result = scalora("compare", study)
+    assert result.exit_code == 0, result.output
+    record["data"]["train"]["sha256"] = "b"
+    (cell("scalora", 1e-3, 1) / "environment.json").write_text(json.dumps(record))
+    for flags in ([], ["--table-only"]):
+        result = scalora("compare", study, *flags)
+        assert result.exit_code == 2
+        assert "data.train has changed between them" in errors(result)[0]
+
+
 @pytest.mark.slow
 def test_real_runs_killed_after_the_first_go_on_from_there(write_study, encoder_folder):
     study = write_study(learning_rates=[1e-3], seeds=[1])

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from models import Mixed, TwoLayers, tiny_llama, trainable, with_lora
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from scalora import (
@@ -89,6 +89,25 @@ def test_factors_that_lack_directions_at_every_rescale_train_as_without_rescales
         largest[rescaled] = max(float(moment.abs().max()) for moment in moments)
     assert losses[True] < 2 * losses[False] + 1e-3
     assert largest[True] < 1e3 * largest[False]
+
+
+def test_a_direction_that_comes_up_late_does_not_make_the_momentum_explode():
+    """A trained head of one output turns, and with it the one direction of the gradients of the layer below."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Linear(64, 1))
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=["0", "2"], modules_to_save=["3"]))
+    optimizer = torch.optim.SGD(trainable(model), 1e-3, momentum=0.9)
+    ScaLora(model, optimizer, ScaLoraConfig(mode="matrix", target_norm=1.0))
+    x = torch.randn(256, 64)
+    y = torch.tanh(x @ torch.randn(64, 1) / 8)
+    losses = []
+    for _ in range(80):
+        loss = nn.functional.mse_loss(model(x), y)
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[10] < losses[0]
 
 
 @pytest.mark.slow

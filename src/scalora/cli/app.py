@@ -278,9 +278,11 @@ def compare(
 
         wanted = load_study_file(study, context.args, _options(context))
         if table_only:
+            from scalora.studies.finished_cells import check_finished_cells
             from scalora.studies.table_markdown import markdown, write_tables
 
-            typer.echo(markdown(write_tables(wanted.folder)))
+            check_finished_cells(wanted)
+            typer.echo(markdown(write_tables(wanted.folder, wanted)))
             return
         from scalora.cli.console import show_comparison
         from scalora.studies.compare import compare as run_study

@@ -30,11 +30,12 @@ from scalora.maths.mode import LEFT_ALONE, MATRIX, Optimum
 from scalora.maths.roots import inverse_root_on_range
 from scalora.maths.scaling import FACTOR_RANGE, Grams, grams, solver_dtype
 
-# Directions of a factor whose singular value is below about 1e-6 of the root mean square are scaled as the typical one
-# is. In float32 they are little more than rounding errors, and lengthening them would do so anew at every rescale where
-# a factor can have no extent, as with more columns than rows: the other factor's moments would grow without limit. Any
-# invertible change keeps the function.
-_DAMPING = 1e-12
+# Directions of a factor whose singular value is below 1e-3 of the root mean square are scaled as the typical one is;
+# any invertible change keeps the function. Where a factor can have no extent, as with more columns than rows,
+# lengthening what rounding left there would do so anew at every rescale, and the other factor's moments would grow
+# without limit. And where a direction has just come up, the moments are of steps before it did: lengthened 1e5 times
+# at once, they made SGD with momentum diverge.
+_THRESHOLD = 1e-6
 
 # The smallest eigenvalue of X and Y: the system's solution may be slightly negative, and a direction that is scaled to
 # zero would get no gradient again.
@@ -105,7 +106,7 @@ def polar_scaling(
         has no extent are scaled as the typical one; a zero or non-finite factor gets zeros.
     """
     dtype = solver_dtype(A.device)
-    to_A, to_B = (inverse_root_on_range(f.to(dtype).mT @ f.to(dtype), relative_damping=0.0).root for f in (A, B))
+    to_A, to_B = (inverse_root_on_range(f.to(dtype).mT @ f.to(dtype), threshold=0.0).root for f in (A, B))
     return to_A @ to_A, to_B @ to_B
 
 
@@ -132,7 +133,7 @@ def matrix_scaling(
         ValueError: the four shapes don't match.
     """
     inner = grams(A, B, GB, GtA)
-    roots = _polar_roots(inner, damping=0.0)
+    roots = _polar_roots(inner, threshold=0.0)
     X, Y = _solve(inner, roots)
     usable = roots.usable[..., None, None]
     return torch.where(usable, roots.A @ X @ roots.A, 0), torch.where(usable, roots.B @ Y @ roots.B, 0)
@@ -153,7 +154,7 @@ def matrix_scaling_of_grams(
     Returns:
         The matrices. A layer with a zero factor or non-finite entries is left alone, with matrices of exactly 1.
     """
-    roots = _polar_roots(grams, _DAMPING)
+    roots = _polar_roots(grams, _THRESHOLD)
     P, Q = roots.A, roots.B
     if optimum == "exact":
         X, Y = _solve(grams, roots)
@@ -185,9 +186,9 @@ class _PolarRoots(NamedTuple):
     finite: Bool[Tensor, "*layers"]
 
 
-def _polar_roots(grams: Grams, damping: float) -> _PolarRoots:
+def _polar_roots(grams: Grams, threshold: float) -> _PolarRoots:
     finite = (grams.left.isfinite() & grams.right.isfinite()).all(-1).all(-1)
-    roots, usable = inverse_root_on_range(torch.stack(grams.of_factors), relative_damping=damping)
+    roots, usable = inverse_root_on_range(torch.stack(grams.of_factors), threshold=threshold)
     return _PolarRoots(roots[0], roots[1], finite & usable.all(0), finite)
 
 

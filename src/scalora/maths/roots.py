@@ -15,8 +15,9 @@ _NEWTON_STEPS = 8
 # one row has a Cholesky factor. With a quarter of it, one in a hundred of such matrices has none.
 _LEAST_ROUNDINGS = 32
 
-# Squarings of what tells a matrix's range from its null space.
-_SHARPENINGS = 3
+# Steps of McWeeny's purification, which takes shares to 0 or 1. An eigenvalue that is ten times the threshold has a
+# share of 0.91 at first, and of 1 up to rounding in the end.
+_PURIFICATIONS = 6
 
 
 class InverseRoot(NamedTuple):
@@ -61,34 +62,35 @@ def inverse_root(
     return InverseRoot(torch.where(usable[..., None, None], root, 0), usable)
 
 
-def inverse_root_on_range(matrix: Float[Tensor, "*layers r r"], *, relative_damping: float) -> InverseRoot:
+def inverse_root_on_range(matrix: Float[Tensor, "*layers r r"], *, threshold: float) -> InverseRoot:
     """The symmetric inverse square root of M where M has an extent, and a multiple of 1 where it has none.
 
-    That is, ``M^(−1/2)·S + μ^(−1/2)·(1 − S)``. S is 1 for eigenvalues far above the damping and 0 for those far below
-    it, and μ is the mean of the former: what is no more than rounding errors is changed as the typical direction is.
+    That is ``(S·M·S + μ·(1 − S))^(−1/2)``, where S projects onto the eigenvectors with an eigenvalue above the
+    threshold, and μ is the mean of these eigenvalues: the other directions are changed as the typical one is.
 
     Args:
         matrix: M, (…, r, r), symmetric positive semi-definite up to rounding, in the solver's dtype.
-        relative_damping: eigenvalues far below it are none, in units of the mean eigenvalue. Rounding errors of M are
-            none even if it is 0.
+        threshold: in units of M's mean eigenvalue. Rounding errors of M are no extent even if it is 0.
 
     Returns:
         The roots, in M's dtype. Zero for a matrix that has none: one that is zero or has NaN or infinite entries.
     """
-    root, usable = inverse_root(matrix, relative_damping=relative_damping)
     r = matrix.shape[-1]
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    usable = matrix.isfinite().all(-1).all(-1) & (trace > 0)
     identity = torch.eye(r, dtype=matrix.dtype, device=matrix.device)
-    trace = torch.where(usable, matrix.diagonal(dim1=-2, dim2=-1).sum(-1), 1.0)[..., None, None]
-    damping = max(relative_damping, least_damping(matrix)) * trace / r
-    # (λ/(λ + damping))⁸ for an eigenvalue λ: rounding errors, a tenth of the damping at most, have less than 1e-8.
-    share = identity - damping * (root @ root)
-    for _ in range(_SHARPENINGS):
-        share = share @ share
+    of_usable = torch.where(usable[..., None, None], matrix, identity)
+    trace = torch.where(usable, trace, r)[..., None, None]
+    middle = max(threshold, least_damping(matrix)) * trace / r
+    share = of_usable @ torch.linalg.inv_ex(of_usable + middle * identity).inverse
+    for _ in range(_PURIFICATIONS):
+        square = share @ share
+        share = 3 * square - 2 * square @ share
+    share = (share + share.mT) / 2
     extents = share.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(1.0)
-    on_range = root @ share + (extents / trace).sqrt() * (identity - share)
-    on_range = (on_range + on_range.mT) / 2
-    usable = usable & on_range.isfinite().all(-1).all(-1)
-    return InverseRoot(torch.where(usable[..., None, None], on_range, 0), usable)
+    filled = share @ of_usable @ share + trace / extents * (identity - share)
+    root, has_root = inverse_root((filled + filled.mT) / 2, relative_damping=0.0)
+    return InverseRoot(torch.where(usable[..., None, None], root, 0), usable & has_root)
 
 
 def least_damping(matrix: Float[Tensor, "*layers r r"]) -> float:

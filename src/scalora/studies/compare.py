@@ -25,12 +25,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scalora.runs.claim import move_aside
 from scalora.runs.errors import InputError
 from scalora.runs.run_folder import SUMMARY_FILE, trainer_folder, write_json
-from scalora.runs.settings import Settings, run_settings
-from scalora.runs.yaml_file import parse_yaml, yaml_dump
+from scalora.runs.settings import run_settings
+from scalora.runs.yaml_file import yaml_dump
 from scalora.saving.checkpoints import last_checkpoint
 from scalora.saving.files import atomic_write
-from scalora.studies.cell_tests import config_file, drop_weights, missing_tests, scores_file, test_command
+from scalora.studies.cell_tests import drop_weights, missing_tests, test_command
 from scalora.studies.cells import DIVERGED, last_words, read_cells, summary_of
+from scalora.studies.finished_cells import check_finished_cells, check_same_data, compared
 from scalora.studies.slots import VISIBLE_GPUS, Slots, slots_of
 from scalora.studies.study import STUDY_FILE, Cell, Study
 from scalora.studies.table import StudyResult
@@ -100,7 +101,7 @@ def compare(
     study.folder.mkdir(parents=True, exist_ok=True)
     result = None
     with _locked(study.folder) as lock, _stop_signals() as stop:
-        _check_finished_cells(study)
+        check_finished_cells(study)
         _record(study, slots.threads)
         runner = _Runner(study, slots, lock, stop)
         try:
@@ -179,6 +180,7 @@ class _Runner:
                         continue
                     self._seconds.append(time.monotonic() - self._started[cell.folder])
                     self._end(cell, f"{_ending(process, cell)} after {self._seconds[-1]:.0f} s")
+                    check_same_data(self._study)
         finally:
             _terminate(running)
 
@@ -304,62 +306,18 @@ def _is_environment(path: Path) -> bool:
     return isinstance(content, dict) and {"command", "date", "threads"} <= content.keys()
 
 
-def _check_finished_cells(study: Study) -> None:
-    """Raise `InputError` if a finished cell was run with other settings than it would be run with now."""
-    seeds = {*study.seeds, *(study.tuning_seeds or [])}
-    cells = [study.cell(m, rate, seed) for m in study.methods for rate in study.rates(m) for seed in seeds]
-    for rates in zip(*map(study.rates, study.methods), strict=True):
-        cells += study.share_cells(dict(zip(study.methods, rates, strict=True)))
-    for cell in cells:
-        if summary_of(cell) is None:
-            continue
-        before, now = map(_compared, (run_settings(cell.folder), cell.settings))
-        for key in [*now, *before]:
-            if before.get(key) != now.get(key):
-                raise InputError(
-                    f"{str(cell.folder)!r} was run with {key}={before.get(key)!r}, but the study now has "
-                    f"{now.get(key)!r}: choose another output_dir, or delete that folder to run it again"
-                )
-        for test, content in cell.tests.items():
-            earlier = parse_yaml(config_file(cell, test).read_text(encoding="utf-8"))
-            if _tested(earlier) != _tested(content):
-                raise InputError(
-                    f"{str(config_file(cell, test))!r} is not what the study now has in tests.{test}: choose another "
-                    f"output_dir, or delete that file and the folder {scores_file(cell, test).parent.name!r} to do the "
-                    "test again"
-                )
-
-
-def _tested(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a test's config decides about its score besides the run's own settings."""
-    return {key: config.get(key) for key in ("data", "evaluate")}
-
-
-def _compared(settings: Settings) -> dict[str, Any]:
-    """What of a cell's settings must not change: not the folder, which may have been moved, nor what was estimated."""
-    return _flat(settings.model_dump(exclude={"output_dir", "needs"}))
-
-
 def _is_resumable(cell: Cell) -> bool:
     """Whether an earlier try, with the settings that the cell has now, has left a checkpoint."""
     if last_checkpoint(trainer_folder(cell.settings)) is None:
         return False
     try:
-        return _compared(run_settings(cell.folder)) == _compared(cell.settings)
+        return compared(run_settings(cell.folder)) == compared(cell.settings)
     except (InputError, OSError):
         return False
 
 
 def _is_trained(cell: Cell) -> bool:
     return bool(cell.tests) and (cell.folder / SUMMARY_FILE).is_file()
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys and values as dotted keys and values."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
 
 
 def _record(study: Study, threads: int) -> None:

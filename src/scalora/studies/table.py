@@ -44,16 +44,18 @@ class StudyResult:
     sensitivity: pd.DataFrame
 
 
-def load_study(folder: Path) -> StudyResult:
+def load_study(folder: Path, study: Study | None = None) -> StudyResult:
     """Read the results in a study folder, finished or not, without running anything.
 
     Args:
         folder: the study folder.
+        study: the settings of the study, which say what is compared how. None: those in the folder.
 
     Raises:
         InputError: the folder holds no valid study file.
     """
-    study = study_of(folder)
+    of_folder = study_of(folder)
+    study = of_folder if study is None else study
     read = read_cells(study)
     table = comparison_table(study, read.cells, read.curves, read.best)
     return StudyResult(

@@ -21,11 +21,12 @@ ENVIRONMENT_FILE = "environment.json"
 _NONE = "—"
 
 
-def write_tables(folder: Path) -> StudyResult:
+def write_tables(folder: Path, study: Study | None = None) -> StudyResult:
     """Write ``cells``, ``curves``, ``table`` and ``shares.parquet``, and ``table.md``, into a study folder.
 
     Args:
         folder: the study folder; unfinished cells are left out of the tables.
+        study: as for `scalora.studies.table.load_study`.
 
     Returns:
         The results that were written.
@@ -34,7 +35,7 @@ def write_tables(folder: Path) -> StudyResult:
         InputError: the folder holds no valid study file.
         OSError: a file can't be written.
     """
-    result = load_study(folder)
+    result = load_study(folder, study)
     for name in ("cells", "curves", "table", "shares"):
         with atomic_write(folder / f"{name}.parquet") as temporary:
             getattr(result, name).to_parquet(temporary, index=False)
