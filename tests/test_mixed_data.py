@@ -12,7 +12,7 @@ from conftest import pairs
 from safetensors.torch import load_file
 from test_trl_tasks import interrupt, preferences, refused, scalora, write_config
 
-from scalora.runs.data import load_sets
+from scalora.runs.data import examples_of, load_sets
 from scalora.runs.errors import InputError
 from scalora.runs.mixing import mixed
 from scalora.runs.sections import DataSettings
@@ -50,6 +50,15 @@ def test_sets_with_weights_have_their_shares_and_an_epoch_has_every_example(writ
     each = Counter(text for text in found if text.startswith("b"))
     assert max(each.values()) - min(each.values()) <= 1
     assert order({a: 6, b: 3, c: 1}) == found
+
+
+def test_the_first_examples_are_those_of_each_set(write_jsonl):
+    a, b = files(write_jsonl, 40, 10)
+    data = DataSettings(train={a: 1, b: 3}, first=4)
+    rows, name = examples_of(data, data.train, "train")
+    wanted = {row["prompt"] for row in numbered("a", 4) + numbered("b", 4)}
+    assert {row["prompt"] for row in rows} == wanted
+    assert {row["prompt"] for row in mixed(rows, name, data.train, seed=3)} == wanted
 
 
 def test_errors_name_the_set_and_its_own_row(causal_folder, write_jsonl, tmp_path):

@@ -252,7 +252,7 @@ class PairAdamW(Optimizer):
             The value of the closure; None without one.
 
         Raises:
-            RuntimeError: the step is being captured in a CUDA graph.
+            RuntimeError: the step is being captured in a CUDA graph, or one factor of a pair alone has a gradient.
             UnsupportedOptimizerError: at the first step: DeepSpeed or FSDP1 has put flat tensors in the places of the
                 factors, of which there are no pairs.
         """
@@ -267,6 +267,7 @@ class PairAdamW(Optimizer):
             check_held(self, [pair for pair in self._pairs if pair.name in self._held])
             self._is_sharded = any(pair.is_sharded for pair in self._pairs)
             self._had_steps = True
+        self._check_both_factors()
         if taking_part := self._taking_part():
             self._step_pairs(taking_part)
         in_pairs = {id(p) for pair in self._pairs for p in (pair.lora_A, pair.lora_B)}
@@ -361,6 +362,15 @@ class PairAdamW(Optimizer):
             if (exact := state_dict["state"].get(number, {}).get("second_moment")) is not None:
                 dtype = solver_dtype(parameter.device)
                 self.state[parameter]["second_moment"] = exact.to(parameter.device, dtype, copy=True)
+
+    def _check_both_factors(self) -> None:
+        for pair in self._pairs:
+            frozen = [factor.grad is None for factor in (pair.lora_A, pair.lora_B)]
+            if pair.name in self._held and any(frozen) and not all(frozen):
+                raise RuntimeError(
+                    f"module {pair.name!r}: {'lora_A' if frozen[0] else 'lora_B'} has no gradient, but the other "
+                    "factor has, and PairAdamW steps both together: freeze both or neither, or train with AdamW"
+                )
 
     def _taking_part(self) -> list[tuple[LoraPair, int, int]]:
         """The pairs that have gradients and are among the parameters, with the places of both factors' groups."""

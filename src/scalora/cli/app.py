@@ -101,6 +101,10 @@ def train(
     def run() -> None:
         from scalora.runs.settings import load_settings
 
+        if overwrite and resume:
+            raise InputError(
+                "--overwrite trains anew, and --resume goes on with the run that is there: give one of them"
+            )
         settings = load_settings(config, context.args, _options(context))
         from scalora.cli.run_output import show_plan, show_summary
 

@@ -102,6 +102,10 @@ def _next_commands(folder: Path, settings: Settings, present: set[str]) -> Itera
         yield ["scalora", "inspect", run]
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
+
+
 def show_plan(plan: Plan) -> None:
     """Print what a run would do, with examples of what it would train on.
 
@@ -109,7 +113,7 @@ def show_plan(plan: Plan) -> None:
         plan: what `scalora.runs.dry_run.dry_run` found.
     """
     settings = plan.run.settings
-    method = f"{settings.method}; trains {plan.trained:,} parameters ({100 * plan.trained / plan.parameters:.2g}%)"
+    method = f"{settings.method}; trains {plan.trained:,} parameters ({_percent(plan.trained / plan.parameters)})"
     if plan.layers:
         method += f", rescales {plan.layers} layers ({plan.mode}) with a {plan.merge} remainder"
     examples = ", ".join(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ from scalora.parallel.processes import failing_together, process_count
 from scalora.saving.attach import fingerprint_of
 from scalora.saving.checkpoints import set_broken_checkpoints_aside, why_not_resumable
 from scalora.saving.errors import StateError
-from scalora.saving.peft_model import write_placeholders
+from scalora.saving.peft_model import state_beside, write_placeholders
 from scalora.saving.state import check_base, check_content
 from scalora.saving.state_file import holds_state, read_state
 from scalora.saving.zero_files import processes_of_zero
@@ -102,23 +103,24 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             kwargs: other arguments of the event, with the model.
         """
         if (trainer := calling(Trainer)) is not None:
-            trainer.train = self._from_whole_checkpoints(trainer)
+            trainer.train = self._training(trainer)
         model: nn.Module = kwargs["model"]
         keep_out_of_broadcasts(model)  # now, because the engine can't reach the wrapper from the model inside it
         if isinstance(model, PeftModel):
             promote_adapters(model)
             complete_copies(model)  # now, because TRL may compute the reference's outputs before it trains
-            load_adapter = partial(self._load_adapter, model, model.load_adapter)
-            object.__setattr__(model, "load_adapter", load_adapter)
         if self._pair_adamw and trainer is not None:
             have_pair_adamw(trainer)
 
-    def _from_whole_checkpoints(self, trainer: Trainer) -> Callable[..., Any]:
-        """The Trainer's `train`, which sets broken checkpoints aside first if it shall find the one to resume from."""
+    def _training(self, trainer: Trainer) -> Callable[..., Any]:
+        """The Trainer's `train`, which loads states.
+
+        It sets broken checkpoints aside first if it shall find the one to resume from.
+        """
         train = trainer.train
 
         @wraps(train)
-        def from_whole_checkpoints(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        def with_states(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
             checkpoint = resume_from_checkpoint
             if checkpoint is True:
                 if trainer.is_world_process_zero():
@@ -130,24 +132,58 @@ class ScaLoraCallback(TrainerCallback):  # type: ignore[misc]
             if checkpoint and trainer.is_deepspeed_enabled:
                 _check_count(Path(checkpoint))
             self._resumed_from = Path(checkpoint) if checkpoint else None
-            return train(resume_from_checkpoint, *args, **kwargs)
+            with self._loading_states(trainer):
+                return train(resume_from_checkpoint, *args, **kwargs)
 
-        return from_whole_checkpoints
+        return with_states
+
+    @contextmanager
+    def _loading_states(self, trainer: Trainer) -> Iterator[None]:
+        """Replaces the `load_adapter` of the Trainer's model, also of one that `model_init` makes, while it trains.
+
+        Afterwards it is PEFT's again, and the model can be pickled.
+        """
+        changed: list[nn.Module] = []
+
+        def change(model: nn.Module) -> nn.Module:
+            if isinstance(model, PeftModel):
+                load_adapter = partial(self._load_adapter, model, model.load_adapter)
+                object.__setattr__(model, "load_adapter", load_adapter)
+                changed.append(model)
+            return model
+
+        call_model_init = trainer.call_model_init
+        if trainer.model is not None:
+            change(trainer.model)
+        trainer.call_model_init = lambda *args, **kwargs: change(call_model_init(*args, **kwargs))
+        try:
+            yield
+        finally:
+            trainer.call_model_init = call_model_init
+            for model in changed:
+                vars(model).pop("load_adapter", None)
 
     def _load_adapter(
-        self, model: PeftModel, load_adapter: Callable[..., Any], model_id: str | Path, *args: Any, **kwargs: Any
+        self,
+        model: PeftModel,
+        load_adapter: Callable[..., Any],
+        model_id: str | Path,
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Replaces the model's `load_adapter`: loads a ScaLoRA state, now or as soon as the engine is attached.
 
         The Trainer resumes before the event `on_train_begin`, and loads the best model after it.
         """
-        if not holds_state(Path(model_id)):
-            return load_adapter(model_id, *args, **kwargs)
-        self._checkpoint = Path(model_id)
+        folder = state_beside(model_id, adapter_name) if adapter_name in model.active_adapters else None
+        if folder is None:
+            return load_adapter(model_id, adapter_name, *args, **kwargs)
+        self._checkpoint = folder
         if self.engine is not None:
-            self.engine.load(model_id)
+            self.engine.load(folder)
         else:  # check the base before the Trainer loads the optimizer, whose error would not mention it
-            state = read_state(self._checkpoint)
+            state = read_state(folder)
             check_content(state)
             check_base(state, fingerprint_of(model))
         return None

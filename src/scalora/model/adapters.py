@@ -240,6 +240,8 @@ def find_lora_pairs(
     pairs = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
+            if not _has_active_adapter(module):
+                continue
             _check_signs(name, module, allowed=signed)
             pairs.append(_checked_pair(name, module, owners, sharded=sharded, all_shapes=all_shapes, masters=masters))
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
@@ -380,6 +382,12 @@ def _check_parameter(pair: LoraPair, layer: ParamWrapper, *, allowed: bool) -> N
             f"{what}, and it is sharded, which is not supported of such parameters",
             "train with DistributedDataParallel, or leave it out of target_parameters",
         )
+
+
+def _has_active_adapter(layer: LoraLayer) -> bool:
+    """Whether a layer has the active adapter: PEFT activates it in all layers, also in those that it leaves out."""
+    adapters = layer.active_adapters
+    return not adapters or any(adapter in layer.scaling for adapter in adapters)
 
 
 def _only_adapter(name: str, layer: LoraLayer) -> str:

@@ -382,15 +382,15 @@ _NOT_LOGGED = {
     "`run` section and run `scalora compare` again.",
     "loss": "no run has logged a training loss. Set `training.logging_steps` in the study's `run` section and run "
     "`scalora compare` again.",
-    "scalora/column_share": "no finished run has rescaled columns. Add `scalora` to the study's `methods` and run "
-    "`scalora compare`.",
+    "scalora/column_share": "no finished run has rescaled columns, as `method: scalora` does with `scalora.mode: "
+    "auto`.",
 }
 
 _NOT_MEASURED = (
     "the run has not measured its update. Remove `track_updates: 0` from its config and run `scalora train` again."
 )
 
-_NOT_INSPECTED = "the run has not been inspected. `scalora inspect RUN` adds them."
+_NOT_INSPECTED = "the run has not been inspected as it is now. `scalora inspect RUN` adds them."
 
 
 def _reported(study: StudyData, rows: pd.DataFrame) -> pd.DataFrame:

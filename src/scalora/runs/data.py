@@ -62,18 +62,19 @@ class Examples(NamedTuple):
     name: str
 
 
-def load_sets(value: str | list[str] | dict[str, float], split: str) -> Examples:
+def load_sets(value: str | list[str] | dict[str, float], split: str, first: int | None = None) -> Examples:
     """Load the examples of a split, from one set or several.
 
     Args:
         value: value of ``data.train`` or ``data.eval``.
         split: the split to take from hub datasets.
+        first: how many to take of each set, from its first; None for all.
 
     Raises:
         InputError: a set can't be read, or a column has values that can't be put together with those of another set.
     """
     names = set_names(value)
-    sets = [load_examples(name, split) for name in names]
+    sets = [first_examples(Examples(load_examples(name, split), name), first).rows for name in names]
     if len(sets) == 1:
         return Examples(sets[0], names[0])
     for column in dict.fromkeys(column for rows in sets for column in rows.column_names):
@@ -94,7 +95,7 @@ def examples_of(data: DataSettings, value: str | list[str] | dict[str, float], s
     Raises:
         InputError: a set can't be read, or a template can't be filled.
     """
-    rows, name = first_examples(load_sets(value, split), data.first)
+    rows, name = load_sets(value, split, data.first)
     return Examples(templated(rows, name, data), name)
 
 

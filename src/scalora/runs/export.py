@@ -18,6 +18,7 @@ from scalora.runs.data import Examples, examples_of, first_examples
 from scalora.runs.errors import InputError
 from scalora.runs.evaluate import loss_score, sequence_scores
 from scalora.runs.finished_run import FinishedRun
+from scalora.runs.resume import has_changed
 from scalora.runs.run_folder import write_json
 from scalora.runs.saved_folder import SavedFolder, opened
 from scalora.runs.special_tokens import adopt_special_tokens, save_text_settings
@@ -247,7 +248,17 @@ def _examples(run: Result) -> Examples | None:
         return None
     if run.settings.task not in ("sft", *LABELLED):
         return None  # it is computed from a reference, or from answers that are drawn at random
-    return first_examples(examples_of(run.settings.data, name, "test"), run.settings.evaluate.limit or _EXAMPLES)
+    try:
+        examples = examples_of(run.settings.data, name, "test")
+    except InputError as error:
+        warnings.warn(f"the export's loss is not compared with the run's: {error}", stacklevel=2)
+        return None
+    if isinstance(run, FinishedRun) and has_changed(run.folder, "eval", examples.rows):
+        warnings.warn(
+            f"the export's loss is not compared with the run's: data.eval, {name!r}, has changed since", stacklevel=2
+        )
+        return None
+    return first_examples(examples, run.settings.evaluate.limit or _EXAMPLES)
 
 
 @torch.no_grad()

@@ -158,6 +158,20 @@ def check_together(task: str, method: str, lora: Mapping[str, Any], training: Ma
             f"training.label_smoothing_factor={training['label_smoothing_factor']!r}: a regression has no classes to "
             "smooth over; leave it out"
         )
+    for key, strategy, default in (("save_steps", "save_strategy", "no"), ("eval_steps", "eval_strategy", "epoch")):
+        if training.get(key) is not None and (chosen := training.get(strategy, default)) != "steps":
+            raise ValueError(
+                f"training.{key}={training[key]!r} does nothing with {strategy} {chosen!r}, which is the default: set "
+                f"training.{strategy}: steps"
+                if strategy not in training
+                else f"training.{key}={training[key]!r} does nothing with {strategy} {chosen!r}: leave it out, or set "
+                f"training.{strategy}: steps"
+            )
+    if task == "grpo" and method == "lora_ga":
+        raise ValueError(
+            "method 'lora_ga' starts from the gradient of training batches, and GRPO has none before its model "
+            "answers; take another"
+        )
     for key, instead in _SET_BY_THE_RUN.items():
         if training.get(key) is not None:
             raise ValueError(f"training.{key}={training[key]!r}: {instead}")

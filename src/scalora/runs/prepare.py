@@ -265,8 +265,13 @@ def trainer_maker(
         )
     else:
         data = {split: trl_examples(*rows, settings.data, settings.task) for split, rows in examples.items()}
-        for rows in data.values():
+        for split, rows in data.items():
             require_trl_tokens(tokenizer, settings.task, settings.training, conversations=is_conversational(rows))
+            if settings.training.get("completion_only_loss") and "completion" not in rows.column_names:
+                raise InputError(
+                    f"training.completion_only_loss=True: the examples of data.{split} have no completion, so the loss "
+                    "would be on all tokens; for conversations set assistant_only_loss, else leave it out"
+                )
         make = CausalTrainer
         if settings.task != "sft":
             rewards = []

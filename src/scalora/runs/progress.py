@@ -102,7 +102,9 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         """Print the watched numbers of a log entry, if it has any."""
         if not state.is_world_process_zero:
             return
-        figures = [f"{label} {logs[key]:{form}}" for key, (label, form) in _WATCHED.items() if key in logs]
+        figures = [
+            f"{label} {logs[key]:{form}}" for key, (label, form) in _WATCHED.items() if logs.get(key) is not None
+        ]
         if figures:
             width = len(str(state.max_steps))
             words = [f"step {state.global_step:>{width}}/{state.max_steps}", *figures, *self._time_left(state)]

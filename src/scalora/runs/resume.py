@@ -304,6 +304,18 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
+def has_changed(folder: Path, split: str, examples: Dataset) -> bool:
+    """Whether the examples of a split are others than a run has recorded; False if it has recorded none.
+
+    Args:
+        folder: the run folder.
+        split: ``"train"`` or ``"eval"``.
+        examples: the examples, as `scalora.runs.data.examples_of` loads them.
+    """
+    recorded = _content(folder / ENVIRONMENT_FILE).get("data", {}).get(split, {}).get("sha256")
+    return recorded is not None and recorded != _digest(examples)
+
+
 def _digest(examples: Dataset) -> str:
     """A hash of the examples: of their values, not of the file that they come from."""
     count = len(examples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,16 @@ def check_output(path: Path, option: str, keys: set[str]) -> None:
         keys: keys that all files of its kind have.
 
     Raises:
-        InputError: there is something else.
+        InputError: there is something else, or no folder to write it in.
     """
+    if path.is_dir():
+        raise InputError(f"{option} {str(path)!r} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {str(path)!r}: there is no folder {str(path.parent)!r}; create it")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{option} {str(path)!r}: the folder {str(path.parent)!r} can't be written to")
     if not path.is_file():
-        return  # what is no file can't be replaced either, and says so
+        return
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -31,7 +31,7 @@ class DataSettings(StrictModel):
     first: int | None = Field(
         None,
         gt=0,
-        description="Use only the first so many examples of the training and of the evaluation data, to try a config. "
+        description="Use only the first so many examples of each training and evaluation set, to try a config. "
         "null: all.",
     )
     prompt: str | None = Field(

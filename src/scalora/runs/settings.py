@@ -24,7 +24,7 @@ from scalora.runs.limits import SHARPER_TYPES, check_limits, check_together
 from scalora.runs.paths import expanded
 from scalora.runs.sections import DataSettings, EvaluateSettings, NeedsSettings, RewardSettings
 from scalora.runs.strict_model import StrictModel, expanded_field
-from scalora.runs.tasks import CLASSES, LABELLED, Task
+from scalora.runs.tasks import CLASSES, LABELLED, WITH_HEAD, Task
 from scalora.runs.yaml_file import parse_yaml, parsed_overrides, read_yaml, refuse_repeated, set_dotted
 
 if TYPE_CHECKING:
@@ -291,6 +291,7 @@ def check_nested(settings: Settings) -> Settings:
     except ValueError as error:
         raise InputError(f"scalora: {error}") from None
     _check_data(settings)
+    _check_unused(settings, sections)
     _check_reward(settings.task, settings.reward)
     return settings.model_copy(update=sections)
 
@@ -329,6 +330,32 @@ def _check_data(settings: Settings) -> None:
         )
     if settings.training.get("precompute_ref_log_probs"):
         raise InputError("training.precompute_ref_log_probs=True: not of a stream, which has no end; leave it out")
+
+
+_OF_LABELS = ("text_pair", "label", "similar_labels")
+"""Keys of ``data`` that are for tasks with labels alone."""
+
+
+def _check_unused(settings: Settings, sections: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse keys that do nothing for the task, which a user would think they do."""
+    task, data = settings.task, settings.data
+    unused: dict[str, str] = {}
+    if task not in LABELLED:
+        changed = [key for key in _OF_LABELS if getattr(data, key) != DataSettings.model_fields[key].default]
+        unused = {f"data.{key}": "tasks with labels" for key in changed}
+    if settings.head_learning_rate is not None and task not in WITH_HEAD:
+        unused["head_learning_rate"] = "tasks with a new head"
+    if task != "sft" and settings.evaluate.metrics != EvaluateSettings().metrics:
+        unused["evaluate.metrics"] = "task sft"
+    for key, what in unused.items():
+        raise InputError(f"{key} is for {what}, and does nothing for {task!r}: leave it out")
+    if sections["training"].get("load_best_model_at_end") and data.eval is None:
+        raise InputError("training.load_best_model_at_end=True needs data.eval: set it to the file to evaluate on")
+    if task == "grpo" and sections["method_options"].get("start") == "oracle":
+        raise InputError(
+            "method_options.start='oracle': it is of the gradient of training batches, and GRPO has none before its "
+            "model answers; leave it out"
+        )
 
 
 def _check_reward(task: Task, reward: RewardSettings) -> None:

@@ -13,7 +13,7 @@ from scalora.model.copies import complete_copies
 from scalora.model.layers import plain_name
 from scalora.model.mixed_class import mix_in
 from scalora.model.placement import place_remainders
-from scalora.model.roots import injected_model, peft_model_of
+from scalora.model.roots import injected_models, peft_model_of
 from scalora.model.tuner import use_in_peft
 from scalora.model.whole_adapter import remainder_layers, write_as_whole
 from scalora.parallel.data_parallel import keep_out_of_broadcasts
@@ -47,13 +47,14 @@ def attach(
     pairs = find_lora_pairs(model, sharded=True, all_shapes=True, masters=zero is not None)
     check_shards(pairs)
     peft_model = peft_model_of(model)
-    own = None if peft_model is not None else injected_model(model)
-    if own is not None and _has_own_adapters(own):
+    injected = [] if peft_model is not None else injected_models(model)
+    if any(_has_own_adapters(own) for own in injected):
         merge = _merge_for_own_adapters(merge)
     attachment = attachment_of(model)
     if attachment is None:
-        root = peft_model or own or model
-        _check_start(root, pairs[0].adapter)
+        root = peft_model or (injected[0] if len(injected) == 1 else model)
+        for configured in injected or [root]:
+            _check_start(configured, pairs[0].adapter)
         trained = frozenset(plain_name(name) for name, p in root.named_parameters() if p.requires_grad)
         attachment = Attachment(base_fingerprint(root), trained)
     place_remainders(pairs, merge, remainder_rank)
@@ -70,9 +71,9 @@ def attach(
         pairs[0].layer.factor_guard.watch_parts(factors, local)
     keep_out_of_broadcasts(model)
     use_in_peft(peft_model.base_model if peft_model is not None else None)
-    if own is not None:
+    for own in injected:
         _write_configuration_as_whole(own, pairs)
-    elif peft_model is not None and not isinstance(peft_model, SavesWholeUpdate):
+    if peft_model is not None and not isinstance(peft_model, SavesWholeUpdate):
         mix_in(peft_model, SavesWholeUpdate)
     return pairs, attachment
 

@@ -6,6 +6,7 @@ Only one whole model is in memory at a time: the base, into which the state is r
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
@@ -37,6 +38,10 @@ from scalora.saving.vllm import vllm_objections
 
 # An export warns if rounding to its dtype loses more than this share of a layer's update: it shows in the loss then.
 _LOSES_MUCH = 0.1
+
+# Where PEFT has an adapter's name in the names of its tensors.
+_HOLDERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save", "trainable_tokens_delta")
+_ADAPTER_IN_NAME = re.compile(r"\.lora_(?:embedding_)?A\.([^.]+)")
 
 
 def load_model(base: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -190,6 +195,7 @@ def _wrap(base: PreTrainedModel, state: dict[str, Any], *, check: bool = True) -
     """The base with an adapter and remainders that the state's tensors fit."""
     check_content(state)
     config = saved_config(state) or ScaLoraConfig()
+    state["tensors"] = _of_default_adapter(state["tensors"])
     model = _with_adapter(base, state["adapter"] or {})
     pairs, attachment = attach(model, state["merge"], config.remainder_rank)
     if check:
@@ -198,6 +204,15 @@ def _wrap(base: PreTrainedModel, state: dict[str, Any], *, check: bool = True) -
     attachment.config = config
     attachment.restart(step=state["step"], rescales=state["rescales"])
     return model, pairs
+
+
+def _of_default_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state, under the names that they have if the adapter is called as PEFT's default is."""
+    names = {found[1] for name in tensors if (found := _ADAPTER_IN_NAME.search(name)) and found[1] != "default"}
+    if len(names) != 1:
+        return tensors
+    of_adapter = re.compile(rf"\.({'|'.join(_HOLDERS)})\.{re.escape(*names)}(?=\.|$)")
+    return {of_adapter.sub(r".\1.default", name): tensor for name, tensor in tensors.items()}
 
 
 def _check_base(state: dict[str, Any], fingerprint: str) -> None:

@@ -189,7 +189,9 @@ def _save_with_peft(
             tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-", suffix=".partial") as temporary,
         ):
             PeftModel.save_pretrained(model, temporary, selected_adapters=[adapter], state_dict=state, **settings)
-            write_base_name(Path(temporary), base_name(model, adapter))
+            # PEFT writes an adapter of another name than its default into a folder of that name.
+            written = Path(temporary) if adapter == "default" else Path(temporary) / adapter
+            write_base_name(written, base_name(model, adapter))
             for path in sorted(p for p in Path(temporary).rglob("*") if p.is_file()):
                 target = folder / path.relative_to(temporary)
                 if target.name == README and target.exists() and not is_own_readme(target):

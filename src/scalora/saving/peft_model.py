@@ -131,8 +131,8 @@ class SavesWholeUpdate(MixedIn, PeftModel):  # type: ignore[misc]
             ChangedBaseError: the adapter belongs to the original base, which ScaLoRA has changed.
         """
         pairs = pairs_with_remainders(self)
-        if adapter_name == pairs[0].adapter and holds_state(Path(model_id)):
-            load_into(self, pairs, Path(model_id))
+        if adapter_name == pairs[0].adapter and (folder := state_beside(model_id, adapter_name)) is not None:
+            load_into(self, pairs, folder)
             return None
         return super().load_adapter(model_id, adapter_name, *args, **kwargs)
 
@@ -166,6 +166,19 @@ class SavesWholeUpdate(MixedIn, PeftModel):  # type: ignore[misc]
                 "export` instead, or set merge='factored'"
             )
         return super().push_to_hub(*args, **kwargs)
+
+
+def state_beside(folder: str | Path, adapter: str) -> Path | None:
+    """The folder with the state that belongs to an adapter's folder; None if there is none.
+
+    Args:
+        folder: as for PEFT's `load_adapter`: where the adapter was saved, or the folder of its name in it.
+        adapter: name of the adapter.
+    """
+    path = Path(folder)
+    if holds_state(path):
+        return path
+    return path.parent if path.name == adapter and holds_state(path.parent) else None
 
 
 def write_placeholders(pair: LoraPair, folder: Path) -> None:

@@ -8,6 +8,7 @@ from types import NoneType
 from typing import Any, get_args
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from scalora.config import Merge, ScaLoraConfig
@@ -46,13 +47,14 @@ def gather(model: nn.Module, pairs: list[LoraPair], zero: Zero | None = None) ->
         Tensors, or what this process has of them with ZeRO:
 
         ``trained.NAME`` for every parameter that has been trained (both factors, and heads or biases that are trained
-        too), even if it is frozen now.
+        too), even if it is frozen now, and for the buffers of `modules_to_save`, such as running means.
         For each layer, ``weight.NAME`` if its remainder is merged into it, and ``rounded_off.NAME`` if it is dense and
         in half precision: int16, or int8 with 8 bits;
         ``left.NAME``, ``right.NAME`` and ``discarded.NAME`` if it is factored.
     """
     part = Tensor.detach if zero is None else zero.part_of
     tensors: dict[str, Any] = {f"trained.{name}": part(p) for name, p in _trained_parameters(model, pairs)}
+    tensors |= {f"trained.{name}": buffer.detach() for name, buffer in _trained_buffers(model, pairs[0].adapter)}
     for pair in pairs:
         if isinstance(pair.remainder, DenseRemainder):
             tensors[f"weight.{pair.name}"] = part(pair.weight)
@@ -302,3 +304,13 @@ def _trained_parameters(model: nn.Module, pairs: list[LoraPair]) -> Iterator[tup
         name = plain_name(full_name)
         if name in own or (parameter.requires_grad and name not in others):
             yield name, parameter
+
+
+def _trained_buffers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """The persistent buffers of the adapter's `modules_to_save`, as PEFT saves them."""
+    for full_name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            saved = module.modules_to_save[adapter]
+            buffers = dict(saved.named_buffers())
+            for key in saved.state_dict().keys() & buffers.keys():
+                yield plain_name(f"{full_name}.modules_to_save.{adapter}.{key}"), buffers[key]
