@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
 from scalora import (
+    BlockSignsCallback,
     PairAdamW,
     ScaLora,
     ScaLoraCallback,
@@ -188,3 +190,18 @@ def test_pair_adamw_says_that_one_factor_alone_has_a_gradient(frozen):
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     with pytest.raises(RuntimeError, match=f"{frozen} has no gradient, but the other factor has"):
         optimizer.step()
+
+
+def test_pair_adamw_says_that_a_copy_of_it_would_belong_to_no_model():
+    optimizer = PairAdamW(named("default"))
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="can't be copied or pickled"):
+            copied(optimizer)
+
+
+@pytest.mark.parametrize("callback", [ScaLoraCallback, BlockSignsCallback])
+def test_a_trainer_is_not_given_two_optimizers(callback, tmp_path):
+    model = named("default")
+    optimizers = (torch.optim.AdamW(trainable(model)), None)
+    with pytest.raises(ValueError, match="was given AdamW in optimizers"):
+        Trainer(model, arguments(tmp_path), callbacks=[callback(pair_adamw=True)], optimizers=optimizers)

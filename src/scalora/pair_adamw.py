@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -331,6 +331,13 @@ class PairAdamW(Optimizer):
             for factors, directions_of_shape in zip(of_all_shapes, found, strict=True):
                 factors.move(directions_of_shape)
         self._keep_rows(wholes)
+
+    def __getstate__(self) -> NoReturn:
+        # Optimizer's leaves out what is not a torch.optim.Optimizer's own, and a copy would belong to no model.
+        raise TypeError(
+            "PairAdamW can't be copied or pickled, as it belongs to a model: make another one of the other model, and "
+            "give it this one's state_dict()"
+        )
 
     @property
     def decays(self) -> bool:

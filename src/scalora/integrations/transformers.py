@@ -385,7 +385,15 @@ def have_pair_adamw(trainer: Trainer) -> None:
 
     Args:
         trainer: the Trainer.
+
+    Raises:
+        ValueError: it was given an optimizer.
     """
+    if trainer.optimizer is not None:
+        raise ValueError(
+            f"pair_adamw=True makes the optimizer, but the Trainer was given {type(trainer.optimizer).__name__} in "
+            "optimizers: leave one of them out"
+        )
     create_optimizer = trainer.create_optimizer
 
     @wraps(create_optimizer)
