@@ -17,6 +17,7 @@ UNUSED = {
     "training: {save_steps: 5}": "training.save_steps=5 does nothing with save_strategy 'no', which is the default",
     "training: {save_steps: 5, save_strategy: epoch}": "training.save_steps=5 does nothing with save_strategy 'epoch'",
     "training: {eval_steps: 5}": "training.eval_steps=5 does nothing with eval_strategy 'epoch'",
+    "training: {dataset_text_field: content}": "training.dataset_text_field='content': leave it out, and set data.text",
     "training: {load_best_model_at_end: true}": "training.load_best_model_at_end=True needs data.eval",
     "head_learning_rate: 1e-3": "head_learning_rate is for tasks with a new head, and does nothing for 'sft'",
     "data: {label: good}": "data.label is for tasks with labels, and does nothing for 'sft'",

@@ -167,6 +167,8 @@ def check_together(task: str, method: str, lora: Mapping[str, Any], training: Ma
                 else f"training.{key}={training[key]!r} does nothing with {strategy} {chosen!r}: leave it out, or set "
                 f"training.{strategy}: steps"
             )
+    if (field := training.get("dataset_text_field", "text")) != "text":
+        raise ValueError(f"training.dataset_text_field={field!r}: leave it out, and set data.text")
     if task == "grpo" and method == "lora_ga":
         raise ValueError(
             "method 'lora_ga' starts from the gradient of training batches, and GRPO has none before its model "
