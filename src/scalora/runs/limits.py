@@ -158,8 +158,9 @@ def check_together(task: str, method: str, lora: Mapping[str, Any], training: Ma
             f"training.label_smoothing_factor={training['label_smoothing_factor']!r}: a regression has no classes to "
             "smooth over; leave it out"
         )
+    # A config with all keys written out has the libraries' 500 and null.
     for key, strategy, default in (("save_steps", "save_strategy", "no"), ("eval_steps", "eval_strategy", "epoch")):
-        if training.get(key) is not None and (chosen := training.get(strategy, default)) != "steps":
+        if training.get(key) not in (None, 500) and (chosen := training.get(strategy, default)) != "steps":
             raise ValueError(
                 f"training.{key}={training[key]!r} does nothing with {strategy} {chosen!r}, which is the default: set "
                 f"training.{strategy}: steps"
