@@ -6,7 +6,7 @@ config is read, before a model is loaded or a folder touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from scalora.config import STARTS_THAT_CHANGE_THE_BASE
@@ -158,16 +158,6 @@ def check_together(task: str, method: str, lora: Mapping[str, Any], training: Ma
             f"training.label_smoothing_factor={training['label_smoothing_factor']!r}: a regression has no classes to "
             "smooth over; leave it out"
         )
-    # A config with all keys written out has the libraries' 500 and null.
-    for key, strategy, default in (("save_steps", "save_strategy", "no"), ("eval_steps", "eval_strategy", "epoch")):
-        if training.get(key) not in (None, 500) and (chosen := training.get(strategy, default)) != "steps":
-            raise ValueError(
-                f"training.{key}={training[key]!r} does nothing with {strategy} {chosen!r}, which is the default: set "
-                f"training.{strategy}: steps"
-                if strategy not in training
-                else f"training.{key}={training[key]!r} does nothing with {strategy} {chosen!r}: leave it out, or set "
-                f"training.{strategy}: steps"
-            )
     if (field := training.get("dataset_text_field", "text")) != "text":
         raise ValueError(f"training.dataset_text_field={field!r}: leave it out, and set data.text")
     if task == "grpo" and method == "lora_ga":
@@ -178,6 +168,27 @@ def check_together(task: str, method: str, lora: Mapping[str, Any], training: Ma
     for key, instead in _SET_BY_THE_RUN.items():
         if training.get(key) is not None:
             raise ValueError(f"training.{key}={training[key]!r}: {instead}")
+
+
+def without_effect(training: Mapping[str, Any], *, evaluates: bool) -> Iterator[str]:
+    """What is set in the section ``training`` and does nothing.
+
+    Args:
+        training: the section.
+        evaluates: whether there is evaluation data.
+
+    Yields:
+        A line for each key.
+    """
+    # A config with all keys written out has the libraries' 500 and null.
+    for key, strategy, default in (("save_steps", "save_strategy", "no"), ("eval_steps", "eval_strategy", "epoch")):
+        if training.get(key) not in (None, 500) and (chosen := training.get(strategy, default)) != "steps":
+            yield (
+                f"training.{key}={training[key]!r} does nothing with {strategy} {chosen!r}: set training.{strategy}: "
+                "steps"
+            )
+    if training.get("load_best_model_at_end") and not evaluates:
+        yield "training.load_best_model_at_end=True does nothing without data.eval"
 
 
 def _check_start(start: Any, method: str) -> None:

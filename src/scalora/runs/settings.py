@@ -6,6 +6,7 @@ A flag on the command line beats the file, the file beats the default, and an un
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,7 @@ from scalora.rivals import METHODS, home_of
 from scalora.runs.errors import InputError
 from scalora.runs.field_values import converted
 from scalora.runs.library_fields import UNKNOWN, LibraryField, dataclass_fields
-from scalora.runs.limits import SHARPER_TYPES, check_limits, check_together
+from scalora.runs.limits import SHARPER_TYPES, check_limits, check_together, without_effect
 from scalora.runs.paths import expanded
 from scalora.runs.sections import DataSettings, EvaluateSettings, NeedsSettings, RewardSettings
 from scalora.runs.strict_model import StrictModel, expanded_field
@@ -337,7 +338,7 @@ _OF_LABELS = ("text_pair", "label", "similar_labels")
 
 
 def _check_unused(settings: Settings, sections: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse keys that do nothing for the task, which a user would think they do."""
+    """Name keys that do nothing here. A config may be one for several tasks, so few of them are refused."""
     task, data = settings.task, settings.data
     unused: dict[str, str] = {}
     if task not in LABELLED:
@@ -348,9 +349,9 @@ def _check_unused(settings: Settings, sections: Mapping[str, Mapping[str, Any]])
     if task != "sft" and settings.evaluate.metrics != EvaluateSettings().metrics:
         unused["evaluate.metrics"] = "task sft"
     for key, what in unused.items():
-        raise InputError(f"{key} is for {what}, and does nothing for {task!r}: leave it out")
-    if sections["training"].get("load_best_model_at_end") and data.eval is None:
-        raise InputError("training.load_best_model_at_end=True needs data.eval: set it to the file to evaluate on")
+        warnings.warn(f"{key} is for {what}, and does nothing for {task!r}", stacklevel=2)
+    for warning in without_effect(sections["training"], evaluates=data.eval is not None):
+        warnings.warn(warning, stacklevel=2)
     if task == "grpo" and sections["method_options"].get("start") == "oracle":
         raise InputError(
             "method_options.start='oracle': it is of the gradient of training batches, and GRPO has none before its "
