@@ -11,7 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from scalora.runs.errors import InputError
 from scalora.runs.progress import TrainingProgress
-from scalora.runs.run_folder import check_output
+from scalora.runs.run_folder import check_output, check_place
 from scalora.runs.settings import load_settings
 
 UNUSED = {
@@ -75,11 +75,13 @@ def test_a_run_is_not_both_resumed_and_overwritten(causal_folder, write_jsonl, t
     assert "--overwrite trains anew" in refused("train", config, "--overwrite", "--resume")
 
 
-def test_where_nothing_can_be_written_is_known_before_the_work(tmp_path):
-    for path, message in ((tmp_path, "is a folder"), (tmp_path / "a" / "b.json", "there is no folder")):
-        with pytest.raises(InputError, match=message):
-            check_output(path, "--output", {"step"})
-    check_output(tmp_path / "new.json", "--output", {"step"})
+def test_where_nothing_can_be_written_is_known_before_the_work(causal_folder, tmp_path):
+    with pytest.raises(InputError, match="is a folder"):
+        check_output(tmp_path, "--output", {"step"})
+    with pytest.raises(InputError, match="there is no folder"):
+        check_place(tmp_path / "a" / "b.json", "--output")
+    check_place(tmp_path / "new.json", "--output")
+    assert "there is no folder" in refused("estimate", causal_folder, "--json", tmp_path / "a" / "b.json")
 
 
 def test_rewards_that_are_none_are_not_printed(tmp_path, capsys):
@@ -98,14 +100,16 @@ def test_a_run_is_exported_without_the_data_that_it_was_evaluated_on(eval_file, 
     train = write_jsonl("train.jsonl", pairs(12))
     config = write_config(tmp_path, "sft", causal_folder, train, data={"eval": str(data)})
     scalora("train", config)
+    words = ["export", tmp_path / "run", "--to", "adapter", "--output", tmp_path / "adapter"]
     if eval_file == "gone":
         data.unlink()
+        assert "does not exist; --skip-loss exports without comparing the loss" in refused(*words)
+        scalora(*words, "--skip-loss")
     else:
         write_jsonl("eval.jsonl", pairs(3))
-    output = scalora("export", tmp_path / "run", "--to", "adapter", "--output", tmp_path / "adapter")
-    assert "the export's loss is not compared with the run's" in output
+        assert "the export's loss is not compared with the run's: data.eval" in scalora(*words)
     report = json.loads((tmp_path / "adapter" / "export.json").read_text())
-    assert "loss" not in report or report["loss"] is None
+    assert not any("eval" in key for key in report)
 
 
 @pytest.mark.slow

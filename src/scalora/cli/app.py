@@ -242,10 +242,11 @@ def evaluate(
         settings = load_settings(path, words, _options(context))
         from scalora.cli.console import show_scores
         from scalora.runs.evaluate import evaluate as score
-        from scalora.runs.run_folder import check_output, write_json
+        from scalora.runs.run_folder import check_output, check_place, write_json
 
         file = output if output is not None and (output.suffix == ".json" or output.is_file()) else None
         if file is not None:
+            check_place(file, "--output")
             check_output(file, "--output", {"weights", "examples"})
         scores = score(model, settings, output if file is None else None)
         if is_first():
@@ -271,7 +272,12 @@ def compare(
     ] = None,
     gpus: Gpus = None,
     table_only: Annotated[
-        bool, typer.Option("--table-only", help="Train nothing; write the tables of the runs that are finished.")
+        bool,
+        typer.Option(
+            "--table-only",
+            help="Train nothing; write the tables of the finished runs, of the study as it was run but for the keys "
+            "given.",
+        ),
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -283,10 +289,15 @@ def compare(
         wanted = load_study_file(study, context.args, _options(context))
         if table_only:
             from scalora.studies.finished_cells import check_finished_cells
+            from scalora.studies.study import STUDY_FILE, study_of
             from scalora.studies.table_markdown import markdown, write_tables
 
-            check_finished_cells(wanted)
-            typer.echo(markdown(write_tables(wanted.folder, wanted)))
+            of_folder = study_of(wanted.folder)
+            if context.args:
+                words = [*context.args, "--output_dir", str(wanted.folder)]
+                of_folder = load_study_file(wanted.folder / STUDY_FILE, words, _options(context))
+            check_finished_cells(of_folder)
+            typer.echo(markdown(write_tables(wanted.folder, of_folder)))
             return
         from scalora.cli.console import show_comparison
         from scalora.studies.compare import compare as run_study
@@ -443,6 +454,13 @@ def export(
         ),
     ] = False,
     dtype: Annotated[ExportDtype, typer.Option(help="dtype of the exported tensors.")] = ExportDtype.float32,
+    skip_loss: Annotated[
+        bool,
+        typer.Option(
+            "--skip-loss",
+            help="Do not compare the evaluation loss with the run's, as where data.eval is no longer there.",
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Export the result of training with ScaLoRA as an adapter or a model. The export is verified after writing."""
@@ -463,6 +481,7 @@ def export(
             base_dtype=base_dtype and base_dtype.value,
             quantization=quantization and quantization.value,
             name=base_name,
+            with_loss=not skip_loss,
         )
         show_export(report, target)
 
@@ -523,9 +542,11 @@ def inspect(
     def run_inspect() -> None:
         from scalora.cli.console import show_inspected
         from scalora.runs.inspect import inspect_run
-        from scalora.runs.run_folder import check_output, write_json
+        from scalora.runs.run_folder import check_output, check_place, write_json
 
         target = output or run / "inspect.json"
+        if output is not None:
+            check_place(output, "--output")
         check_output(target, "--output", {"step", "layers", "factors"})
         inspected = inspect_run(run, layers=layers, batches=batches, rank=rank)
         show_inspected(inspected, str(run))

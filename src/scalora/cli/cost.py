@@ -95,9 +95,10 @@ def estimate(
     def run() -> None:
         from scalora.bench.estimate import as_json, markdown
         from scalora.bench.estimate import estimate as make
-        from scalora.runs.run_folder import check_output, write_json
+        from scalora.runs.run_folder import check_output, check_place, write_json
 
         if json is not None:
+            check_place(json, "--json")
             check_output(json, "--json", {"settings", "overhead"})
         settings = EstimateSettings(
             config,

@@ -94,12 +94,13 @@ def read_run(folder: Path) -> RunData:
     run_settings(folder)
     try:
         inspected = _json(folder / "inspect.json")
+        layers = pd.DataFrame(inspected.get("layers", [])).reindex(columns=_LAYER_COLUMNS)
         if inspected.get("step") != _json(folder / "summary.json").get("steps", inspected.get("step")):
-            inspected = {}  # of an earlier state of the run, or of a checkpoint
+            layers = layers.iloc[:0]  # of an earlier state of the run, or of a checkpoint
         run = RunData(
             metrics=pd.DataFrame(json_lines(folder / "metrics.jsonl")),
             updates=pd.DataFrame(json_lines(folder / "updates.jsonl")).reindex(columns=_UPDATE_COLUMNS),
-            layers=pd.DataFrame(inspected.get("layers", [])).reindex(columns=_LAYER_COLUMNS),
+            layers=layers,
             adapter_rank=_json(folder / "summary.json").get("adapter_rank"),
         )
     except (ValueError, TypeError, AttributeError, OSError) as error:

@@ -55,6 +55,7 @@ def export(
     base_dtype: str | None = None,
     quantization: str | None = None,
     name: str | None = None,
+    with_loss: bool = True,
 ) -> tuple[Path, dict[str, Any]]:
     """Export the result of training with ScaLoRA, load it from disk, and verify that it agrees with the live model.
 
@@ -73,6 +74,7 @@ def export(
         base_dtype: the dtype in which to load the base, for a folder that does not say it. None: that of training.
         quantization: how to quantise the base, for a folder that does not say it. None: as in training.
         name: for adapters, what to name as the base. None: where the base was loaded from.
+        with_loss: whether to compare the evaluation loss with the run's.
 
     Returns:
         The folder written, and a report of what was compared and how closely it agrees, for adapters with their ranks.
@@ -115,7 +117,8 @@ def export(
             _write_text_settings(run, live.get_base_model(), folder)
         else:
             options = {"rtol": rtol or DEFAULT_RTOL, "max_rank": max_rank, "per_layer": per_layer}
-            exporter = _Exporter(run, state, folder, getattr(torch, dtype))
+            examples = _examples(run) if with_loss else None  # before the base, which takes longer
+            exporter = _Exporter(run, state, folder, getattr(torch, dtype), examples)
             report |= exporter.adapter(name, options) if to == "adapter" else exporter.merged()
             write_json(folder / "export.json", report)
     return target, report
@@ -143,9 +146,9 @@ def _write_text_settings(run: Result, model: PreTrainedModel, folder: Path) -> N
 class _Exporter:
     """Writes one export into a folder, loads it again and compares it with the live model."""
 
-    def __init__(self, run: Result, state: Path, folder: Path, dtype: torch.dtype) -> None:
+    def __init__(self, run: Result, state: Path, folder: Path, dtype: torch.dtype, examples: Examples | None) -> None:
         self._run, self._state, self._folder, self._dtype = run, state, folder, dtype
-        self._examples = _examples(run)  # before the base, which takes longer than finding that there are none
+        self._examples = examples
         self._base = _base(run)
         vocabulary = self._base.config.get_text_config().vocab_size
         self._probe = torch.randint(0, vocabulary, _PROBE, generator=torch.Generator().manual_seed(0))
@@ -251,8 +254,7 @@ def _examples(run: Result) -> Examples | None:
     try:
         examples = examples_of(run.settings.data, name, "test")
     except InputError as error:
-        warnings.warn(f"the export's loss is not compared with the run's: {error}", stacklevel=2)
-        return None
+        raise InputError(f"{error}; --skip-loss exports without comparing the loss") from None
     if isinstance(run, FinishedRun) and has_changed(run.folder, "eval", examples.rows):
         warnings.warn(
             f"the export's loss is not compared with the run's: data.eval, {name!r}, has changed since", stacklevel=2

@@ -70,14 +70,10 @@ def check_output(path: Path, option: str, keys: set[str]) -> None:
         keys: keys that all files of its kind have.
 
     Raises:
-        InputError: there is something else, or no folder to write it in.
+        InputError: there is something else.
     """
     if path.is_dir():
         raise InputError(f"{option} {str(path)!r} is a folder: name a file")
-    if not path.parent.is_dir():
-        raise InputError(f"{option} {str(path)!r}: there is no folder {str(path.parent)!r}; create it")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{option} {str(path)!r}: the folder {str(path.parent)!r} can't be written to")
     if not path.is_file():
         return
     try:
@@ -86,6 +82,23 @@ def check_output(path: Path, option: str, keys: set[str]) -> None:
         content = None
     if not isinstance(content, dict) or not keys <= content.keys():
         raise InputError(f"{option} {str(path)!r} is a file that this command has not written: choose another name")
+
+
+def check_place(path: Path, option: str) -> None:
+    """Check, before the work, that a file can be written where it is wanted.
+
+    Args:
+        path: the file to write.
+        option: the option that names it, for the error.
+
+    Raises:
+        InputError: there is no folder to write it in, or it can't be written to.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise InputError(f"{option} {str(path)!r}: there is no folder {str(folder)!r}; create it")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{option} {str(path)!r}: the folder {str(folder)!r} can't be written to")
 
 
 def replace_text(path: Path, text: str) -> None:
