@@ -38,6 +38,16 @@ STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """What those ``init_lora_weights`` begin with for which PEFT 0.21 subtracts something from the base weights, or
 quantises them, when it makes the adapter. It computes them anew for every model that it wraps."""
 
+
+def changes_the_base(start: Any) -> bool:
+    """Whether an adapter with this ``init_lora_weights`` begins with a change of the base weights.
+
+    Args:
+        start: the setting, such as ``"pissa_niter_4"``.
+    """
+    return str(start).lower().startswith(STARTS_THAT_CHANGE_THE_BASE)
+
+
 LORA_DEFAULTS: dict[str, Any] = {
     "r": DEFAULT_RANK,
     "lora_alpha": DEFAULT_RANK,  # a scaling of 1, the paper's

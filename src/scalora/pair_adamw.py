@@ -372,10 +372,10 @@ class PairAdamW(Optimizer):
 
     def _check_both_factors(self) -> None:
         for pair in self._pairs:
-            frozen = [factor.grad is None for factor in (pair.lora_A, pair.lora_B)]
-            if pair.name in self._held and any(frozen) and not all(frozen):
+            lacks_A, lacks_B = pair.lora_A.grad is None, pair.lora_B.grad is None
+            if lacks_A != lacks_B and pair.name in self._held:
                 raise RuntimeError(
-                    f"module {pair.name!r}: {'lora_A' if frozen[0] else 'lora_B'} has no gradient, but the other "
+                    f"module {pair.name!r}: {'lora_A' if lacks_A else 'lora_B'} has no gradient, but the other "
                     "factor has, and PairAdamW steps both together: freeze both or neither, or train with AdamW"
                 )
 

@@ -40,15 +40,6 @@ def peft_model_of(model: nn.Module) -> PeftModel | None:
     return _holder(model) if hasattr(model, "peft_config") else None
 
 
-def injected_model(model: nn.Module) -> nn.Module | None:
-    """The first of `injected_models`; None if there is none.
-
-    Args:
-        model: the module, or one that contains it.
-    """
-    return next(iter(injected_models(model)), None)
-
-
 def injected_models(model: nn.Module) -> list[nn.Module]:
     """The modules that PEFT has injected layers into without a PeftModel, and left its configurations at.
 

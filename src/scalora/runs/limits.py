@@ -160,11 +160,6 @@ def check_together(task: str, method: str, lora: Mapping[str, Any], training: Ma
         )
     if (field := training.get("dataset_text_field", "text")) != "text":
         raise ValueError(f"training.dataset_text_field={field!r}: leave it out, and set data.text")
-    if task == "grpo" and method == "lora_ga":
-        raise ValueError(
-            "method 'lora_ga' starts from the gradient of training batches, and GRPO has none before its model "
-            "answers; take another"
-        )
     for key, instead in _SET_BY_THE_RUN.items():
         if training.get(key) is not None:
             raise ValueError(f"training.{key}={training[key]!r}: {instead}")

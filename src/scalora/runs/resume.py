@@ -312,7 +312,7 @@ def has_changed(folder: Path, split: str, examples: Dataset) -> bool:
         split: ``"train"`` or ``"eval"``.
         examples: the examples, as `scalora.runs.data.examples_of` loads them.
     """
-    recorded = _content(folder / ENVIRONMENT_FILE).get("data", {}).get(split, {}).get("sha256")
+    recorded = _recorded(folder).get("data", {}).get(split, {}).get("sha256")
     return recorded is not None and recorded != _digest(examples)
 
 

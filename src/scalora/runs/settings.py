@@ -292,7 +292,8 @@ def check_nested(settings: Settings) -> Settings:
     except ValueError as error:
         raise InputError(f"scalora: {error}") from None
     _check_data(settings)
-    _check_unused(settings, sections)
+    _name_unused(settings, sections["training"])
+    _check_start(settings, sections["method_options"])
     _check_reward(settings.task, settings.reward)
     return settings.model_copy(update=sections)
 
@@ -337,8 +338,8 @@ _OF_LABELS = ("text_pair", "label", "similar_labels")
 """Keys of ``data`` that are for tasks with labels alone."""
 
 
-def _check_unused(settings: Settings, sections: Mapping[str, Mapping[str, Any]]) -> None:
-    """Name keys that do nothing here. A config may be one for several tasks, so few of them are refused."""
+def _name_unused(settings: Settings, training: Mapping[str, Any]) -> None:
+    """Warn of keys that do nothing here. They are not refused: a config may be one for several tasks."""
     task, data = settings.task, settings.data
     unused: dict[str, str] = {}
     if task not in LABELLED:
@@ -350,13 +351,19 @@ def _check_unused(settings: Settings, sections: Mapping[str, Mapping[str, Any]])
         unused["evaluate.metrics"] = "task sft"
     for key, what in unused.items():
         warnings.warn(f"{key} is for {what}, and does nothing for {task!r}", stacklevel=2)
-    for warning in without_effect(sections["training"], evaluates=data.eval is not None):
+    for warning in without_effect(training, evaluates=data.eval is not None):
         warnings.warn(warning, stacklevel=2)
-    if task == "grpo" and sections["method_options"].get("start") == "oracle":
-        raise InputError(
-            "method_options.start='oracle': it is of the gradient of training batches, and GRPO has none before its "
-            "model answers; leave it out"
-        )
+
+
+def _check_start(settings: Settings, options: Mapping[str, Any]) -> None:
+    """Refuse starts from a gradient where there is none before training."""
+    if settings.task != "grpo":
+        return
+    has_none = "the gradient of training batches, and GRPO has none before its model answers"
+    if settings.method == "lora_ga":
+        raise InputError(f"method 'lora_ga' starts from {has_none}; take another")
+    if options.get("start") == "oracle":
+        raise InputError(f"method_options.start='oracle': it is of {has_none}; leave it out")
 
 
 def _check_reward(task: Task, reward: RewardSettings) -> None:

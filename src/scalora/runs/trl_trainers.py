@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 
-from scalora.config import STARTS_THAT_CHANGE_THE_BASE
+from scalora.config import changes_the_base
 from scalora.rivals.method import Method
 from scalora.runs.errors import InputError
 from scalora.runs.grpo import ResumableGrpo
@@ -159,7 +159,7 @@ def _end_starts(model: nn.Module) -> None:
     would take the next singular vectors out of it.
     """
     for config in getattr(model, "peft_config", {}).values():
-        if str(getattr(config, "init_lora_weights", True)).lower().startswith(STARTS_THAT_CHANGE_THE_BASE):
+        if changes_the_base(getattr(config, "init_lora_weights", True)):
             config.init_lora_weights = True
 
 

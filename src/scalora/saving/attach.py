@@ -6,7 +6,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scalora.config import MERGES_INTO_THE_BASE, STARTS_THAT_CHANGE_THE_BASE, Merge
+from scalora.config import MERGES_INTO_THE_BASE, Merge, changes_the_base
 from scalora.model.adapters import LoraPair, UnsupportedLayerError, find_lora_pairs
 from scalora.model.attachment import Attachment, attachment_of
 from scalora.model.copies import complete_copies
@@ -110,7 +110,7 @@ def _merge_for_own_adapters(merge: Merge) -> Merge:
 def _check_start(root: nn.Module, adapter: str) -> None:
     config = _configuration(root, adapter)
     start = str(getattr(config, "init_lora_weights", True)).lower()
-    if start.startswith(STARTS_THAT_CHANGE_THE_BASE):
+    if changes_the_base(start):
         raise UnsupportedLayerError(
             f"init_lora_weights={start!r} has changed the base weights when the adapter was made, so an adapter of the "
             "whole update would be wrong on the original base: use init_lora_weights=True, 'gaussian', 'orthogonal' or "

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scalora.config import STARTS_THAT_CHANGE_THE_BASE, ScaLoraConfig
+from scalora.config import ScaLoraConfig, changes_the_base
 from scalora.maths.lowrank import DEFAULT_RTOL, Factors, factors_of_dense
 from scalora.model.adapters import LoraPair
 from scalora.model.layers import weight_key
@@ -218,7 +218,7 @@ def _of_default_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _check_base(state: dict[str, Any], fingerprint: str) -> None:
     """Check that a state belongs to a base, and name an initialisation of PEFT that has changed it before training."""
     start = str((state["adapter"] or {}).get("init_lora_weights")).lower()
-    if state["base"] != fingerprint and start.startswith(STARTS_THAT_CHANGE_THE_BASE):
+    if state["base"] != fingerprint and changes_the_base(start):
         raise StateError(
             f"the state was trained with init_lora_weights={start!r}, which changes the base weights before training: "
             "it does not fit the base as it is published, and can't be exported; train with another initialisation"

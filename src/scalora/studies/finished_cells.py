@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from scalora.runs.errors import InputError
-from scalora.runs.run_folder import ENVIRONMENT_FILE as RUN_ENVIRONMENT_FILE
+from scalora.runs.run_folder import ENVIRONMENT_FILE
 from scalora.runs.settings import Settings, run_settings
 from scalora.runs.yaml_file import parse_yaml
 from scalora.studies.cell_tests import config_file, scores_file
@@ -80,7 +80,7 @@ def _cells(study: Study) -> list[Cell]:
 def _examples(cell: Cell) -> dict[str, Any] | None:
     """What a cell's environment says of its examples; None if it says nothing."""
     try:
-        content = json.loads((cell.folder / RUN_ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+        content = json.loads((cell.folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     examples = content.get("data") if isinstance(content, dict) else None

@@ -54,8 +54,7 @@ def load_study(folder: Path, study: Study | None = None) -> StudyResult:
     Raises:
         InputError: the folder holds no valid study file.
     """
-    of_folder = study_of(folder)
-    study = of_folder if study is None else study
+    study = study_of(folder) if study is None else study
     read = read_cells(study)
     table = comparison_table(study, read.cells, read.curves, read.best)
     return StudyResult(
